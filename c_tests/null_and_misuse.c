@@ -346,7 +346,7 @@ CASE(uccl_engine_stats)
 /* Bytes sent directly, over channels, or inside control frames. */
 static uint64_t data_sent(const uccl_totals_t *totals)
 {
-    return totals->sent_bytes + totals->inline_sent_bytes;
+    return totals->sent_bytes + totals->eager_sent_bytes;
 }
 
 CASE(uccl_engine_conn_stats)

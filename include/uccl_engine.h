@@ -167,9 +167,9 @@ typedef struct uccl_totals_t {
   /** Chunks that channels have received. */
   uint64_t received_chunks;
   /** Bytes of small transfers sent inside control frames. */
-  uint64_t inline_sent_bytes;
+  uint64_t eager_sent_bytes;
   /** Bytes of small transfers received inside control frames. */
-  uint64_t inline_received_bytes;
+  uint64_t eager_received_bytes;
   /** Transfers that this engine started. */
   uint64_t transfers_started;
   /** Transfers of this engine that succeeded. */

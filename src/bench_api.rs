@@ -33,7 +33,7 @@ impl OwnFrame {
             id: 1,
             regions: vec![WireRegion { id: 7, token: [9; 16] }],
             segments: (0..segments).map(segment).collect(),
-            inline: None,
+            eager: None,
         })
     }
 

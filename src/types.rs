@@ -24,7 +24,7 @@ impl Place {
 }
 
 /// Largest eager transfer, bytes.
-pub(crate) const MAX_INLINE: usize = 64 << 10;
+pub(crate) const MAX_EAGER: usize = 64 << 10;
 
 /// What peers may do with a registered region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

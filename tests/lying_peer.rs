@@ -48,7 +48,7 @@ fn segment(addr: u64, len: usize) -> WireSegment {
 
 fn write_of(id: u64, item: &FifoItem, len: usize) -> Frame<'static> {
     let segments = std::iter::once(segment(item.addr, len)).collect();
-    Frame::Write { id, regions: vec![region(item)], segments, inline: None }
+    Frame::Write { id, regions: vec![region(item)], segments, eager: None }
 }
 
 fn read_of(id: u64, item: &FifoItem, len: usize) -> Frame<'static> {
@@ -270,7 +270,7 @@ fn violates(what: &str, granted: bool, before: &[Frame<'static>], lose: bool, af
     let (buffer, item) = scene.victim.buffer(WRITE, BEFORE);
     let token = if granted { region(&item).token } else { [9; 16] };
     let segments = std::iter::once(segment(item.addr, WRITE)).collect();
-    let write = Frame::Write { id: 5, regions: vec![WireRegion { token, ..region(&item) }], segments, inline: None };
+    let write = Frame::Write { id: 5, regions: vec![WireRegion { token, ..region(&item) }], segments, eager: None };
     scene.tell(&[write]);
     scene.tell(before);
     if lose {
@@ -419,7 +419,7 @@ fn refused_chunks_do_not_count_for_a_later_write() {
         id: 5,
         regions: vec![WireRegion { token: [9; 16], ..region(&item) }],
         segments: std::iter::once(segment(item.addr, LEN)).collect(),
-        inline: None,
+        eager: None,
     };
     let (mut oks, mut bad) = (0, 0);
     for frame in [wrong, chunk(5, true, LEN, 0), write_of(5, &item, LEN), chunk(5, true, LEN, 0)] {
@@ -545,7 +545,7 @@ fn announcements_without_data_end_the_connection() {
         let _ = liar.hear(|_| {});
         say_if_room(liar, || {
             let segments = segments.iter().copied().collect();
-            Frame::Write { id: n, regions: vec![region(&item)], segments, inline: None }
+            Frame::Write { id: n, regions: vec![region(&item)], segments, eager: None }
         })
     });
     assert!(ended);

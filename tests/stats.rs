@@ -42,9 +42,9 @@ fn small_writes_travel_inside_the_control_message_and_others_on_channels() {
     let item = b.fifo_item(remote, target.as_ptr() as usize, target.len()).unwrap();
     let totals = || out.stats().unwrap().totals;
     assert!(write(&out, (mr, &source[..8 << 10]), item, false));
-    assert_eq!((totals().inline_sent_bytes, totals().sent_bytes), (8 << 10, 0));
+    assert_eq!((totals().eager_sent_bytes, totals().sent_bytes), (8 << 10, 0));
     assert!(write(&out, (mr, &source[..(8 << 10) + 1]), item, false));
-    assert_eq!((totals().inline_sent_bytes, totals().sent_bytes), (8 << 10, (8 << 10) + 1));
+    assert_eq!((totals().eager_sent_bytes, totals().sent_bytes), (8 << 10, (8 << 10) + 1));
     assert_eq!(target[..(8 << 10) + 1], source[..(8 << 10) + 1]);
 }
 
@@ -66,8 +66,8 @@ fn transfers_refusals_and_set_ups_are_counted_and_outlive_their_connection() {
     let (mine, theirs) = (out.stats().unwrap(), incoming.stats().unwrap());
     let t = mine.totals;
     assert_eq!((t.transfers_started, t.transfers_completed, t.transfers_failed, t.refused_by_peer), (3, 2, 1, 1));
-    assert_eq!((t.sent_bytes, t.inline_sent_bytes, t.notifications_sent), (4 << 20, 200, 1));
-    assert_eq!((theirs.totals.received_bytes, theirs.totals.inline_received_bytes), (4 << 20, 100));
+    assert_eq!((t.sent_bytes, t.eager_sent_bytes, t.notifications_sent), (4 << 20, 200, 1));
+    assert_eq!((theirs.totals.received_bytes, theirs.totals.eager_received_bytes), (4 << 20, 100));
     assert_eq!((theirs.totals.peer_transfers, theirs.totals.refused), (3, 1));
     assert!(t.control_sent_bytes > 0 && t.control_received_bytes > 0 && mine.error.is_none());
     assert_eq!(mine.channels.len(), 2);

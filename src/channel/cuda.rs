@@ -6,7 +6,7 @@ use crate::gpu::{
     CopyLauncher, Extent, Gpu, Job, Launched, MappedPtr, MemoryKind, PooledLauncher, INLINE_PIECES, PIECES_PER_JOB,
 };
 use crate::status::{bail, err, Result};
-use crate::types::{Part, Place, MAX_INLINE};
+use crate::types::{Part, Place, MAX_EAGER};
 use cuda_driver::{DeviceBuffer, PinnedBuffer};
 use nccl_net_abi::{unpackNetDeviceHandle, MAX_SLOT_ENTRIES};
 use std::collections::VecDeque;
@@ -166,7 +166,7 @@ impl Unit {
             place,
             unpacking: Jobs::new(&gpu, UNPACK_STREAMS, UNPACK_BATCH)?,
             packing: Jobs::new(&gpu, PACK_STREAMS, PACK_BATCH)?,
-            scratch: gpu.pinned(MAX_INLINE)?,
+            scratch: gpu.pinned(MAX_EAGER)?,
             gpu,
         })
     }
@@ -370,8 +370,8 @@ impl DeviceCopier for CudaDevice {
         self.units.iter().any(|u| u.packing.busy() || u.unpacking.busy())
     }
 
-    fn inline_bytes(&self) -> usize {
-        MAX_INLINE
+    fn eager_bytes(&self) -> usize {
+        MAX_EAGER
     }
 
     unsafe fn store(&mut self, bytes: &[u8], parts: &[Part], place: Place) -> Result<()> {

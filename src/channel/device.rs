@@ -79,7 +79,7 @@ pub(crate) trait DeviceCopier: Send {
     fn busy(&self) -> bool;
 
     /// Up to this many bytes `store` and `fetch` are faster than a chunk.
-    fn inline_bytes(&self) -> usize;
+    fn eager_bytes(&self) -> usize;
 
     /// Writes a few bytes and returns when they are in place.
     ///
@@ -174,7 +174,7 @@ impl DeviceCopier for EmulatedDevice {
         false
     }
 
-    fn inline_bytes(&self) -> usize {
+    fn eager_bytes(&self) -> usize {
         // Emulation must exercise the bounce buffers, for small transfers too.
         0
     }

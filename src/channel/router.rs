@@ -344,10 +344,10 @@ impl Channels {
     }
 
     /// The largest transfer of these segments that should be eager, in bytes.
-    pub(crate) fn inline_bytes(&self, segments: &[Segment]) -> usize {
+    pub(crate) fn eager_bytes(&self, segments: &[Segment]) -> usize {
         let device = segments.iter().any(|s| s.place.is_device());
         match &self.copier {
-            Some(copier) if device => copier.inline_bytes(),
+            Some(copier) if device => copier.eager_bytes(),
             _ if device => 0,
             _ => usize::MAX,
         }
@@ -592,11 +592,11 @@ mod tests {
     #[test]
     fn without_a_copier_only_host_memory_is_eager() {
         let mut channels = Channels::new(None, Vec::new(), None);
-        let inline = |place| {
+        let eager = |place| {
             let segment = Segment { addr: 1, len: 1, region: 0, place, peer: Place::HOST };
-            channels.inline_bytes(&[segment])
+            channels.eager_bytes(&[segment])
         };
-        assert_eq!((inline(Place::HOST), inline(Place::gpu(0))), (usize::MAX, 0));
+        assert_eq!((eager(Place::HOST), eager(Place::gpu(0))), (usize::MAX, 0));
         assert!(!channels.copies_pending());
         let mut memory = *b"0123456789";
         let part = |at: usize, len| crate::types::Part { addr: memory.as_ptr() as u64 + at as u64, len, region: 0 };

@@ -24,9 +24,9 @@ pub struct uccl_totals_t {
     /// Chunks that channels have received.
     pub received_chunks: u64,
     /// Bytes of small transfers sent inside control frames.
-    pub inline_sent_bytes: u64,
+    pub eager_sent_bytes: u64,
     /// Bytes of small transfers received inside control frames.
-    pub inline_received_bytes: u64,
+    pub eager_received_bytes: u64,
     /// Transfers that this engine started.
     pub transfers_started: u64,
     /// Transfers of this engine that succeeded.
@@ -298,7 +298,7 @@ impl From<&Totals> for uccl_totals_t {
             ($($name:ident)*) => { uccl_totals_t { $($name: totals.$name,)* } };
         }
         members!(
-            sent_bytes sent_chunks received_bytes received_chunks inline_sent_bytes inline_received_bytes
+            sent_bytes sent_chunks received_bytes received_chunks eager_sent_bytes eager_received_bytes
             transfers_started transfers_completed transfers_failed peer_transfers refused refused_by_peer
             control_sent_bytes control_received_bytes notifications_sent notifications_received stalls slow_answers
             lost_channels resent_chunks packed_chunks unpacked_chunks pack_us unpack_us

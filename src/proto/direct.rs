@@ -114,14 +114,14 @@ impl DirectTransfers<'_> {
             return Ok(());
         }
         self.state.transfers.goes_in_chunks(id, Kind::Write);
-        if let Some(data) = self.state.inline.load(&segments, total, self.channels)? {
-            self.state.queue.push(&Frame::Write { id, regions, segments: remote, inline: Some(data) }, now);
+        if let Some(data) = self.state.eager.load(&segments, total, self.channels)? {
+            self.state.queue.push(&Frame::Write { id, regions, segments: remote, eager: Some(data) }, now);
             self.state.liveness.look_soon(now);
-            self.state.counts.inline_sent_bytes += total;
+            self.state.counts.eager_sent_bytes += total;
             self.state.transfers.moved(id, total);
             return Ok(());
         }
-        self.state.announce(Frame::Write { id, regions, segments: remote, inline: None }, now);
+        self.state.announce(Frame::Write { id, regions, segments: remote, eager: None }, now);
         self.state.outgoing.start(key, segments, hold, self.channels)
     }
 

@@ -3,7 +3,7 @@
 
 use crate::budget::{Part, Share};
 use crate::status::{bail, Result};
-use crate::types::{Segment, MAX_INLINE};
+use crate::types::{Segment, MAX_EAGER};
 
 /// Transfers in flight that one engine started.
 const MAX_TRANSFERS: usize = 1 << 16;
@@ -97,7 +97,7 @@ impl PeerLoad {
     pub(super) fn answers(&mut self, bytes: usize) -> Result<()> {
         answers(bytes)?;
         // Small amounts are not worth counting.
-        self.share.set(Part::Answers, if bytes < MAX_INLINE { 0 } else { bytes })
+        self.share.set(Part::Answers, if bytes < MAX_EAGER { 0 } else { bytes })
     }
 
     /// Counts the bytes that are kept of an incomplete frame. What was announced of it and has not arrived costs nothing.
@@ -105,7 +105,7 @@ impl PeerLoad {
     /// # Errors
     /// `Resource` when peers use too much memory already.
     pub(super) fn arriving(&mut self, bytes: usize) -> Result<()> {
-        self.share.set(Part::Frame, if bytes <= 2 * MAX_INLINE { 0 } else { bytes })
+        self.share.set(Part::Frame, if bytes <= 2 * MAX_EAGER { 0 } else { bytes })
     }
 
     /// Counts the chunks that are announced and have not arrived.

@@ -13,8 +13,8 @@
 
 mod deadlines;
 mod direct;
+mod eager;
 mod incoming;
-mod inline;
 mod lanes;
 mod limits;
 mod listed;
@@ -48,7 +48,7 @@ use crate::region::{Hold, RegionUse};
 use crate::segment_pool::SegmentPool;
 use crate::stats::Totals;
 use crate::status::{bail, err, Error, Result, UCCL_OK};
-use crate::types::{Place, Segment, MAX_INLINE};
+use crate::types::{Place, Segment, MAX_EAGER};
 use crate::wire::frame::Frame;
 use crate::wire::queue::TxQueue;
 use direct::DirectTransfers;
@@ -307,7 +307,7 @@ impl Machine {
         self.state.counts.control_received_bytes += bytes as u64;
         // Answers wait behind a large frame that is arriving. They also wait behind everything that arrives while the peer has a
         // backlog; the peer's heartbeats are late then.
-        if arriving > MAX_INLINE || self.state.liveness.is_late(now) {
+        if arriving > MAX_EAGER || self.state.liveness.is_late(now) {
             self.state.deadlines.waited(bytes as u64, now);
         }
     }

@@ -2,8 +2,8 @@
 //! that does not fit the state of its transfer is a violation. Knows nothing of sockets.
 
 use super::direct::DirectTransfers;
+use super::eager;
 use super::incoming::Ending;
-use super::inline;
 use super::limits::MAX_INLINE_BACKLOG;
 use super::matching::{Message, Pulled};
 use super::state::State;
@@ -48,7 +48,7 @@ impl PeerFrames<'_> {
             _ => {}
         }
         match frame {
-            Frame::Write { id, regions, segments, inline } => self.on_write(id, &regions, &segments, inline),
+            Frame::Write { id, regions, segments, eager } => self.on_write(id, &regions, &segments, eager),
             Frame::Read { id, regions, segments } => self.on_read(id, &regions, &segments),
             Frame::ReadInline { id, data } => self.on_read_inline(id, data),
             Frame::Chunks { id, by_initiator, offset, grants } => {
@@ -104,7 +104,7 @@ impl PeerFrames<'_> {
         self.state.push(&Frame::Done { id, status: error.code(), text: &error.to_string() }, self.now);
     }
 
-    fn on_write(&mut self, id: u64, regions: &[WireRegion], segments: &WireSegments<'_>, inline: Option<&[u8]>) -> Result<()> {
+    fn on_write(&mut self, id: u64, regions: &[WireRegion], segments: &WireSegments<'_>, eager: Option<&[u8]>) -> Result<()> {
         let count = segments.count();
         let total: u64 = segments.iter().map(|s| u64::from(s.len)).sum();
         let room = self.state.load.begin(id, count)?;
@@ -113,7 +113,7 @@ impl PeerFrames<'_> {
         }
         let key = Key { id, mine: false };
         if let Err(e) = room {
-            if inline.is_none() {
+            if eager.is_none() {
                 self.state.deadlines.start(key, Way::In, total, self.now);
                 self.state.incoming.refuse(key, total, false);
             } else {
@@ -123,10 +123,10 @@ impl PeerFrames<'_> {
             return Ok(());
         }
         let resolved = self.resolve(regions, segments, RemoteAccess::WRITE);
-        match (resolved, inline) {
+        match (resolved, eager) {
             (Ok((segments, uses)), Some(data)) => {
-                self.state.counts.inline_received_bytes += total;
-                inline::store(segments, data, self.channels)?;
+                self.state.counts.eager_received_bytes += total;
+                eager::store(segments, data, self.channels)?;
                 drop(uses);
                 self.state.load.ended(count);
                 self.state.push(&Frame::Done { id, status: UCCL_OK, text: "" }, self.now);
@@ -177,10 +177,10 @@ impl PeerFrames<'_> {
         }
         let hold = Hold::new(uses);
         if self.state.queue.tx.pending() < MAX_INLINE_BACKLOG {
-            if let Some(data) = self.state.inline.load(&segments, total, self.channels)? {
+            if let Some(data) = self.state.eager.load(&segments, total, self.channels)? {
                 self.state.queue.push(&Frame::ReadInline { id, data }, self.now);
                 self.state.liveness.look_soon(self.now);
-                self.state.counts.inline_sent_bytes += total;
+                self.state.counts.eager_sent_bytes += total;
                 self.state.load.ended(count);
                 return Ok(());
             }
@@ -196,8 +196,8 @@ impl PeerFrames<'_> {
         }
         let key = Key { id, mine: true };
         let (stream, hold, ..) = self.state.incoming.take_unbegun(key)?;
-        self.state.counts.inline_received_bytes += data.len() as u64;
-        inline::store(stream.into_list(), data, self.channels)?;
+        self.state.counts.eager_received_bytes += data.len() as u64;
+        eager::store(stream.into_list(), data, self.channels)?;
         drop(hold);
         self.state.deadlines.end(key);
         self.state.transfers.moved(id, data.len() as u64);

@@ -2,8 +2,8 @@
 //! nothing of who asks for a step: the application, the peer ([`super::peer`]), or the time.
 
 use super::deadlines::{Deadlines, Overdue};
+use super::eager::Eager;
 use super::incoming::{Ended, Ending, Incoming};
-use super::inline::Inline;
 use super::limits::PeerLoad;
 use super::listed::Pending;
 use super::liveness::Liveness;
@@ -68,7 +68,7 @@ pub(super) struct State {
     pub load: PeerLoad,
     /// Segment lists of ended transfers, to be used again.
     pub segment_pool: SegmentPool,
-    pub inline: Inline,
+    pub eager: Eager,
     pub log: Limiter,
     pub counts: Totals,
 }
@@ -87,7 +87,7 @@ impl State {
             deadlines: Deadlines::new(now),
             load: PeerLoad::new(Share::new(&setting.account)),
             segment_pool: SegmentPool::default(),
-            inline: Inline::new(setting.eager_bytes),
+            eager: Eager::new(setting.eager_bytes),
             log: Limiter::within(&setting.lines, PEER_LINES),
             counts: Totals::default(),
             setting,

@@ -5,7 +5,7 @@
 
 use super::envelope::{Envelope, Opened, Reader};
 use crate::status::{bail, err, Result, StatusCode};
-use crate::types::{Landing, Place, MAX_INLINE};
+use crate::types::{Landing, Place, MAX_EAGER};
 use std::borrow::Cow;
 
 const ENVELOPE: Envelope = Envelope { name: "frame", magic: 0xC7, limit: payload_limit };
@@ -131,8 +131,8 @@ pub struct Grant {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[allow(missing_docs)] // fields are named after what they are; units are bytes
 pub enum Frame<'a> {
-    /// The initiator announces a write; with `inline`, the frame contains the data and no chunk follows.
-    Write { id: u64, regions: Vec<WireRegion>, segments: WireSegments<'a>, inline: Option<&'a [u8]> },
+    /// The initiator announces a write; with `eager`, the frame contains the data and no chunk follows.
+    Write { id: u64, regions: Vec<WireRegion>, segments: WireSegments<'a>, eager: Option<&'a [u8]> },
     /// The initiator asks for a read.
     Read { id: u64, regions: Vec<WireRegion>, segments: WireSegments<'a> },
     /// The target's whole answer to a small read.
@@ -180,9 +180,9 @@ macro_rules! kinds {
 
 kinds! {
     T_WRITE = 1, 16 + MAX_REGIONS * REGION_BYTES + MAX_SEGMENTS * SEGMENT_BYTES;
-    T_WRITE_INLINE = 2, 16 + (REGION_BYTES + SEGMENT_BYTES) * MAX_INLINE + MAX_INLINE;
+    T_WRITE_EAGER = 2, 16 + (REGION_BYTES + SEGMENT_BYTES) * MAX_EAGER + MAX_EAGER;
     T_READ = 3, 16 + MAX_REGIONS * REGION_BYTES + MAX_SEGMENTS * SEGMENT_BYTES;
-    T_READ_INLINE = 4, 8 + MAX_INLINE;
+    T_READ_INLINE = 4, 8 + MAX_EAGER;
     T_CHUNKS = 5, 24 + MAX_GRANTS * GRANT_BYTES;
     T_DONE = 6, 12 + MAX_TEXT;
     T_MESSAGE = 7, 20;
@@ -221,7 +221,7 @@ pub fn decode(buf: &[u8]) -> Result<Decoded<'_>> {
 
 fn decode_payload<'a>(kind: u8, r: &mut Reader<'a>) -> Result<Frame<'a>> {
     Ok(match kind {
-        T_WRITE | T_WRITE_INLINE | T_READ => {
+        T_WRITE | T_WRITE_EAGER | T_READ => {
             let id = r.u64()?;
             let n_regions = r.u32()? as usize;
             let n_segments = r.u32()? as usize;
@@ -232,16 +232,16 @@ fn decode_payload<'a>(kind: u8, r: &mut Reader<'a>) -> Result<Frame<'a>> {
             let segments = WireSegments::decode(r.bytes(n_segments * SEGMENT_BYTES)?, n_regions)?;
             match kind {
                 T_READ => Frame::Read { id, regions, segments },
-                T_WRITE => Frame::Write { id, regions, segments, inline: None },
+                T_WRITE => Frame::Write { id, regions, segments, eager: None },
                 _ => {
                     let total: u64 = segments.iter().map(|s| u64::from(s.len)).sum();
-                    if total > MAX_INLINE as u64 {
-                        bail!(Protocol, "an inline write of {total} bytes, {MAX_INLINE} at most");
+                    if total > MAX_EAGER as u64 {
+                        bail!(Protocol, "an eager write of {total} bytes, {MAX_EAGER} at most");
                     }
                     if total != r.len() as u64 {
-                        bail!(Protocol, "an inline write of {total} bytes carries {} bytes", r.len());
+                        bail!(Protocol, "an eager write of {total} bytes carries {} bytes", r.len());
                     }
-                    Frame::Write { id, regions, segments, inline: Some(r.rest()) }
+                    Frame::Write { id, regions, segments, eager: Some(r.rest()) }
                 }
             }
         }
@@ -328,10 +328,10 @@ fn put(out: &mut Vec<u8>, fields: &[&[u8]]) {
 /// Appends the payload and returns its type.
 fn encode_payload(frame: &Frame<'_>, out: &mut Vec<u8>) -> u8 {
     match frame {
-        Frame::Write { id, regions, segments, inline } => {
+        Frame::Write { id, regions, segments, eager } => {
             encode_segments(*id, regions, segments, out);
-            put(out, &[inline.unwrap_or_default()]);
-            return if inline.is_some() { T_WRITE_INLINE } else { T_WRITE };
+            put(out, &[eager.unwrap_or_default()]);
+            return if eager.is_some() { T_WRITE_EAGER } else { T_WRITE };
         }
         Frame::Read { id, regions, segments } => encode_segments(*id, regions, segments, out),
         Frame::ReadInline { id, data } => put(out, &[&id.to_le_bytes(), data]),
@@ -439,11 +439,11 @@ mod tests {
             let regions = vec![WireRegion { id, token: [7; 16] }, WireRegion { id: !id, token: [9; 16] }];
             let segments: WireSegments<'_> = segs.iter().enumerate().map(|(i, s)| WireSegment { addr: s.0, len: s.1, region: (i % 2) as u16, initiator: Place(u8::from(s.2)), owner: Place(i as u8) }).collect();
             let small: WireSegments<'_> = segments.iter().map(|s| WireSegment { len: s.len % 5 + 1, ..s }).collect();
-            let inline = vec![3u8; small.iter().map(|s| s.len as usize).sum()];
+            let eager = vec![3u8; small.iter().map(|s| s.len as usize).sum()];
             let grants: Vec<_> = segs.iter().map(|s| Grant { len: s.1, channel: s.0 as u16 }).collect();
             let all = [
-                Frame::Write { id, regions: regions.clone(), segments: segments.clone(), inline: None },
-                Frame::Write { id, regions: regions.clone(), segments: small, inline: Some(&inline) },
+                Frame::Write { id, regions: regions.clone(), segments: segments.clone(), eager: None },
+                Frame::Write { id, regions: regions.clone(), segments: small, eager: Some(&eager) },
                 Frame::Read { id, regions, segments },
                 Frame::ReadInline { id, data: &message },
                 Frame::Chunks { id, by_initiator: id % 2 == 0, offset: !id, grants },
@@ -506,11 +506,11 @@ mod tests {
             let regions = vec![WireRegion { id: 1, token: [7; 16] }];
             let data = vec![3; bytes];
             let mut out = Vec::new();
-            encode(&Frame::Write { id: 1, regions, segments: std::iter::once(segment).collect(), inline: Some(&data) }, &mut out);
+            encode(&Frame::Write { id: 1, regions, segments: std::iter::once(segment).collect(), eager: Some(&data) }, &mut out);
             decode(&out).map(|_| ())
         };
-        assert_eq!(write(MAX_INLINE), Ok(()));
-        for bytes in [MAX_INLINE + 1, 1 << 20] {
+        assert_eq!(write(MAX_EAGER), Ok(()));
+        for bytes in [MAX_EAGER + 1, 1 << 20] {
             assert!(write(bytes).unwrap_err().to_string().contains("65536 at most"), "{bytes}");
         }
     }

@@ -444,7 +444,7 @@ def telemetry_of_nixl_beside_the_engines_own():
         deadline = time.monotonic() + 20
         while True:
             sums = metrics(path) if os.path.exists(path) else {}
-            sent = sums.get("uccl_tcpx_sent_bytes_total", 0) + sums.get("uccl_tcpx_inline_sent_bytes_total", 0)
+            sent = sums.get("uccl_tcpx_sent_bytes_total", 0) + sums.get("uccl_tcpx_eager_sent_bytes_total", 0)
             if sent >= moved or time.monotonic() > deadline:
                 break
             time.sleep(0.2)

@@ -225,9 +225,9 @@ impl World {
             0 => Frame::Read { id, regions, segments },
             1 if len <= 4096 && a % 3 == 0 => {
                 const DATA: [u8; 4096] = [LIE; 4096];
-                Frame::Write { id, regions, segments, inline: Some(&DATA[..len as usize]) }
+                Frame::Write { id, regions, segments, eager: Some(&DATA[..len as usize]) }
             }
-            _ => Frame::Write { id, regions, segments, inline: None },
+            _ => Frame::Write { id, regions, segments, eager: None },
         }
     }
 
@@ -408,7 +408,7 @@ fn frames_that_fit_in_another_state_only_are_violations() {
     let segment = WireSegment { addr: 4096, len: 9000, region: 0, initiator: Place::HOST, owner: Place::HOST };
     let segments = || std::iter::once(segment).collect();
     let regions = || vec![WireRegion { id: 77, token: [7; 16] }];
-    let refused = || Frame::Write { id: 1, regions: regions(), segments: segments(), inline: None };
+    let refused = || Frame::Write { id: 1, regions: regions(), segments: segments(), eager: None };
     violates("a write cancelled twice", &mut world, &[refused(), chunk(1), cancel(), cancel()]);
 
     let mut world = World::new(1);
@@ -433,7 +433,7 @@ fn memory_beside_a_region_is_not_written() {
     for (id, addr) in [(1, end - 63), (2, end), (3, end - 30_001), (4, u64::MAX - 10)] {
         let segment = WireSegment { addr, len: 64, region: 0, initiator: Place::HOST, owner: Place::HOST };
         let segments = std::iter::once(segment).collect();
-        world.say(&Frame::Write { id, regions: regions(), segments, inline: Some(&data) });
+        world.say(&Frame::Write { id, regions: regions(), segments, eager: Some(&data) });
     }
     assert!(world.victim.machine.alive().is_ok(), "a refusal does not end the connection");
     assert!(world.victim.memory[0].now().iter().all(|&b| b == BEFORE));

@@ -4,18 +4,18 @@
 use crate::channel::plan::Walk;
 use crate::channel::router::Channels;
 use crate::status::{bail, Result};
-use crate::types::{Part, Segment, MAX_INLINE};
+use crate::types::{Part, Segment, MAX_EAGER};
 
 /// The limit, and room for the bytes of one transfer.
-pub(super) struct Inline {
+pub(super) struct Eager {
     limit: usize,
     gathered: Vec<u8>,
 }
 
-impl Inline {
+impl Eager {
     /// For transfers of at most `limit` bytes.
-    pub(super) fn new(limit: usize) -> Inline {
-        Inline { limit: limit.min(MAX_INLINE), gathered: Vec::new() }
+    pub(super) fn new(limit: usize) -> Eager {
+        Eager { limit: limit.min(MAX_EAGER), gathered: Vec::new() }
     }
 
     /// The bytes of a transfer that is small enough: where they lie if that is one piece of host memory, otherwise gathered in
@@ -26,7 +26,7 @@ impl Inline {
         total: u64,
         channels: &mut Channels,
     ) -> Result<Option<&'a [u8]>> {
-        if total > self.limit as u64 || total > channels.inline_bytes(segments) as u64 {
+        if total > self.limit as u64 || total > channels.eager_bytes(segments) as u64 {
             return Ok(None);
         }
         let device = segments.iter().any(|s| s.place.is_device());
@@ -37,7 +37,7 @@ impl Inline {
         self.gathered.clear();
         self.gathered.reserve(total as usize);
         let mut stream = Walk::new(segments.to_vec());
-        while let Some(chunk) = stream.take(MAX_INLINE) {
+        while let Some(chunk) = stream.take(MAX_EAGER) {
             // SAFETY: the parts lie in registered regions that the caller's uses hold.
             unsafe { channels.fetch(&chunk, &mut self.gathered) }?;
         }
@@ -56,8 +56,8 @@ pub(super) fn store(segments: Vec<Segment>, mut data: &[u8], channels: &mut Chan
         return unsafe { channels.store(&[Part { addr, len, region }], place, data) };
     }
     let mut stream = Walk::new(segments);
-    while let Some(chunk) = stream.take(MAX_INLINE) {
-        let Some((head, tail)) = data.split_at_checked(chunk.len) else { bail!(Protocol, "inline data is too short") };
+    while let Some(chunk) = stream.take(MAX_EAGER) {
+        let Some((head, tail)) = data.split_at_checked(chunk.len) else { bail!(Protocol, "eager data is too short") };
         // SAFETY: the parts lie in registered regions that the caller holds.
         unsafe { channels.store(&chunk.parts, chunk.place, head) }?;
         data = tail;
