@@ -3,8 +3,9 @@
 //! that a peer's memory holds up is replaced. They end with the last connection that uses them. Knows nothing of what a slice is.
 
 use crate::status::{Error, ErrorKind, Result};
-use process::{generation, Condvar, Mutex, PerProcess};
+use process::{generation, Condvar, Mutex, MutexGuard, PerProcess};
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
@@ -17,6 +18,9 @@ const MOST: usize = 16;
 const MOST_IN_ALL: usize = 64;
 /// Slices that are worth another thread.
 const SLICES_PER_THREAD: usize = 4;
+/// Slices that a thread takes at once at most, where no other transfer waits: threads that are at neighbouring pages wait for each other
+/// in the kernel, and for the queue.
+const AT_ONCE: usize = 4;
 /// A slice that takes longer than this holds its thread up. A usual one takes microseconds.
 const HELD_UP: Duration = Duration::from_millis(20);
 /// What a slice is taken to cost until it has ended, nanoseconds.
@@ -130,31 +134,36 @@ impl Job {
 
     /// Does a slice, if one is left that no thread has. Whether it did.
     pub(crate) fn help(&self) -> bool {
-        let index = self.claim();
-        index.map(|index| self.run(index)).is_some()
+        let slices = self.claim(1);
+        slices.map(|slices| self.run(slices)).is_some()
     }
 
-    /// Takes the next slice, which [`Job::run`] must follow.
-    fn claim(&self) -> Option<usize> {
+    /// Takes the next slices, `most` of them, which [`Job::run`] must follow.
+    fn claim(&self, most: usize) -> Option<Range<usize>> {
         self.running.fetch_add(1, Ordering::SeqCst);
         if !self.cancelled.load(Ordering::SeqCst) {
-            let index = self.next.fetch_add(1, Ordering::SeqCst);
-            if index < self.work.len() {
-                return Some(index);
+            let first = self.next.fetch_add(most, Ordering::SeqCst);
+            if first < self.work.len() {
+                return Some(first..(first + most).min(self.work.len()));
             }
         }
         self.leave(false);
         None
     }
 
-    fn run(&self, index: usize) {
+    fn run(&self, slices: Range<usize>) {
         let mut last = false;
-        if let Err(e) = self.work.run(index) {
-            self.error.lock().get_or_insert(e);
-            self.cancelled.store(true, Ordering::SeqCst);
-            last = true;
+        for index in slices {
+            if self.cancelled.load(Ordering::SeqCst) {
+                break;
+            }
+            if let Err(e) = self.work.run(index) {
+                self.error.lock().get_or_insert(e);
+                self.cancelled.store(true, Ordering::SeqCst);
+                last = true;
+            }
+            last |= self.left.fetch_sub(1, Ordering::SeqCst) == 1;
         }
-        last |= self.left.fetch_sub(1, Ordering::SeqCst) == 1;
         self.leave(last);
     }
 
@@ -264,7 +273,8 @@ struct UnderWay {
 struct Queue {
     connections: Shares<u64, Transfers>,
     under_way: Vec<UnderWay>,
-    /// Threads that wait for work.
+    /// Threads, and those of them that wait for work.
+    threads: usize,
     idle: usize,
     ended: bool,
 }
@@ -274,19 +284,22 @@ impl Queue {
         self.connections.enter(job.flow.connection).enter(job.flow.transfer).push_back(job.clone());
     }
 
-    /// The slice that comes next. A connection that holds a thread up has no other.
-    fn take(&mut self, thread: usize) -> Option<(Arc<Job>, usize)> {
+    /// The slices that come next. A connection that holds a thread up has no other.
+    fn take(&mut self, thread: usize) -> Option<(Arc<Job>, Range<usize>)> {
         let now = Instant::now();
         loop {
             let held = |id| self.under_way.iter().any(|one| one.connection == id && now - one.since >= HELD_UP);
             let at = self.connections.least(|id| !held(id))?;
+            let alone = self.connections.0.len() == 1;
             let transfers = &mut self.connections.0[at].what;
+            let alone = alone && transfers.0.len() == 1;
             let Some(of) = transfers.least(|_| true) else {
                 self.connections.0.swap_remove(at);
                 continue;
             };
             let job = transfers.0[of].what.front().cloned();
-            let Some((job, index)) = job.and_then(|job| job.claim().map(|index| (job, index))) else {
+            let most = |job: &Job| if alone { (job.unclaimed() / (2 * self.threads).max(1)).clamp(1, AT_ONCE) } else { 1 };
+            let Some((job, slices)) = job.and_then(|job| job.claim(most(&job)).map(|slices| (job, slices))) else {
                 let jobs = &mut transfers.0[of].what;
                 jobs.pop_front();
                 if jobs.is_empty() {
@@ -297,11 +310,11 @@ impl Queue {
             transfers.0[of].had += EXPECTED;
             self.connections.0[at].had += EXPECTED;
             self.under_way.push(UnderWay { thread, connection: job.flow.connection, since: now });
-            return Some((job, index));
+            return Some((job, slices));
         }
     }
 
-    /// A thread has done its slice.
+    /// A thread has done its slices.
     fn done(&mut self, thread: usize, flow: Flow, took: Duration) {
         self.under_way.retain(|one| one.thread != thread);
         let more = (took.as_nanos() as u64).saturating_sub(EXPECTED);
@@ -317,22 +330,52 @@ impl Queue {
     }
 }
 
-#[derive(Default)]
+/// What the threads share.
 struct Inner {
     queue: Mutex<Queue>,
     comes: Condvar,
+    handles: Mutex<Vec<JoinHandle<()>>>,
+    /// Threads at most, without those that are held up.
+    most: usize,
+    /// No thread could be made: waiting threads do the work.
+    without: AtomicBool,
+}
+
+impl Inner {
+    /// Has one more thread work at what waits: an idle one, or a new one if there are fewer than `most`. Each thread that begins does
+    /// the same, so that the caller waits for one thread only.
+    fn call(self: &Arc<Self>, mut queue: MutexGuard<'_, Queue>, unclaimed: usize, most: usize) {
+        if queue.idle > 0 {
+            drop(queue);
+            self.comes.notify_one();
+        } else if !queue.ended && queue.threads < most.min(MOST_IN_ALL) && unclaimed > queue.threads * SLICES_PER_THREAD {
+            queue.threads += 1;
+            let number = queue.threads;
+            drop(queue);
+            self.spawn(number);
+        }
+    }
+
+    fn spawn(self: &Arc<Self>, number: usize) {
+        let inner = self.clone();
+        let mut handles = self.handles.lock();
+        match process::thread::spawn("uccl-pull", move || work(&inner, number)) {
+            Ok(thread) => handles.push(thread),
+            Err(e) => {
+                log::debug!("no thread for pulls: {e}");
+                self.queue.lock().threads -= 1;
+            }
+        }
+        self.without.store(handles.is_empty(), Ordering::Relaxed);
+    }
 }
 
 /// The threads.
 pub(crate) struct Pool {
     inner: Arc<Inner>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
-    /// No thread could be made: waiting threads do the work.
-    without: AtomicBool,
     /// When threads that are held up were last looked for, milliseconds after the start.
     looked: AtomicU64,
     start: Instant,
-    most: usize,
     generation: u64,
 }
 
@@ -355,36 +398,23 @@ impl Pool {
     }
 
     fn new(most: usize) -> Pool {
-        Pool {
-            inner: Arc::default(),
-            threads: Mutex::default(),
-            without: AtomicBool::new(false),
-            looked: AtomicU64::new(0),
-            start: Instant::now(),
-            most,
-            generation: generation(),
-        }
+        let (queue, comes, handles, without) = Default::default();
+        let inner = Arc::new(Inner { queue, comes, handles, most, without });
+        Pool { inner, looked: AtomicU64::new(0), start: Instant::now(), generation: generation() }
     }
 
     /// Has the threads work at a job.
     pub(crate) fn start(&self, job: &Arc<Job>) {
         let mut queue = self.inner.queue.lock();
         queue.push(job);
-        let (idle, held) = (queue.idle, queue.held_up());
-        drop(queue);
-        let wanted = job.work.len().div_ceil(SLICES_PER_THREAD).min(self.most);
-        // Each that wakes wakes the next.
-        if idle > 0 {
-            self.inner.comes.notify_one();
-        }
-        if idle < wanted {
-            self.more(wanted + held);
-        }
+        let held = queue.held_up();
+        let waits = job.work.len() + held * SLICES_PER_THREAD;
+        self.inner.call(queue, waits, self.inner.most + held);
     }
 
     /// Whether there are no threads, so that the thread that waits for a job has to do it.
     pub(crate) fn is_without_threads(&self) -> bool {
-        self.without.load(Ordering::Relaxed)
+        self.inner.without.load(Ordering::Relaxed)
     }
 
     /// To be called while a job does not end: replaces threads that are held up.
@@ -394,35 +424,19 @@ impl Pool {
             return;
         }
         let queue = self.inner.queue.lock();
-        let (idle, held, waits) = (queue.idle, queue.held_up(), !queue.connections.0.is_empty());
-        drop(queue);
-        if waits && idle == 0 && held > 0 {
-            self.more(self.most + held);
+        let held = queue.held_up();
+        if !queue.connections.0.is_empty() && queue.idle == 0 && held > 0 {
+            self.inner.call(queue, usize::MAX, self.inner.most + held);
         }
-    }
-
-    /// One thread more, up to as many as are wanted.
-    fn more(&self, wanted: usize) {
-        let mut threads = self.threads.lock();
-        let number = threads.len();
-        if number >= wanted.min(MOST_IN_ALL) {
-            return;
-        }
-        let inner = self.inner.clone();
-        match process::thread::spawn("uccl-pull", move || work(&inner, number)) {
-            Ok(thread) => threads.push(thread),
-            Err(e) => log::debug!("no thread for pulls: {e}"),
-        }
-        self.without.store(threads.is_empty(), Ordering::Relaxed);
     }
 }
 
-fn work(inner: &Inner, number: usize) {
+fn work(inner: &Arc<Inner>, number: usize) {
     process::thread::ask_for_long_turns();
     let mut yields = Yields { next: Instant::now() + TURN };
     let mut queue = inner.queue.lock();
     loop {
-        let Some((job, index)) = queue.take(number) else {
+        let Some((job, slices)) = queue.take(number) else {
             if queue.ended {
                 return;
             }
@@ -431,12 +445,12 @@ fn work(inner: &Inner, number: usize) {
             queue.idle -= 1;
             continue;
         };
-        if queue.idle > 0 && job.unclaimed() > SLICES_PER_THREAD {
-            inner.comes.notify_one();
+        match job.unclaimed() {
+            waits if waits > SLICES_PER_THREAD => inner.call(queue, waits, inner.most),
+            _ => drop(queue),
         }
-        drop(queue);
         let (flow, begun) = (job.flow, Instant::now());
-        job.run(index);
+        job.run(slices);
         drop(job);
         let ended = Instant::now();
         if yields.is_due(ended) {
@@ -451,15 +465,21 @@ fn work(inner: &Inner, number: usize) {
 impl Drop for Pool {
     fn drop(&mut self) {
         if self.generation != generation() {
-            // The parent's threads.
-            std::mem::forget(std::mem::take(&mut *self.threads.get_mut()));
+            // The threads are the parent's, and one of them may have held a lock.
             return;
         }
         self.inner.queue.lock().ended = true;
         self.inner.comes.notify_all();
         let own = std::thread::current().id();
-        for thread in self.threads.get_mut().drain(..).filter(|thread| thread.thread().id() != own) {
-            let _ = thread.join();
+        loop {
+            // A thread that ends may just have made another one.
+            let handles = std::mem::take(&mut *self.inner.handles.lock());
+            if handles.is_empty() {
+                return;
+            }
+            for thread in handles.into_iter().filter(|thread| thread.thread().id() != own) {
+                let _ = thread.join();
+            }
         }
     }
 }
@@ -616,8 +636,8 @@ mod tests {
         jobs.iter().for_each(|job| queue.push(job));
         let mut order = Vec::new();
         for _ in 0..takes {
-            let Some((job, index)) = queue.take(0) else { break };
-            job.run(index);
+            let Some((job, slices)) = queue.take(0) else { break };
+            job.run(slices);
             order.push(job.flow.transfer);
             queue.done(0, job.flow, Duration::ZERO);
         }
@@ -669,7 +689,7 @@ mod tests {
                 std::thread::yield_now();
             }
         }
-        assert!(pool.threads.lock().len() <= 4 && order.lock().iter().all(|&n| n == 1));
+        assert!(pool.inner.queue.lock().threads <= 4 && order.lock().iter().all(|&n| n == 1));
         gate.store(true, Ordering::SeqCst);
         held.iter().for_each(|job| finish(job).unwrap());
     }
