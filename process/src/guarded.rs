@@ -1,6 +1,8 @@
-//! Memory for secrets: pages of their own that are left out of core dumps and wiped before they are given back, and a stack of such
-//! pages for code that computes with secrets. Knows nothing of what the secrets are for.
+//! Memory for secrets: pages that hold nothing else, are left out of core dumps, and are wiped before they are given back; and a stack of
+//! such pages for code that computes with secrets. Knows nothing of what the secrets are for.
 
+use crate::Mutex;
+use std::cell::Cell;
 use std::io::{Error, Result};
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
@@ -10,24 +12,102 @@ use zeroize::Zeroize;
 
 const PAGE: usize = 4096;
 
-/// A value in pages of its own. Not shown by `Debug`.
+/// A value in guarded pages. Not shown by `Debug`.
 pub struct Guarded<T> {
     value: NonNull<T>,
     owned: PhantomData<T>,
 }
 
-// SAFETY: the pages belong to this value alone, as a Box's would.
+// SAFETY: the memory belongs to this value alone, as a Box's would.
 unsafe impl<T: Send> Send for Guarded<T> {}
 // SAFETY: as above.
 unsafe impl<T: Sync> Sync for Guarded<T> {}
 
-/// Bytes mapped for a `T`.
-const fn mapped<T>() -> usize {
-    let bytes = std::mem::size_of::<T>();
-    if bytes == 0 {
-        PAGE
-    } else {
-        bytes.div_ceil(PAGE) * PAGE
+/// Bytes for a `T`: a power of two up to a page, and whole pages above.
+const fn room<T>() -> usize {
+    match std::mem::size_of::<T>() {
+        bytes @ 0..=PAGE if bytes <= SMALLEST => SMALLEST,
+        bytes @ 0..=PAGE => bytes.next_power_of_two(),
+        bytes => bytes.div_ceil(PAGE) * PAGE,
+    }
+}
+
+/// The smallest cell.
+const SMALLEST: usize = 64;
+/// Sizes of cells: from the smallest to half of a page.
+const SIZES: usize = (PAGE / SMALLEST).ilog2() as usize;
+/// Attempts at the lock of the cells. In a child that was forked while another thread held it, nobody gives it back.
+const ATTEMPTS: u32 = 1 << 16;
+
+/// Free cells of one size, as a list through their first words. Their other bytes are zeros.
+struct Cells(Option<NonNull<u8>>);
+
+// SAFETY: the cells belong to the list, and to nothing else.
+unsafe impl Send for Cells {}
+
+static CELLS: [Mutex<Cells>; SIZES] = [const { Mutex::new(Cells(None)) }; SIZES];
+
+impl Cells {
+    /// The cells of this size, unless it takes whole pages.
+    fn of(bytes: usize) -> Option<lock_api::MutexGuard<'static, crate::sync::Raw, Cells>> {
+        let cells = CELLS.get((bytes / SMALLEST).ilog2() as usize)?;
+        (0..ATTEMPTS).find_map(|attempt| {
+            let held = cells.try_lock();
+            if held.is_none() && attempt > 0 {
+                std::thread::yield_now();
+            }
+            held
+        })
+    }
+
+    fn push(&mut self, cell: NonNull<u8>) {
+        // SAFETY: a free cell, aligned to its size, which is that of a pointer at least.
+        unsafe { cell.cast::<Option<NonNull<u8>>>().write(self.0) };
+        self.0 = Some(cell);
+    }
+
+    fn pop(&mut self) -> Option<NonNull<u8>> {
+        let cell = self.0?;
+        // SAFETY: `push` has written it.
+        self.0 = unsafe { cell.cast::<Option<NonNull<u8>>>().replace(None) };
+        Some(cell)
+    }
+
+    /// A free cell, of a new page if there is none.
+    fn take(&mut self, bytes: usize) -> Result<NonNull<u8>> {
+        if let Some(cell) = self.pop() {
+            return Ok(cell);
+        }
+        let page = map(PAGE)?;
+        // SAFETY: within the page.
+        (bytes..PAGE).step_by(bytes).for_each(|at| self.push(unsafe { page.add(at) }));
+        Ok(page)
+    }
+}
+
+/// Zeros in guarded pages.
+fn take(bytes: usize) -> Result<NonNull<u8>> {
+    match Cells::of(bytes) {
+        Some(mut cells) => cells.take(bytes),
+        None => map(bytes),
+    }
+}
+
+/// Wipes what [`take`] gave, and gives it back.
+///
+/// # Safety
+/// Nothing uses it any more.
+unsafe fn give_back(memory: NonNull<u8>, bytes: usize) {
+    // SAFETY: by contract.
+    unsafe { std::slice::from_raw_parts_mut(memory.as_ptr(), bytes) }.zeroize();
+    match Cells::of(bytes) {
+        Some(mut cells) => cells.push(memory),
+        // SAFETY: by contract; whole pages that `map` gave.
+        None if bytes >= PAGE => unsafe {
+            libc::munmap(memory.as_ptr().cast(), bytes);
+        },
+        // A forked child, whose cells cannot be reached.
+        None => {}
     }
 }
 
@@ -51,11 +131,12 @@ impl<T> Guarded<T> {
     /// # Errors
     /// Without memory.
     pub fn new(value: T) -> Result<Guarded<T>> {
+        // A cell is aligned to its size.
         const { assert!(std::mem::align_of::<T>() <= PAGE) };
-        let pages = map(mapped::<T>())?.cast::<T>();
-        // SAFETY: the pages are writable, large and aligned enough, and nothing lives in them.
-        unsafe { pages.write(value) };
-        Ok(Guarded { value: pages, owned: PhantomData })
+        let memory = take(room::<T>())?.cast::<T>();
+        // SAFETY: the memory is writable, large and aligned enough, and nothing lives in it.
+        unsafe { memory.write(value) };
+        Ok(Guarded { value: memory, owned: PhantomData })
     }
 }
 
@@ -65,8 +146,7 @@ impl<const N: usize> Guarded<[u8; N]> {
     /// # Errors
     /// Without memory.
     pub fn zeroed() -> Result<Guarded<[u8; N]>> {
-        // Fresh pages hold zeros.
-        Ok(Guarded { value: map(mapped::<[u8; N]>())?.cast(), owned: PhantomData })
+        Ok(Guarded { value: take(room::<[u8; N]>())?.cast(), owned: PhantomData })
     }
 }
 
@@ -87,11 +167,10 @@ impl<T> DerefMut for Guarded<T> {
 
 impl<T> Drop for Guarded<T> {
     fn drop(&mut self) {
-        // SAFETY: the value is dropped once; afterwards its pages are plain bytes of this mapping, wiped and unmapped once.
+        // SAFETY: the value is dropped once; afterwards its memory is plain bytes, given back once.
         unsafe {
             self.value.drop_in_place();
-            std::slice::from_raw_parts_mut(self.value.as_ptr().cast::<u8>(), mapped::<T>()).zeroize();
-            libc::munmap(self.value.as_ptr().cast(), mapped::<T>());
+            give_back(self.value.cast(), room::<T>());
         }
     }
 }
@@ -110,7 +189,29 @@ const ABOVE: usize = PAGE;
 /// A stack that is given back wiped. Its lowest page cannot be touched.
 struct Stack(NonNull<u8>);
 
+// SAFETY: memory that belongs to the stack alone.
+unsafe impl Send for Stack {}
+
+/// Stacks for the next calls: a mapping costs more than the work on it.
+static STACKS: Mutex<[Option<Stack>; 4]> = Mutex::new([const { None }; 4]);
+
 impl Stack {
+    fn take() -> Result<Stack> {
+        let spare = STACKS.try_lock().and_then(|mut stacks| stacks.iter_mut().find_map(Option::take));
+        spare.map_or_else(Stack::new, Ok)
+    }
+
+    /// Wipes it, and keeps it for the next call.
+    fn give_back(self) {
+        // The kernel hands out no page that it has not wiped.
+        // SAFETY: the part above the lowest page, which nothing runs on any more.
+        let wiped = unsafe { libc::madvise(self.0.as_ptr().add(PAGE).cast(), STACK - PAGE, libc::MADV_DONTNEED) } == 0;
+        let mut stacks = STACKS.try_lock().filter(|_| wiped);
+        if let Some(place) = stacks.as_mut().and_then(|stacks| stacks.iter_mut().find(|place| place.is_none())) {
+            *place = Some(self);
+        }
+    }
+
     fn new() -> Result<Stack> {
         let stack = Stack(map(STACK)?);
         // SAFETY: the lowest page of a mapping that nothing uses yet.
@@ -225,8 +326,14 @@ impl Drop for Cleared {
     }
 }
 
+thread_local! {
+    /// Whether this thread is on a guarded stack. Has no destructor, so it exists until the thread's end.
+    static APART: Cell<bool> = const { Cell::new(false) };
+}
+
 /// Runs `work` on a stack of guarded pages, so that nothing that it and the libraries below it compute with stays behind. What it returns
-/// must hold no secret but in [`Guarded`] memory: it lands on the caller's stack.
+/// must hold no secret but in [`Guarded`] memory: it lands on the caller's stack. A call within `work` stays on that stack: one call
+/// around many costs one stack.
 ///
 /// # Errors
 /// Without memory; `work` did not run then.
@@ -234,17 +341,22 @@ pub fn apart<T>(work: impl FnOnce() -> T) -> Result<T> {
     fn entry<F: FnOnce() -> T, T>(_: &Job<F, T>) -> unsafe extern "C" fn(*mut u8) {
         perform::<F, T>
     }
-    let stack = Stack::new()?;
+    if APART.get() {
+        return Ok(work());
+    }
+    let stack = Stack::take()?;
     let _cleared = Cleared;
     let mut job = Job { work: Some(work), outcome: MaybeUninit::uninit() };
     let perform = entry(&job);
+    APART.set(true);
     // SAFETY: the stack's mapping is that long, and page-aligned; the job is of the type that `entry` took. `perform` returns always, and
     // has then written the outcome.
     let outcome = unsafe {
         call_on(stack.0.as_ptr().add(STACK - ABOVE), perform, (&raw mut job).cast());
         job.outcome.assume_init()
     };
-    drop(stack);
+    APART.set(false);
+    stack.give_back();
     match outcome {
         Ok(value) => Ok(value),
         Err(panic) => std::panic::resume_unwind(panic),
@@ -284,6 +396,18 @@ mod tests {
         let drops = std::cell::Cell::new(0);
         drop(Guarded::new(Noisy(&drops)).unwrap());
         assert_eq!(drops.get(), 1);
+        let pages: std::collections::HashSet<_> = (0..1000u16)
+            .map(|i| {
+                let small = [(); 70].map(|()| Guarded::new([i; 20]).unwrap());
+                assert!(
+                    small.iter().all(|cell| cell.iter().all(|&word| word == i))
+                        && flags(small[9].as_ptr() as usize).contains(" dd")
+                );
+                small[69].as_ptr() as usize / PAGE
+            })
+            .collect();
+        let again = Guarded::<[u8; 40]>::zeroed().unwrap();
+        assert!(again.iter().all(|&b| b == 0) && pages.len() < 10, "cells are used again");
         let mut key = Guarded::<[u8; 5000]>::zeroed().unwrap();
         assert!(key.iter().all(|&b| b == 0));
         key[4999] = 7;

@@ -9,6 +9,7 @@ use crate::types::Protect;
 use crate::wire::handshake::{Handshake, Outcome, Peer};
 use crate::wire::hello::{Hello, Terms};
 use crate::wire::keys::Proof;
+use crate::wire::secret::apart;
 use crate::wire::session::{Opened, Session, MAX_RECORD};
 use crate::wire::setup::{self, Decoded, Invitation, Offered, Verdict};
 use std::collections::VecDeque;
@@ -174,7 +175,8 @@ impl SealedLink {
             };
             Ok(HalfKeys { hello, guard })
         };
-        Ok(ChannelKeys { send: half(session.ours)?, recv: half(session.ours.other())? })
+        // One stack for all of them.
+        apart(|| Ok(ChannelKeys { send: half(session.ours)?, recv: half(session.ours.other())? }))
     }
 
     /// The keys that prove this session to a peer on this host.
