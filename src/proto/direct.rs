@@ -88,6 +88,8 @@ impl DirectTransfers<'_> {
                 self.state.segment_pool.give_wire(request.remote);
                 self.begin(key, way, total, Kept { hold, receive: None });
             }
+            // The first small write goes eagerly meanwhile: it takes one way to the peer where the answer takes two.
+            Route::Wait if way == Way::Out && self.is_eager(&waiting.request) => self.start_chunks(waiting)?,
             Route::Wait => {
                 self.state.deadlines.start_in_order(key, way, total, self.now);
                 self.state.direct.waiting.push(waiting);
@@ -97,6 +99,11 @@ impl DirectTransfers<'_> {
             Route::Channels => self.start_chunks(waiting)?,
         }
         Ok(())
+    }
+
+    /// Whether a write goes in one frame with its data.
+    fn is_eager(&self, request: &Request) -> bool {
+        self.state.eager.takes(&request.segments, request.total, self.channels)
     }
 
     /// Starts a transfer in chunks, or with its data in a frame.

@@ -18,6 +18,11 @@ impl Eager {
         Eager { limit: limit.min(MAX_EAGER), gathered: Vec::new() }
     }
 
+    /// Whether a transfer is small enough.
+    pub(super) fn takes(&self, segments: &[Segment], total: u64, channels: &Channels) -> bool {
+        total <= self.limit as u64 && total <= channels.eager_bytes(segments) as u64
+    }
+
     /// The bytes of a transfer that is small enough: where they lie if that is one piece of host memory, otherwise gathered in
     /// this buffer.
     pub(super) fn load<'a>(
@@ -26,7 +31,7 @@ impl Eager {
         total: u64,
         channels: &mut Channels,
     ) -> Result<Option<&'a [u8]>> {
-        if total > self.limit as u64 || total > channels.eager_bytes(segments) as u64 {
+        if !self.takes(segments, total, channels) {
             return Ok(None);
         }
         let device = segments.iter().any(|s| s.place.is_device());
