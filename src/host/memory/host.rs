@@ -483,7 +483,7 @@ mod tests {
                 assert_ne!(at, libc::MAP_FAILED);
                 let at: *mut u8 = at.cast();
                 for page in 0..pages {
-                    at.add(page * PAGE).write_bytes(page as u8 + 1, PAGE);
+                    at.add(page * PAGE).write_bytes((page as u8).wrapping_add(1), PAGE);
                     if page % 2 == 1 {
                         assert_eq!(libc::mprotect(at.add(page * PAGE).cast(), PAGE, libc::PROT_NONE), 0);
                     }
