@@ -196,6 +196,8 @@ typedef struct uccl_totals_t {
   uint64_t slow_answers;
   /** Channels that were lost, and whose undelivered chunks were sent again on others. */
   uint64_t lost_channels;
+  /** Lost channels that came back. */
+  uint64_t restored_channels;
   /** Chunks sent again after their channel was lost. */
   uint64_t resent_chunks;
   /** Chunks packed from GPU memory. */

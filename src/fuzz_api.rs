@@ -88,6 +88,7 @@ fn start() -> (Handshake, Handshake, bool) {
         gpu: "-1".into(),
         wanted_gpu: String::new(),
         further_gpus: Vec::new(),
+        joins: false,
     };
     let connecting = Handshake::connecting(identity, hello(), keys.clone()).expect("a connector");
     (connecting, Handshake::listening(identity, hello(), keys.clone()).expect("a listener"), true)

@@ -5,6 +5,7 @@ use super::device::DeviceCopier;
 use super::plan::{Chunk, ChunkLimits};
 use super::stripe::Loads;
 use crate::direct::{Event, Way};
+use crate::net::setup::Pair;
 use crate::region::Hold;
 use crate::stats::ChannelStats;
 use crate::status::{Error, Result};
@@ -68,6 +69,16 @@ pub(crate) struct Line<'a> {
     pub open: bool,
 }
 
+/// What becomes of a channel.
+pub(crate) enum Change {
+    /// It is closed, because of this, as if it had failed.
+    Close(Error),
+    /// It is closed, and these comms take its place. It receives; it is not chosen for sending before `Open`.
+    Restore(Pair),
+    /// The peer has opened its end too.
+    Open,
+}
+
 /// The device copier of a connection; absent if device memory cannot be registered.
 pub(crate) type Copier = Option<Box<dyn DeviceCopier>>;
 
@@ -102,8 +113,11 @@ pub(crate) trait Path: Send {
     /// the connection.
     fn progress(&mut self, copier: &mut Copier, now: Instant, events: &mut Vec<Event>) -> Result<bool>;
 
-    /// Closes a channel, because of `why`, as if it had failed.
-    fn close(&mut self, channel: usize, why: Error);
+    /// Closes a channel, or opens it again.
+    ///
+    /// # Errors
+    /// `Internal` for a channel that cannot be restored, since it is not closed.
+    fn change(&mut self, channel: usize, change: Change) -> Result<()>;
 
     /// Whether chunks are announced, in flight or expected, or a channel is about to close.
     fn busy(&self) -> bool;

@@ -3,11 +3,12 @@
 //! number the channels over them. Knows nothing of plugins, and of transfers only the keys of chunks.
 
 use super::device::spread;
-use super::path::{Arrival, Copier, Departure, Path};
+use super::path::{Arrival, Change, Copier, Departure, Path};
 use super::plan::{Chunk, ChunkLimits};
 use super::stillness::Stillness;
 use super::stripe::{self, Loads, Want};
 use crate::direct::{Activity, Direct, Event, Way};
+use crate::net::setup::Pair;
 use crate::stats::ChannelStats;
 use crate::status::{bail, err, Error, Result};
 use crate::types::{Part, Place, Segment};
@@ -196,9 +197,34 @@ impl Channels {
 
     /// Closes a channel, because of `why`. [`Channels::progress`] reports that it is closed.
     pub(crate) fn close_channel(&mut self, channel: u16, why: Error) {
-        if let Some((path, index, _)) = self.path(channel) {
-            path.close(index, why);
-        }
+        // Nothing is left to close where it does not exist.
+        let _ = self.change(channel, Change::Close(why));
+    }
+
+    /// Takes a channel in place of one that is closed. It is not chosen before [`Channels::open_channel`].
+    ///
+    /// # Errors
+    /// `Internal` when the channel is not closed.
+    pub(crate) fn restore(&mut self, channel: u16, pair: Pair) -> Result<()> {
+        self.change(channel, Change::Restore(pair))
+    }
+
+    /// A restored channel is open at both engines.
+    pub(crate) fn open_channel(&mut self, channel: u16) {
+        // It exists: the peer's frame was checked.
+        let _ = self.change(channel, Change::Open);
+    }
+
+    fn change(&mut self, channel: u16, change: Change) -> Result<()> {
+        let Some((path, index, _)) = self.path(channel) else { bail!(Internal, "channel {channel} does not exist") };
+        path.change(index, change)
+    }
+
+    /// The NIC of a channel.
+    pub(crate) fn nic(&self, channel: u16) -> String {
+        let direct = usize::from(self.direct.is_some());
+        let mut all = self.stats(false, Instant::now());
+        all.get_mut(direct + usize::from(channel)).map_or_else(String::new, |stats| std::mem::take(&mut stats.nic))
     }
 
     /// So many bytes that were submitted or expected are no longer in flight, since their channel is closed.
@@ -274,7 +300,7 @@ impl Channels {
                 number += 1;
             })?;
             if sound || *general.get_or_insert(sound) {
-                faulty.into_iter().for_each(|(number, why)| path.close(number, why));
+                faulty.into_iter().try_for_each(|(number, why)| path.change(number, Change::Close(why)))?;
             }
         }
         Ok(())
@@ -484,7 +510,9 @@ mod tests {
         fn busy(&self) -> bool {
             !self.happens.is_empty()
         }
-        fn close(&mut self, _channel: usize, _why: Error) {}
+        fn change(&mut self, _channel: usize, _change: Change) -> Result<()> {
+            Ok(())
+        }
         fn network(&mut self, each: &mut dyn FnMut(Line<'_>)) -> Result<()> {
             for channel in 0..self.channels {
                 let moved = self.bytes.map(|bytes| if channel == 0 { bytes } else { (0, 0) });

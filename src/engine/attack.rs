@@ -1,7 +1,9 @@
 //! A peer that breaks every rule, for tests/lying_peer.rs: it does the real handshake and set-up with real channels, then sends
 //! any frames and data in any order. Not part of the API: it changes whenever the protocol does.
 
-use super::setup::{connect, dial};
+use super::connection::Begun;
+use super::setup::lineage::{Lineage, Seat};
+use super::setup::{build, connect, dial};
 use super::Engine;
 use crate::engine::setup::driver::SetupDriver;
 use crate::engine::setup::machine::Setup;
@@ -11,6 +13,7 @@ use crate::types::Key;
 use crate::wire::control::ControlStream;
 use crate::wire::queue::{RxBuffer, TxQueue};
 use nccl_net_abi::{ucclIoVec, MAX_REQUESTS};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub use crate::engine::fifo::FifoItem;
@@ -41,6 +44,12 @@ struct Pair {
     sink: &'static mut [u8],
 }
 
+impl Pair {
+    fn new(pair: crate::net::setup::Pair) -> Pair {
+        Pair { send: pair.send, recv: pair.recv, sink: vec![0; MOST].leak() }
+    }
+}
+
 /// One connection to a victim.
 pub struct Liar {
     // The comms are dropped before the memory that they use; that memory is never freed.
@@ -49,6 +58,8 @@ pub struct Liar {
     tx: TxQueue,
     rx: RxBuffer,
     data: &'static [u8],
+    lineage: Arc<Lineage>,
+    port: u16,
     /// The id of the victim's engine.
     pub victim: [u8; 16],
     /// Largest chunk.
@@ -70,17 +81,43 @@ impl Liar {
         let mut driver = SetupDriver::new(sock, address, Setup::new(context.link(Some(""))?, now, deadline, deadline), now);
         connect::drive(context, &mut driver)?;
         let up = driver.parts()?;
+        let lineage = Arc::new(build::lineage(&up)?.0);
         let (victim, chunk_bytes) = (up.agreed.peer.engine, up.agreed.terms.chunk_bytes as usize);
-        let pair = |pair: crate::net::setup::Pair| Pair { send: pair.send, recv: pair.recv, sink: vec![0; MOST].leak() };
         Ok(Liar {
-            channels: up.sets.into_iter().flat_map(|set| set.pairs).map(pair).collect(),
+            channels: up.sets.into_iter().flat_map(|set| set.pairs).map(Pair::new).collect(),
             control: ControlStream::new(up.sock, up.sealed.session, up.sealed.plain, up.sealed.raw)?,
             tx: TxQueue::default(),
             rx: RxBuffer::default(),
             data: vec![lie; MOST].leak(),
+            lineage,
+            port,
             victim,
             chunk_bytes,
         })
+    }
+
+    /// Sets up `channels` of this connection again, with the identity of `engine` and with this generation. They take the places of the lost
+    /// ones.
+    ///
+    /// # Errors
+    /// The victim's refusal.
+    pub fn join(&mut self, engine: &Engine, generation: u32, channels: &[u16]) -> Result<()> {
+        let context = &engine.parts.context;
+        let now = Instant::now();
+        let deadline = now + SET_UP;
+        let seats = channels.iter().map(|&channel| Seat { channel, set: 0, index: channel.into() }).collect();
+        let Some(joining) = self.lineage.begin() else { bail!(Internal, "one at a time") };
+        let begun = Begun { joining, number: generation, seats };
+        let addresses = [std::net::SocketAddr::from(([127, 0, 0, 1], self.port))];
+        let (sock, address) = dial::connect(&addresses, deadline, &context.shutdown)?;
+        let setup = Setup::new(context.joining_link()?, now, deadline, deadline);
+        let mut driver = SetupDriver::joining(sock, address, setup, 0, begun, now);
+        connect::drive(context, &mut driver)?;
+        for pair in driver.parts()?.sets.into_iter().flat_map(|set| set.pairs) {
+            let index = pair.index;
+            *self.channel(index)? = Pair::new(pair);
+        }
+        Ok(())
     }
 
     /// The number of channels that came up.

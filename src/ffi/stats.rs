@@ -53,6 +53,8 @@ pub struct uccl_totals_t {
     pub slow_answers: u64,
     /// Channels that were lost, and whose undelivered chunks were sent again on others.
     pub lost_channels: u64,
+    /// Lost channels that came back.
+    pub restored_channels: u64,
     /// Chunks sent again after their channel was lost.
     pub resent_chunks: u64,
     /// Chunks packed from GPU memory.
@@ -66,7 +68,7 @@ pub struct uccl_totals_t {
 }
 
 // Members of later versions lie behind it and must not move.
-const _: () = assert!(size_of::<uccl_totals_t>() == 24 * size_of::<u64>());
+const _: () = assert!(size_of::<uccl_totals_t>() == 25 * size_of::<u64>());
 
 /// Statistics of an engine. Set `size` to sizeof(uccl_stats_t) before the call; the library fills no more than that. Later versions only
 /// append members. The library copies numbers into the structure and keeps no pointer to it. Counters start when the engine is created and
@@ -301,7 +303,7 @@ impl From<&Totals> for uccl_totals_t {
             sent_bytes sent_chunks received_bytes received_chunks eager_sent_bytes eager_received_bytes
             transfers_started transfers_completed transfers_failed peer_transfers refused refused_by_peer
             control_sent_bytes control_received_bytes notifications_sent notifications_received stalls slow_answers
-            lost_channels resent_chunks packed_chunks unpacked_chunks pack_us unpack_us
+            lost_channels restored_channels resent_chunks packed_chunks unpacked_chunks pack_us unpack_us
         )
     }
 }

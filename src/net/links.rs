@@ -11,12 +11,16 @@ pub(crate) struct LinkWatch {
     socket: OwnedFd,
     /// The interfaces at the last look.
     before: HashSet<String>,
+    /// Those that could carry data.
+    usable: HashSet<String>,
 }
 
 /// The interfaces after a change, and the names of those before it: a plugin's device names need not be names of interfaces.
 pub(crate) struct Links {
     before: HashSet<String>,
     now: Vec<Found>,
+    /// An interface can carry data that could not before.
+    pub came_back: bool,
 }
 
 impl LinkWatch {
@@ -40,7 +44,8 @@ impl LinkWatch {
         if bound != 0 {
             return Err(io::Error::last_os_error());
         }
-        Ok(LinkWatch { socket, before: names(&list()?) })
+        let now = list()?;
+        Ok(LinkWatch { socket, before: names(&now), usable: usable(&now) })
     }
 
     /// Becomes readable at a change.
@@ -60,7 +65,9 @@ impl LinkWatch {
             || io::Error::last_os_error().raw_os_error() == Some(libc::ENOBUFS)
         {}
         let now = list()?;
-        Ok(Links { before: std::mem::replace(&mut self.before, names(&now)), now })
+        let came_back = usable(&now).iter().any(|name| !self.usable.contains(name));
+        self.usable = usable(&now);
+        Ok(Links { before: std::mem::replace(&mut self.before, names(&now)), now, came_back })
     }
 }
 
@@ -74,14 +81,22 @@ impl Links {
         let Some(interface) = self.now.iter().find(|interface| interface.name == nic) else {
             return self.before.contains(nic).then_some("was removed");
         };
-        match interface {
-            Found { up: false, .. } => Some("is down"),
-            Found { carrier: false, .. } => Some("has no carrier"),
-            // A link-local address says nothing.
-            Found { addresses, .. } if !addresses.iter().any(|address| is_routed(address.ip)) => Some("has no address"),
-            _ => None,
-        }
+        fault(interface)
     }
+}
+
+fn fault(interface: &Found) -> Option<&'static str> {
+    match interface {
+        Found { up: false, .. } => Some("is down"),
+        Found { carrier: false, .. } => Some("has no carrier"),
+        // A link-local address says nothing.
+        Found { addresses, .. } if !addresses.iter().any(|address| is_routed(address.ip)) => Some("has no address"),
+        _ => None,
+    }
+}
+
+fn usable(interfaces: &[Found]) -> HashSet<String> {
+    interfaces.iter().filter(|interface| fault(interface).is_none()).map(|interface| interface.name.clone()).collect()
 }
 
 fn is_routed(address: IpAddr) -> bool {
@@ -113,7 +128,7 @@ mod tests {
             interface("eth3", [true, true], None),
             interface("eth5", [true, true], Some("fe80::2")),
         ];
-        let links = Links { before, now };
+        let links = Links { before, now, came_back: false };
         let faults = ["eth0", "eth1", "eth2", "eth3", "eth4", "eth5", "mlx5_0"].map(|nic| links.fault(nic));
         let no_address = Some("has no address");
         assert_eq!(faults, [None, Some("is down"), Some("has no carrier"), no_address, Some("was removed"), no_address, None]);

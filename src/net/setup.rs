@@ -3,7 +3,7 @@
 //! the connector dials them. An unusable NIC is left out; in the end the two engines agree on the channels that both have. Knows
 //! nothing of chunks, and of time only how long to wait for a NIC when others are up.
 
-use super::comm::{Accepting, Answering, Calling, Connecting, Handle, ListenComm, RecvComm, SendComm};
+use super::comm::{Accepting, Answering, Calling, Connecting, Doorbell, Handle, ListenComm, RecvComm, SendComm};
 use super::pairing;
 use super::plugin::{Device, Plugin};
 use super::secure::{ChannelKeys, HalfKeys, KeysOf};
@@ -61,6 +61,13 @@ pub(crate) struct Pair {
     pub peer_nic: String,
 }
 
+impl Pair {
+    /// Sets a doorbell; `false` if the plugin has none and must be polled.
+    pub(crate) fn set_doorbell(&self, doorbell: &Doorbell) -> Result<bool> {
+        Ok(self.send.set_doorbell(doorbell)? && self.recv.set_doorbell(doorbell)?)
+    }
+}
+
 /// Keeps the channels that came up at both engines, once the peer has named its own, and closes the rest. Both engines call it.
 pub(crate) fn agree(pairs: Vec<Pair>, theirs: &[usize]) -> Vec<Pair> {
     pairs.into_iter().filter(|p| theirs.contains(&p.index)).collect()
@@ -72,6 +79,8 @@ struct Listener {
     nic: String,
     /// None if this engine dials.
     comm: Option<ListenComm>,
+    /// Why the NIC cannot be used.
+    failed: Option<Error>,
 }
 
 impl Listener {
@@ -82,7 +91,7 @@ impl Listener {
             Role::Dials => plugin.ready(dev).map(|()| None),
             Role::Both | Role::Listens => ListenComm::new(plugin, dev, gpu).map(Some),
         };
-        Ok(Listener { dev, nic: nic.to_owned(), comm: comm? })
+        Ok(Listener { dev, nic: nic.to_owned(), comm: comm?, failed: None })
     }
 
     fn handle(&self) -> Handle {
@@ -96,6 +105,8 @@ pub(crate) struct Listening {
     gpu: Scope,
     role: Role,
     listeners: Vec<Listener>,
+    /// The numbers of the channels, if they are given: the engines' offers are then joined in their order.
+    numbers: Option<Vec<usize>>,
 }
 
 impl Listening {
@@ -137,7 +148,38 @@ impl Listening {
         if listeners.is_empty() {
             return Err(last);
         }
-        Ok(Listening { plugin: plugin.clone(), gpu, role, listeners })
+        Ok(Listening { plugin: plugin.clone(), gpu, role, listeners, numbers: None })
+    }
+
+    /// Opens a listen comm for each of these channels of an earlier set-up, given by number and NIC. One whose NIC fails is offered
+    /// nevertheless, and does not come up.
+    ///
+    /// # Errors
+    /// When none can be opened.
+    pub(crate) fn reopen(
+        plugin: &Arc<Plugin>,
+        devices: &[Device],
+        wanted: Vec<(usize, &str)>,
+        gpu: Scope,
+        role: Role,
+    ) -> Result<Listening> {
+        let (mut listeners, mut last) = (Vec::with_capacity(wanted.len()), err!(Plugin, "no channel is wanted"));
+        let (numbers, nics): (Vec<usize>, Vec<&str>) = wanted.into_iter().unzip();
+        for nic in nics {
+            let opened = match devices.iter().position(|device| device.name == nic && topology::has_carrier(Path::new("/"), nic))
+            {
+                Some(dev) => Listener::open(plugin, dev, nic, &gpu, role, false),
+                None => Err(err!(Plugin, "NIC {nic} cannot be used at present")),
+            };
+            listeners.push(opened.unwrap_or_else(|e| {
+                last = e.clone();
+                Listener { dev: usize::MAX, nic: nic.to_owned(), comm: None, failed: Some(e) }
+            }));
+        }
+        if listeners.iter().all(|l| l.failed.is_some()) {
+            return Err(last);
+        }
+        Ok(Listening { plugin: plugin.clone(), gpu, role, listeners, numbers: Some(numbers) })
     }
 
     /// The offers for the peer.
@@ -152,7 +194,10 @@ impl Listening {
         let keys = keys.filter(|_| self.plugin.traits.secured);
         let names: Vec<&str> = self.listeners.iter().map(|l| l.nic.as_str()).collect();
         let theirs: Vec<&str> = peer.iter().map(|o| o.nic.as_str()).collect();
-        let joined = pairing::join(&names, &theirs, self.plugin.traits.paired_nics);
+        let joined = match &self.numbers {
+            None => pairing::join(&names, &theirs, self.plugin.traits.paired_nics),
+            Some(_) => (0..names.len().min(theirs.len())).map(|i| (i, i)).collect(),
+        };
         let reason = joined.is_empty().then(|| match theirs.is_empty() {
             true => format!("the peer offers no channels of plugin {}", self.plugin.name),
             false => format!(
@@ -166,11 +211,14 @@ impl Listening {
         let mut channels = Vec::with_capacity(joined.len());
         for (index, (ours, theirs)) in joined.into_iter().enumerate() {
             let Some(listener) = listeners[ours].take() else { continue };
+            let index = self.numbers.as_ref().map_or(index, |numbers| numbers[index]);
             let keys = keys.map(|keys| keys(index)).transpose();
             let on = On { plugin: &self.plugin, gpu: &self.gpu, role: self.role, allowed };
             channels.push(Channel::start(index, &on, listener, &peer[theirs], keys));
         }
-        Establishing { plugin: self.plugin, channels, began: Instant::now(), first_up: None, reason }
+        let names = channels.iter().map(|c: &Channel| (c.nic.clone(), c.peer_nic.clone())).collect();
+        let again = self.numbers.is_some();
+        Establishing { plugin: self.plugin, channels, names, began: Instant::now(), first_up: None, reason, again }
     }
 }
 
@@ -292,6 +340,13 @@ impl On<'_> {
 
     /// Both directions of a channel.
     fn start(&self, listener: Listener, peer: &Handle, keys: Option<ChannelKeys>) -> (Result<Outward>, Result<Inward>) {
+        if let Some(e) = listener.failed {
+            return (Err(e.clone()), Err(e));
+        }
+        if self.role != Role::Listens && peer.iter().all(|&byte| byte == 0) {
+            let error = err!(Unreachable, "the peer's NIC cannot be used at present");
+            return (Err(error.clone()), Err(error));
+        }
         let (dev, own) = (listener.dev, listener.handle());
         let (send, recv) = keys.map_or((None, None), |k| (Some(k.send), Some(k.recv)));
         match (listener.comm, self.role) {
@@ -428,9 +483,13 @@ impl Channel {
 pub(crate) struct Establishing {
     plugin: Arc<Plugin>,
     channels: Vec<Channel>,
+    /// The NICs of each channel, here and at the peer.
+    names: Vec<(String, String)>,
     began: Instant,
     first_up: Option<Instant>,
     reason: Option<String>,
+    /// They were lost, and it is no news that some are.
+    again: bool,
 }
 
 /// How long to wait for other NICs once the first channel is up: this many times what that took, within bounds.
@@ -502,7 +561,10 @@ impl Establishing {
             let missing = channel.missing().or_else(|| channel.lost.take());
             let cause = channel.cause().or_else(|| missing.map(|m| err!(TimedOut, "{m}: nothing after {waited:.1} s")));
             if let Some(cause) = cause {
-                left_out(&channel.nic, &cause);
+                match self.again {
+                    true => log::debug!("NIC {} does not come back: {cause}", channel.nic),
+                    false => left_out(&channel.nic, &cause),
+                }
                 warned.push(channel.nic.clone());
             }
             channel.reported = true;
@@ -529,6 +591,11 @@ impl Establishing {
                 channel.give_up();
             }
         }
+    }
+
+    /// The NICs of each channel, up or not, by number: here, and at the peer.
+    pub(crate) fn names(&self) -> &[(String, String)] {
+        &self.names
     }
 
     /// Why there are no channels, if nothing could be joined.

@@ -149,11 +149,19 @@ impl Incoming {
         self.streams.get(&key).is_some_and(|s| s.begun)
     }
 
-    /// The peer announces a chunk at `offset` of its stream: the next one, or one that a lost channel did not deliver.
+    /// The peer announces a chunk at `offset` of its stream: the next one, or one that a lost channel did not deliver. `delivers`: this
+    /// engine has not closed the channel, which would make it a lost one.
     ///
     /// # Errors
     /// `Protocol` when it does not fit its stream, its channel or a limit.
-    pub(super) fn announce(&mut self, key: Key, offset: u64, grant: Grant, channels: &mut Channels) -> Result<()> {
+    pub(super) fn announce(
+        &mut self,
+        key: Key,
+        offset: u64,
+        grant: Grant,
+        delivers: bool,
+        channels: &mut Channels,
+    ) -> Result<()> {
         let len = grant.len as usize;
         let Some(limits) = channels.limits(grant.channel) else { bail!(Protocol, "channel {} does not exist", grant.channel) };
         if len == 0 || len > limits.bytes {
@@ -172,7 +180,10 @@ impl Incoming {
         inc.arriving += len as u64;
         self.expected += 1;
         lane(&mut self.lanes, grant.channel).push(Announced { key, offset, len: len as u64 });
-        channels.expect(grant.channel, Arrival { key, len, tag: tag(key, false, offset), dest })
+        match delivers {
+            true => channels.expect(grant.channel, Arrival { key, len, tag: tag(key, false, offset), dest }),
+            false => Ok(()),
+        }
     }
 
     /// A chunk is in place or drained. Returns the end of the stream if it was the last one.

@@ -1,15 +1,57 @@
-//! Channels that were lost. An engine that loses a channel closes its end of it, then says how many of the peer's chunks are in place.
-//! Only when both engines have closed it can nothing of it be read or written any more; then what it did not deliver is sent again. Pure.
+//! Channels that were lost, and that came back. An engine that loses a channel closes its end of it, then says how many of the peer's
+//! chunks are in place. Only when both engines have closed it can nothing of it be read or written any more; then what it did not deliver is
+//! sent again, and the channel may be set up again. Each set-up has a generation, so that what crosses on the way is told apart. Pure.
 
-use crate::status::{bail, Error, Result};
+use super::lanes::lane;
+use crate::status::{bail, err, Error, Result};
+use std::time::{Duration, Instant};
 
-/// A channel as far as it is lost.
-#[derive(Debug, Default)]
-struct Loss {
-    /// Why this engine has closed it.
+/// How long this engine waits for the peer to open a channel that came back.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// The two ends of a channel, as far as they differ from those of one that was never lost.
+#[derive(Debug)]
+struct Ends {
+    /// Why this engine has closed its end, while it is closed.
     ours: Option<Error>,
-    /// How many chunks of this engine have arrived at the peer, which has closed it, and why.
+    /// How many chunks of this engine have arrived at the peer, which has closed its end, and why.
     theirs: Option<(u64, String)>,
+    /// The generations of the ends that were opened last.
+    our_generation: u32,
+    their_generation: u32,
+    /// The last set-up that this engine has taken part in.
+    begun: u32,
+    /// Both ends of a generation are open, or this engine has yet to recover from the loss of one.
+    live: bool,
+    /// Since when the end of this engine waits for the peer's.
+    waits: Option<Instant>,
+    /// When it was lost.
+    lost: Option<Instant>,
+}
+
+impl Default for Ends {
+    fn default() -> Ends {
+        Ends { ours: None, theirs: None, our_generation: 0, their_generation: 0, begun: 0, live: true, waits: None, lost: None }
+    }
+}
+
+impl Ends {
+    fn same(&self) -> bool {
+        self.our_generation == self.their_generation
+    }
+
+    fn is_open(&self) -> bool {
+        self.ours.is_none() && self.theirs.is_none() && self.same()
+    }
+}
+
+/// What follows from the peer's Lost.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    /// This engine has to close its end.
+    Close,
+    /// Both ends are closed.
+    Recover,
 }
 
 /// A channel that both engines have closed.
@@ -17,54 +59,270 @@ struct Loss {
 pub(super) struct Closed {
     /// How many chunks of this engine have arrived.
     pub chunks: u64,
-    /// What each engine says.
-    pub ours: Error,
-    pub theirs: String,
+    /// What each engine says; `None` if the channel carried nothing.
+    pub said: Option<(Error, String)>,
+}
+
+/// Channels that came back together.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Back {
+    pub channels: Vec<u16>,
+    /// For how long the first of them was lost.
+    pub after: Duration,
 }
 
 #[derive(Debug, Default)]
-pub(super) struct Losses(Vec<Loss>);
+pub(super) struct Losses {
+    ends: Vec<Ends>,
+    /// The generation of the last set-up.
+    generation: u32,
+    /// Channels that came back, until all of their set-up have.
+    back: Vec<(u16, Duration)>,
+    /// A channel may be set up again that could not before.
+    news: bool,
+}
 
 impl Losses {
-    fn of(&mut self, channel: u16) -> &mut Loss {
-        super::lanes::lane(&mut self.0, channel)
+    fn of(&mut self, channel: u16) -> &mut Ends {
+        lane(&mut self.ends, channel)
     }
 
-    /// This engine has closed a channel.
+    fn look(&self, channel: u16) -> Option<&Ends> {
+        self.ends.get(usize::from(channel))
+    }
+
+    /// A channel did not come up at all.
+    pub(super) fn never_up(&mut self, channel: u16, now: Instant) {
+        let why = || "it did not come up".to_owned();
+        *self.of(channel) = Ends {
+            ours: Some(err!(Unreachable, "{}", why())),
+            theirs: Some((0, why())),
+            live: false,
+            lost: Some(now),
+            ..Ends::default()
+        };
+        self.news = true;
+    }
+
+    /// This engine has closed its end of a channel.
     pub(super) fn ours(&mut self, channel: u16, why: Error) {
-        self.of(channel).ours.get_or_insert(why);
+        let ends = self.of(channel);
+        ends.ours.get_or_insert(why);
+        ends.waits = None;
+        // An end that the peer's never joined may come back at once.
+        self.news |= self.is_lost(channel);
     }
 
-    /// The peer has closed a channel. Whether this engine has yet to close it.
+    /// The peer has closed its end of a channel.
     ///
     /// # Errors
-    /// `Protocol` when it had done so before.
-    pub(super) fn theirs(&mut self, channel: u16, chunks: u64, why: String) -> Result<bool> {
-        let loss = self.of(channel);
-        if loss.theirs.replace((chunks, why)).is_some() {
+    /// `Protocol` when it is not open.
+    pub(super) fn theirs(&mut self, channel: u16, chunks: u64, why: String) -> Result<Next> {
+        let ends = self.of(channel);
+        if ends.theirs.replace((chunks, why)).is_some() {
             bail!(Protocol, "channel {channel} is lost twice");
         }
-        Ok(loss.ours.is_none())
+        Ok(if ends.ours.is_none() && ends.same() { Next::Close } else { Next::Recover })
     }
 
-    /// Whether the peer has closed a channel: it announces no more chunks on it.
+    /// Whether the peer has closed its end: it announces no more chunks there.
     pub(super) fn is_theirs(&self, channel: u16) -> bool {
-        self.0.get(usize::from(channel)).is_some_and(|loss| loss.theirs.is_some())
+        self.look(channel).is_some_and(|ends| ends.theirs.is_some())
     }
 
-    /// Whether this engine has closed a channel.
-    pub(super) fn is_ours(&self, channel: u16) -> bool {
-        self.0.get(usize::from(channel)).is_some_and(|loss| loss.ours.is_some())
+    /// Whether the peer may announce chunks: its end is open, and this engine has opened its own.
+    pub(super) fn may_announce(&self, channel: u16) -> bool {
+        self.look(channel).is_none_or(|ends| ends.theirs.is_none() && ends.their_generation <= ends.our_generation)
     }
 
-    /// How many channels this engine has closed.
-    pub(super) fn closed(&self) -> usize {
-        self.0.iter().filter(|loss| loss.ours.is_some()).count()
+    /// Whether chunks that the peer announces reach this engine.
+    pub(super) fn delivers(&self, channel: u16) -> bool {
+        self.look(channel).is_none_or(|ends| ends.ours.is_none() && ends.same())
     }
 
-    /// What is known of a channel that both engines have closed.
-    pub(super) fn both(&self, channel: u16) -> Option<Closed> {
-        let Loss { ours: Some(ours), theirs: Some((chunks, theirs)) } = self.0.get(usize::from(channel))? else { return None };
-        Some(Closed { chunks: *chunks, ours: ours.clone(), theirs: theirs.clone() })
+    /// Whether the end that this engine closes is the one to which the peer's announcements belong.
+    pub(super) fn expects(&self, channel: u16) -> bool {
+        self.look(channel).is_none_or(Ends::same)
+    }
+
+    /// How many of `count` channels are open.
+    pub(super) fn open(&self, count: usize) -> usize {
+        count - self.ends.iter().filter(|ends| !ends.is_open()).count()
+    }
+
+    /// How many of `count` channels this engine has not closed, those aside that have not come back yet.
+    pub(super) fn left(&self, count: usize) -> usize {
+        count - self.ends.iter().filter(|ends| ends.ours.is_some() || !ends.live).count()
+    }
+
+    /// Both ends are closed, or the peer's is and belonged to an end of this engine that is closed: what is known of the channel, if there
+    /// is something to recover from.
+    pub(super) fn recover(&mut self, channel: u16, now: Instant) -> Option<Closed> {
+        let ends = self.of(channel);
+        let Some((chunks, theirs)) = &mut ends.theirs else { return None };
+        // It is final, and was not more than this: a later end begins again.
+        let (chunks, theirs) = (std::mem::take(chunks), theirs.clone());
+        let live = ends.ours.is_some() && ends.our_generation == ends.their_generation && std::mem::take(&mut ends.live);
+        if live {
+            ends.lost = Some(now);
+        }
+        let said = ends.ours.clone().filter(|_| live).map(|ours| (ours, theirs));
+        self.news |= self.is_lost(channel);
+        Some(Closed { chunks, said })
+    }
+
+    // ---- coming back ----
+
+    /// Whether a channel is closed at both engines.
+    pub(super) fn is_lost(&self, channel: u16) -> bool {
+        self.look(channel).is_some_and(|ends| ends.ours.is_some() && ends.theirs.is_some())
+    }
+
+    /// Whether a channel can be set up again that could not before; says so once.
+    pub(super) fn take_news(&mut self) -> bool {
+        std::mem::take(&mut self.news)
+    }
+
+    /// This engine takes part in a set-up of channels that are lost: the next one, or the one that the peer has numbered.
+    ///
+    /// # Errors
+    /// `Unsupported` when one of them is not lost, or the number was used before.
+    pub(super) fn begin(&mut self, channels: &[u16], number: Option<u32>) -> Result<u32> {
+        if let Some(channel) = channels.iter().find(|&&channel| !self.is_lost(channel)) {
+            bail!(Unsupported, "channel {channel} is not lost at this engine");
+        }
+        let next = self.generation.checked_add(1);
+        let Some(generation) = number.filter(|&number| number > self.generation).or(next.filter(|_| number.is_none())) else {
+            bail!(Unsupported, "a set-up of this number was before");
+        };
+        self.generation = generation;
+        channels.iter().for_each(|&channel| self.of(channel).begun = generation);
+        Ok(generation)
+    }
+
+    /// This engine has opened its end of a channel that has come up. Whether both ends are open.
+    ///
+    /// # Errors
+    /// `Internal` when that is not the last set-up of a lost channel.
+    pub(super) fn up_here(&mut self, channel: u16, generation: u32, now: Instant) -> Result<bool> {
+        let ends = self.of(channel);
+        if ends.ours.is_none() || ends.begun != generation || ends.our_generation >= generation {
+            bail!(Internal, "channel {channel} was not being set up");
+        }
+        (ends.ours, ends.our_generation, ends.waits) = (None, generation, Some(now));
+        Ok(self.joined(channel, now))
+    }
+
+    /// The peer has opened its end of a channel. Whether both ends are open.
+    ///
+    /// # Errors
+    /// `Protocol` when it was open, or there was no such set-up.
+    pub(super) fn up_there(&mut self, channel: u16, generation: u32, now: Instant) -> Result<bool> {
+        let ends = self.of(channel);
+        if ends.theirs.is_none() || generation <= ends.their_generation || generation > ends.begun {
+            bail!(Protocol, "channel {channel} is up in generation {generation}, which cannot be");
+        }
+        (ends.theirs, ends.their_generation) = (None, generation);
+        Ok(self.joined(channel, now))
+    }
+
+    fn joined(&mut self, channel: u16, now: Instant) -> bool {
+        let ends = self.of(channel);
+        if !ends.is_open() {
+            return false;
+        }
+        (ends.live, ends.waits) = (true, None);
+        let after = ends.lost.take().map_or(Duration::ZERO, |lost| now.saturating_duration_since(lost));
+        self.back.push((channel, after));
+        true
+    }
+
+    /// The channels that have come back, once no other waits.
+    pub(super) fn take_back(&mut self) -> Option<Back> {
+        if self.back.is_empty() || self.ends.iter().any(|ends| ends.waits.is_some()) {
+            return None;
+        }
+        let back = std::mem::take(&mut self.back);
+        let after = back.iter().map(|(_, after)| *after).max().unwrap_or_default();
+        Some(Back { channels: back.into_iter().map(|(channel, _)| channel).collect(), after })
+    }
+
+    /// Channels that came back at this engine alone.
+    pub(super) fn overdue(&self, now: Instant) -> impl Iterator<Item = u16> + '_ {
+        let late = move |ends: &Ends| ends.waits.is_some_and(|since| now.saturating_duration_since(since) > PATIENCE);
+        self.ends.iter().enumerate().filter(move |(_, ends)| late(ends)).map(|(channel, _)| channel as u16)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn why() -> Error {
+        err!(RemoteDisconnect, "cut")
+    }
+
+    fn lost() -> Losses {
+        let mut losses = Losses::default();
+        losses.ours(0, why());
+        assert_eq!(losses.theirs(0, 0, String::new()).unwrap(), Next::Recover);
+        assert!(losses.recover(0, Instant::now()).unwrap().said.is_some());
+        losses
+    }
+
+    #[test]
+    fn a_channel_comes_back_once_both_engines_say_so() {
+        let now = Instant::now();
+        for here_first in [true, false] {
+            let mut losses = lost();
+            assert!(losses.take_news() && losses.is_lost(0) && !losses.take_news());
+            assert_eq!(losses.begin(&[0], None).unwrap(), 1);
+            let first = if here_first { losses.up_here(0, 1, now) } else { losses.up_there(0, 1, now) };
+            assert!(!first.unwrap() && losses.open(3) == 2 && losses.left(3) == 2 && losses.take_back().is_none());
+            assert_eq!(losses.may_announce(0), false, "the peer waits for this engine's Up, or has not said its own");
+            let second = if here_first { losses.up_there(0, 1, now) } else { losses.up_here(0, 1, now) };
+            assert!(second.unwrap() && losses.open(3) == 3 && losses.may_announce(0) && losses.delivers(0));
+            assert_eq!(losses.take_back().unwrap().channels, [0]);
+            losses.theirs(0, 0, String::new()).unwrap();
+        }
+    }
+
+    #[test]
+    fn only_a_set_up_brings_a_channel_back() {
+        let now = Instant::now();
+        let mut losses = lost();
+        assert!(losses.up_there(0, 1, now).is_err(), "no set-up has begun");
+        assert_eq!(losses.begin(&[0], Some(7)).unwrap(), 7);
+        for wrong in [0, 8] {
+            assert!(losses.up_there(0, wrong, now).is_err(), "{wrong}");
+        }
+        assert!(losses.up_here(0, 6, now).is_err());
+        losses.up_there(0, 7, now).unwrap();
+        assert!(losses.up_there(0, 7, now).is_err(), "twice");
+        for number in [None, Some(8)] {
+            assert!(losses.begin(&[0], number).is_err(), "the peer has opened its end");
+        }
+        losses.theirs(0, 0, String::new()).unwrap();
+        assert!(losses.begin(&[0], Some(7)).is_err() && losses.begin(&[0, 1], None).is_err() && losses.begin(&[0], None).is_ok());
+    }
+
+    #[test]
+    fn an_end_that_the_peer_does_not_join_closes_again_and_late_frames_of_the_peer_belong_to_the_old_one() {
+        let now = Instant::now();
+        let mut losses = lost();
+        losses.begin(&[0], None).unwrap();
+        losses.up_here(0, 1, now).unwrap();
+        assert_eq!(losses.overdue(now + PATIENCE).count(), 0);
+        assert_eq!(losses.overdue(now + 2 * PATIENCE).collect::<Vec<_>>(), [0]);
+        losses.ours(0, why());
+        assert!(losses.is_lost(0), "the next attempt may follow");
+        losses.begin(&[0], None).unwrap();
+        losses.up_here(0, 2, now).unwrap();
+        // The peer had opened the first one, announced chunks on it, and lost it.
+        assert!(!losses.up_there(0, 1, now).unwrap());
+        assert!(losses.may_announce(0) && !losses.delivers(0) && !losses.expects(0));
+        assert_eq!(losses.theirs(0, 0, String::new()).unwrap(), Next::Recover);
+        assert!(losses.recover(0, now).unwrap().said.is_none() && !losses.is_theirs(1));
+        assert!(losses.up_there(0, 2, now).unwrap() && losses.delivers(0));
     }
 }

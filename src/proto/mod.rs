@@ -242,6 +242,45 @@ impl Machine {
         DirectTransfers { state: &mut self.state, channels, now }.start_at_once(sketch, way, blocks)
     }
 
+    // ---- channels that come back ----
+
+    /// A channel has not come up at all.
+    pub(crate) fn leave_out(&mut self, channel: u16, now: Instant) {
+        self.state.losses.never_up(channel, now);
+    }
+
+    /// Whether a channel is closed at both engines, and may be set up again.
+    pub(crate) fn is_lost(&self, channel: u16) -> bool {
+        self.dead.is_none() && self.state.losses.is_lost(channel)
+    }
+
+    /// Whether [`Machine::is_lost`] has come to hold for a channel; says so once.
+    pub(crate) fn has_lost(&mut self) -> bool {
+        self.dead.is_none() && self.state.losses.take_news()
+    }
+
+    /// This engine takes part in a set-up of lost channels. Returns its number: the next one, or the one that the peer has chosen.
+    ///
+    /// # Errors
+    /// Why it cannot; the connection stays as it is.
+    pub(crate) fn begin_restore(&mut self, channels: &[u16], number: Option<u32>) -> Result<u32> {
+        self.alive()?;
+        self.state.losses.begin(channels, number)
+    }
+
+    /// A lost channel is up at this engine; [`Channels`] has it already, and no chunk goes over it until the peer says the same.
+    ///
+    /// # Errors
+    /// `Internal` where there was no such set-up.
+    pub(crate) fn restore(&mut self, channel: u16, number: u32, channels: &mut Channels, now: Instant) -> Result<()> {
+        let open = self.state.losses.up_here(channel, number, now)?;
+        self.state.push(&Frame::Up { channel, generation: number }, now);
+        if open {
+            self.state.restored(channel, channels, now);
+        }
+        Ok(())
+    }
+
     // ---- progress ----
 
     /// Takes a frame of the peer. An error means that the connection must end.
@@ -341,6 +380,9 @@ impl Machine {
             if let Some(why) = channels.dead_nic(timeout, now) {
                 bail!(TimedOut, "{why}");
             }
+        }
+        for channel in self.state.losses.overdue(now).collect::<Vec<_>>() {
+            channels.close_channel(channel, err!(RemoteDisconnect, "the peer did not open it"));
         }
         if let Some(overdue) = self.state.deadlines.overdue(timeout, now) {
             return Err(self.state.describe(overdue, channels, now));

@@ -5,6 +5,7 @@ use super::direct::DirectTransfers;
 use super::eager;
 use super::incoming::Ending;
 use super::limits::MAX_INLINE_BACKLOG;
+use super::losses::Next;
 use super::matching::{Message, Pulled};
 use super::state::State;
 use super::transfers::Kind;
@@ -63,6 +64,7 @@ impl PeerFrames<'_> {
             Frame::Ping { received } => self.on_ping(received),
             Frame::Arrived { channel, chunks } => self.on_arrived(channel, chunks),
             Frame::Lost { channel, chunks, text } => self.on_lost(channel, chunks, text),
+            Frame::Up { channel, generation } => self.on_up(channel, generation),
             Frame::Bye { status, text } => Err(farewell(status, text)),
         }
     }
@@ -207,13 +209,11 @@ impl PeerFrames<'_> {
 
     fn on_chunks(&mut self, key: Key, mut offset: u64, grants: &[Grant]) -> Result<()> {
         for &grant in grants {
-            if self.state.losses.is_theirs(grant.channel) {
-                bail!(Protocol, "a chunk on channel {}, which the peer has closed", grant.channel);
+            if !self.state.losses.may_announce(grant.channel) {
+                bail!(Protocol, "a chunk on channel {}, which is not open at both engines", grant.channel);
             }
-            self.state.incoming.announce(key, offset, grant, self.channels)?;
-            if self.state.losses.is_ours(grant.channel) {
-                self.channels.lose(u64::from(grant.len));
-            }
+            let delivers = self.state.losses.delivers(grant.channel);
+            self.state.incoming.announce(key, offset, grant, delivers, self.channels)?;
             offset = offset.saturating_add(u64::from(grant.len));
         }
         self.state.load.chunks(self.state.incoming.outstanding())
@@ -421,10 +421,24 @@ impl PeerFrames<'_> {
         self.check_channel(channel)?;
         let text = printable(text);
         let why = err!(RemoteDisconnect, "the peer has closed channel {channel}: {text}");
-        if self.state.losses.theirs(channel, chunks, text)? {
-            self.channels.close_channel(channel, why);
+        match self.state.losses.theirs(channel, chunks, text)? {
+            Next::Close => {
+                self.channels.close_channel(channel, why);
+                Ok(())
+            }
+            Next::Recover => self.state.recover(channel, self.channels, self.now),
         }
-        self.state.recover(channel, self.channels, self.now)
+    }
+
+    /// The peer has opened its end of a channel that was lost.
+    fn on_up(&mut self, channel: u16, generation: u32) -> Result<()> {
+        if self.channels.limits(channel).is_none() {
+            bail!(Protocol, "channel {channel} does not exist");
+        }
+        if self.state.losses.up_there(channel, generation, self.now)? {
+            self.state.restored(channel, self.channels, self.now);
+        }
+        Ok(())
     }
 
     fn check_channel(&self, channel: u16) -> Result<()> {

@@ -7,7 +7,7 @@ use super::incoming::{Ended, Ending, Incoming};
 use super::limits::PeerLoad;
 use super::listed::Pending;
 use super::liveness::Liveness;
-use super::losses::{Closed, Losses};
+use super::losses::{Back, Closed, Losses};
 use super::matching::Matching;
 use super::outgoing::{Left, Outgoing, Undelivered};
 use super::queue::ControlQueue;
@@ -231,10 +231,14 @@ impl State {
         let mut all = Vec::new();
         let unsent = self.outgoing.close(channel, &mut all);
         all.into_iter().for_each(|left| self.stream_left(left));
-        let (chunks, missing) = self.incoming.close(channel);
+        let (chunks, missing) = match self.losses.expects(channel) {
+            true => self.incoming.close(channel),
+            // What the peer announces there belongs to an earlier end.
+            false => (0, 0),
+        };
         channels.lose(unsent + missing);
         self.losses.ours(channel, why.clone());
-        if self.losses.closed() == channels.count() {
+        if self.losses.left(channels.count()) == 0 {
             return Err(why);
         }
         self.push(&Frame::Lost { channel, chunks, text: why.to_str() }, now);
@@ -246,7 +250,7 @@ impl State {
     /// # Errors
     /// When the connection must end.
     pub(super) fn recover(&mut self, channel: u16, channels: &Channels, now: Instant) -> Result<()> {
-        let Some(Closed { chunks, ours, theirs }) = self.losses.both(channel) else { return Ok(()) };
+        let Some(Closed { chunks, said }) = self.losses.recover(channel, now) else { return Ok(()) };
         let Undelivered { left, cancelled, chunks, bytes } = self.outgoing.lose(channel, chunks, channels)?;
         left.into_iter().for_each(|left| self.stream_left(left));
         for key in cancelled {
@@ -255,9 +259,11 @@ impl State {
         for (key, ended) in self.incoming.lose(channel) {
             self.stream_ended(key, ended, now);
         }
-        self.counts.lost_channels += 1;
+        self.liveness.look_soon(now);
         self.counts.resent_chunks += chunks as u64;
-        let open = channels.count() - self.losses.closed();
+        let Some((ours, theirs)) = said else { return Ok(()) };
+        self.counts.lost_channels += 1;
+        let open = self.losses.open(channels.count());
         self.log.log(
             log::Level::Info,
             now,
@@ -266,8 +272,21 @@ impl State {
                 self.setting.peer
             ),
         );
-        self.liveness.look_soon(now);
         Ok(())
+    }
+
+    /// A channel that was lost is open at both engines again.
+    pub(super) fn restored(&mut self, channel: u16, channels: &mut Channels, now: Instant) {
+        channels.open_channel(channel);
+        self.counts.restored_channels += 1;
+        self.liveness.look_soon(now);
+        let Some(Back { channels: back, after }) = self.losses.take_back() else { return };
+        let names: Vec<String> = back.iter().map(|&channel| format!("{channel} on {}", channels.nic(channel))).collect();
+        self.log.log(
+            log::Level::Info,
+            now,
+            format_args!("{}: lost channels are back after {after:.1?}: {}", self.setting.peer, names.join(", ")),
+        );
     }
 
     /// Reports to the peer how much has arrived.

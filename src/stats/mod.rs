@@ -57,6 +57,7 @@ totals! {
     stalls: "Seconds in which a channel had chunks in flight and moved none",
     slow_answers: "Times that a peer was silent, or a transfer moved nothing, for half of its timeout",
     lost_channels: "Channels that were lost, and whose undelivered chunks were sent again on others",
+    restored_channels: "Lost channels that came back",
     resent_chunks: "Chunks sent again after their channel was lost",
     packed_chunks: "Chunks packed from GPU memory",
     unpacked_chunks: "Chunks unpacked into GPU memory",
@@ -126,6 +127,21 @@ pub struct ChannelStats {
     pub avoided: bool,
     /// The kernel's statistics. Filled only when statistics are read.
     pub network: Option<Network>,
+}
+
+impl ChannelStats {
+    /// With what an earlier channel in its place has moved.
+    pub(crate) fn and(mut self, past: &ChannelStats) -> ChannelStats {
+        self.sent_bytes += past.sent_bytes;
+        self.sent_chunks += past.sent_chunks;
+        self.received_bytes += past.received_bytes;
+        self.received_chunks += past.received_chunks;
+        self.packed_chunks += past.packed_chunks;
+        self.unpacked_chunks += past.unpacked_chunks;
+        self.pack_us += past.pack_us;
+        self.unpack_us += past.unpack_us;
+        self
+    }
 }
 
 /// A connection.

@@ -159,6 +159,8 @@ pub enum Frame<'a> {
     Arrived { channel: u16, chunks: u64 },
     /// The sender of the frame has lost `channel`, and closed its end of it. So many of the chunks announced on it are in place.
     Lost { channel: u16, chunks: u64, text: &'a str },
+    /// The sender of the frame has opened its end of `channel`, which was lost, in this set-up of it.
+    Up { channel: u16, generation: u32 },
     /// The goodbye: orderly with status 0, otherwise why the sender of the frame ends the connection.
     Bye { status: StatusCode, text: &'a str },
 }
@@ -194,6 +196,7 @@ kinds! {
     T_CANCEL = 13, 8;
     T_ARRIVED = 14, 12;
     T_LOST = 15, 12 + MAX_TEXT;
+    T_UP = 16, 8;
 }
 
 /// What [`decode`] found at the front of a buffer.
@@ -274,6 +277,7 @@ fn decode_payload<'a>(kind: u8, r: &mut Reader<'a>) -> Result<Frame<'a>> {
         T_PING => Frame::Ping { received: r.u64()? },
         T_ARRIVED => Frame::Arrived { chunks: r.u64()?, channel: channel(r)? },
         T_LOST => Frame::Lost { chunks: r.u64()?, channel: channel(r)?, text: text(r)? },
+        T_UP => Frame::Up { generation: r.u32()?, channel: channel(r)? },
         T_BYE => Frame::Bye { status: r.u32()? as StatusCode, text: text(r)? },
         _ => bail!(Protocol, "unknown frame type {kind}"),
     })
@@ -361,6 +365,7 @@ fn encode_payload(frame: &Frame<'_>, out: &mut Vec<u8>) -> u8 {
         Frame::Lost { channel, chunks, text } => {
             put(out, &[&chunks.to_le_bytes(), &u32::from(*channel).to_le_bytes(), cut_text(text).as_bytes()]);
         }
+        Frame::Up { channel, generation } => put(out, &[&generation.to_le_bytes(), &u32::from(*channel).to_le_bytes()]),
         Frame::Bye { status, text } => put(out, &[&status.to_le_bytes(), cut_text(text).as_bytes()]),
     }
     type_of(frame)
@@ -382,6 +387,7 @@ fn type_of(frame: &Frame<'_>) -> u8 {
         Frame::Ping { .. } => T_PING,
         Frame::Arrived { .. } => T_ARRIVED,
         Frame::Lost { .. } => T_LOST,
+        Frame::Up { .. } => T_UP,
         Frame::Bye { .. } => T_BYE,
     }
 }
@@ -458,6 +464,7 @@ mod tests {
                 Frame::Ping { received: !id },
                 Frame::Arrived { channel: id as u16, chunks: !id },
                 Frame::Lost { channel: id as u16, chunks: id, text: "why" },
+                Frame::Up { channel: id as u16, generation: id as u32 },
                 Frame::Bye { status, text: "end" },
             ];
             let mut buf = Vec::new();

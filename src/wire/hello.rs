@@ -22,7 +22,7 @@ const MAX_WANTED_GPU: usize = 64;
 /// Most further GPUs that a hello names.
 pub(crate) const MAX_FURTHER: usize = 7;
 /// Most bytes of an encoded hello.
-pub(crate) const MAX_HELLO: usize = 2 + 4 + 4 + 4 + 1 + 1 + MAX_PLUGIN + 1 + MAX_GPU + 1 + MAX_WANTED_GPU + 1 + MAX_FURTHER;
+pub(crate) const MAX_HELLO: usize = 2 + 4 + 4 + 4 + 1 + 1 + MAX_PLUGIN + 1 + MAX_GPU + 1 + MAX_WANTED_GPU + 1 + MAX_FURTHER + 1;
 
 /// An engine's hello.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,6 +45,8 @@ pub(crate) struct Hello {
     pub wanted_gpu: String,
     /// CUDA indexes of further GPUs whose memory the engine has registered, rising.
     pub further_gpus: Vec<u8>,
+    /// The connector sets up channels of a connection that the two engines have, and no other one.
+    pub joins: bool,
 }
 
 /// What the two engines agreed on.
@@ -97,6 +99,13 @@ fn protect([level]: [u8; 1]) -> Result<Protect> {
     }
 }
 
+fn joins([flag]: [u8; 1]) -> Result<bool> {
+    match flag {
+        0 | 1 => Ok(flag == 1),
+        _ => bail!(Protocol, "a hello asks for set-up {flag}, which is not known"),
+    }
+}
+
 impl Hello {
     /// Appends the hello. Texts are escaped and cut to their limits; numbers are sent as they are.
     pub(crate) fn encode(&self, out: &mut Vec<u8>) {
@@ -111,6 +120,7 @@ impl Hello {
         let further = &self.further_gpus[..self.further_gpus.len().min(MAX_FURTHER)];
         out.push(further.len() as u8);
         out.extend_from_slice(further);
+        out.push(u8::from(self.joins));
     }
 
     /// Decodes the hello in exactly these bytes and checks the range of every value.
@@ -129,6 +139,7 @@ impl Hello {
             gpu: get_text(rest, MAX_GPU, "GPU's name")?,
             wanted_gpu: get_text(rest, MAX_WANTED_GPU, "wanted GPU")?,
             further_gpus: get_further(rest)?,
+            joins: joins(get(rest)?)?,
         };
         if !rest.is_empty() {
             bail!(Protocol, "a hello has {} bytes too many", rest.len());
@@ -213,6 +224,7 @@ pub(crate) mod tests {
             gpu: "-1".into(),
             wanted_gpu: "0000:4a:00.0".into(),
             further_gpus: vec![1, 3],
+            joins: false,
         }
     }
 

@@ -40,7 +40,7 @@ impl Direction {
         }
     }
 
-    fn label(self) -> &'static [u8] {
+    pub(super) fn label(self) -> &'static [u8] {
         match self {
             Direction::ToListening => b"to listening",
             Direction::ToConnecting => b"to connecting",
@@ -74,6 +74,22 @@ impl Exporter {
     /// The key that proves the session to a process on the same host.
     pub(crate) fn local_key(&self, direction: Direction) -> Result<Secret> {
         self.derive(&[b"uccl local", direction.label()])
+    }
+
+    /// Names the connection, to its two engines.
+    pub(super) fn connection(&self) -> Result<[u8; 16]> {
+        let name = self.derive(&[b"uccl connection"])?;
+        Ok(std::array::from_fn(|i| name[i]))
+    }
+
+    /// The key that proves in a later session that its engines are those of this one.
+    pub(super) fn join_key(&self) -> Result<Secret> {
+        self.derive(&[b"uccl join key"])
+    }
+
+    /// Stands for the handshake in what is proved; not secret.
+    pub(super) fn binding(&self) -> Result<[u8; 32]> {
+        Ok(*self.derive(&[b"uccl join binding"])?)
     }
 
     /// The key that protects the data of a data channel (AES-256-GCM). Never use it for two streams.

@@ -5,6 +5,7 @@
 
 use super::envelope::{Envelope, Opened, Reader};
 use super::hello::MAX_CHANNELS;
+use super::join::Join;
 use super::text;
 use crate::status::{bail, Error, ErrorKind, Result, StatusCode, UCCL_OK};
 
@@ -82,8 +83,8 @@ impl From<&Error> for Verdict {
 /// A message of the set-up.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Message {
-    /// The listen comms of the sender, by plugin set, and where it waits for a peer on the same host.
-    Offer(Vec<Vec<Offered>>, Option<Invitation>),
+    /// The listen comms of the sender, by plugin set, where it waits for a peer on the same host, and the connection that the set-up joins.
+    Offer(Vec<Vec<Offered>>, Option<Invitation>, Option<Join>),
     /// The sender's part is done. With status OK: the numbers of the channels that are up at the sender, rising (64 times the
     /// number of the set plus the position in the set's offer), and whether it has met the peer on this host. The sender's last
     /// message.
@@ -99,7 +100,7 @@ const T_ABORT: u8 = 3;
 /// The largest payload of a message type; `None` for an unknown type.
 fn payload_limit(kind: u8) -> Option<usize> {
     Some(match kind {
-        T_OFFER => 1 + MAX_SETS * 2 + MAX_ALL * (1 + MAX_NIC + HANDLE_BYTES) + 1 + 32,
+        T_OFFER => 1 + MAX_SETS * 2 + MAX_ALL * (1 + MAX_NIC + HANDLE_BYTES) + 1 + 32 + 1 + 16 + 4 + 2 + 2 * MAX_ALL + 32,
         T_READY => 4 + 2 + MAX_TEXT + 2 + 2 * MAX_ALL + 1,
         T_ABORT => 4 + 2 + MAX_TEXT,
         _ => return None,
@@ -158,7 +159,13 @@ fn offer(reader: &mut Reader<'_>) -> Result<Message> {
         true => Some(Invitation { host: reader.fixed()?, name: reader.fixed()? }),
         false => None,
     };
-    Ok(Message::Offer(sets, invitation))
+    let join = match flag(reader)? {
+        true => {
+            Some(Join { connection: reader.fixed()?, number: reader.u32()?, channels: channels(reader)?, proof: reader.fixed()? })
+        }
+        false => None,
+    };
+    Ok(Message::Offer(sets, invitation, join))
 }
 
 fn flag(reader: &mut Reader<'_>) -> Result<bool> {
@@ -191,11 +198,11 @@ fn verdict(reader: &mut Reader<'_>) -> Result<Verdict> {
 fn channels(reader: &mut Reader<'_>) -> Result<Vec<u16>> {
     let n = reader.u16()?;
     if usize::from(n) > MAX_ALL {
-        bail!(Protocol, "a verdict lists {n} channels");
+        bail!(Protocol, "a message lists {n} channels");
     }
     let up = (0..n).map(|_| reader.u16()).collect::<Result<Vec<_>>>()?;
     if up.last().is_some_and(|&last| usize::from(last) >= NUMBERS) || up.windows(2).any(|w| w[0] >= w[1]) {
-        bail!(Protocol, "the numbers of the channels that are up are not in rising order");
+        bail!(Protocol, "the numbers of channels are not in rising order");
     }
     Ok(up)
 }
@@ -207,11 +214,16 @@ fn put_verdict(verdict: &Verdict, out: &mut Vec<u8>) {
     out.extend_from_slice(text.as_bytes());
 }
 
+fn put_channels(numbers: &[u16], out: &mut Vec<u8>) {
+    out.extend_from_slice(&(numbers.len() as u16).to_le_bytes());
+    numbers.iter().for_each(|number| out.extend_from_slice(&number.to_le_bytes()));
+}
+
 /// Appends `message` to `out`. Texts and names are escaped and cut to their limits. The caller must keep counts within the
 /// limits.
 pub(crate) fn encode(message: &Message, out: &mut Vec<u8>) {
     ENVELOPE.seal(out, |out| match message {
-        Message::Offer(sets, invitation) => {
+        Message::Offer(sets, invitation, join) => {
             out.push(sets.len() as u8);
             for set in sets {
                 out.extend_from_slice(&(set.len() as u16).to_le_bytes());
@@ -227,12 +239,18 @@ pub(crate) fn encode(message: &Message, out: &mut Vec<u8>) {
                 out.extend_from_slice(host);
                 out.extend_from_slice(name);
             }
+            out.push(u8::from(join.is_some()));
+            if let Some(Join { connection, number, channels, proof }) = join {
+                out.extend_from_slice(connection);
+                out.extend_from_slice(&number.to_le_bytes());
+                put_channels(channels, out);
+                out.extend_from_slice(proof);
+            }
             T_OFFER
         }
         Message::Ready(verdict, up, local) => {
             put_verdict(verdict, out);
-            out.extend_from_slice(&(up.len() as u16).to_le_bytes());
-            up.iter().for_each(|index| out.extend_from_slice(&index.to_le_bytes()));
+            put_channels(up, out);
             out.push(u8::from(*local));
             T_READY
         }
@@ -260,7 +278,8 @@ mod tests {
             let up: Vec<u16> = up.into_iter().collect();
             let verdict = Verdict { status, text };
             let invitation = (status % 2 == 0).then_some(Invitation { host: [1; 16], name: [2; 16] });
-            let all = [Message::Offer(offer, invitation), Message::Ready(Verdict::ok(), up, true), Message::Ready(verdict.clone(), Vec::new(), false), Message::Abort(verdict)];
+            let join = (status % 3 == 0).then(|| Join { connection: [3; 16], number: status.unsigned_abs(), channels: up.clone(), proof: [4; 32] });
+            let all = [Message::Offer(offer, invitation, join), Message::Ready(Verdict::ok(), up, true), Message::Ready(verdict.clone(), Vec::new(), false), Message::Abort(verdict)];
             let mut buf = Vec::new();
             all.iter().for_each(|m| encode(m, &mut buf));
             let mut at = 0;
@@ -301,6 +320,7 @@ mod tests {
             Message::Offer(
                 (0..MAX_SETS).map(|set| vec![offered.clone(); if set < 3 { MAX_CHANNELS.into() } else { 0 }]).collect(),
                 Some(Invitation { host: [1; 16], name: [2; 16] }),
+                Some(Join { connection: [3; 16], number: 1, channels: (0..MAX_ALL as u16).collect(), proof: [4; 32] }),
             ),
             Message::Ready(verdict.clone(), (0..MAX_ALL as u16).map(|i| i + 7).collect(), true),
             Message::Abort(verdict),
@@ -316,7 +336,7 @@ mod tests {
     fn more_channels_than_all_sets_may_have_are_refused() {
         let offered = Offered { nic: "n".into(), handle: [1; HANDLE_BYTES] };
         let mut buf = Vec::new();
-        encode(&Message::Offer(vec![vec![offered; 50]; 4], None), &mut buf);
+        encode(&Message::Offer(vec![vec![offered; 50]; 4], None, None), &mut buf);
         assert!(decode(&buf).is_err());
     }
 
@@ -339,7 +359,7 @@ mod tests {
 
     #[test]
     fn contents_out_of_range_are_refused() {
-        let bad: [(&str, u8, &[u8]); 13] = [
+        let bad: [(&str, u8, &[u8]); 16] = [
             ("no set", T_OFFER, &[0]),
             ("too many sets", T_OFFER, &[&[17][..], &[0; 34]].concat()),
             ("too many channels", T_OFFER, &[1, 65, 0]),
@@ -352,6 +372,9 @@ mod tests {
             ("neither met nor not", T_READY, &[0, 0, 0, 0, 0, 0, 0, 0, 2]),
             ("neither invited nor not", T_OFFER, &[1, 0, 0, 2]),
             ("half an invitation", T_OFFER, &[&[1, 0, 0, 1][..], &[0; 31]].concat()),
+            ("neither joining nor not", T_OFFER, &[1, 0, 0, 0, 2]),
+            ("half a join", T_OFFER, &[&[1, 0, 0, 0, 1][..], &[0; 53]].concat()),
+            ("a join of a channel twice", T_OFFER, &[&[1, 0, 0, 0, 1][..], &[0; 20], &[2, 0, 1, 0, 1, 0], &[0; 32]].concat()),
             ("a channel beyond all", T_READY, &[0, 0, 0, 0, 0, 0, 1, 0, 0, 4]),
         ];
         for (what, kind, payload) in bad {

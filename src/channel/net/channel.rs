@@ -8,7 +8,7 @@ use super::usage::{Resources, Usage};
 use crate::channel::path::{Arrival, Copier, Departure, Line};
 use crate::channel::stripe::Load;
 use crate::direct::{Event, Way};
-use crate::net::comm::{Doorbell, RecvComm, SendComm};
+use crate::net::setup::Pair;
 use crate::net::signals::Quiet;
 use crate::stats::{ChannelStats, Network};
 use crate::status::{Error, Result};
@@ -21,22 +21,16 @@ pub(crate) struct Channel {
     // Field order is drop order: registrations of sends are dropped through the receive comm, so it goes last.
     sending: Sending,
     receiving: Receiving,
-    /// The name of its NIC here, and of the peer's.
+    /// The name of its NIC here.
     nic: String,
-    peer_nic: String,
 }
 
 // SAFETY: the raw pointers point to memory that this channel or a held region owns, and one thread at a time uses a channel.
 unsafe impl Send for Channel {}
 
 impl Channel {
-    pub(crate) fn new(send: SendComm, recv: RecvComm, nic: String, peer_nic: String) -> Channel {
-        Channel { sending: Sending::new(send), receiving: Receiving::new(recv), nic, peer_nic }
-    }
-
-    /// Sets a doorbell; `false` if the plugin has none and must be polled.
-    pub(crate) fn set_doorbell(&self, doorbell: &Doorbell) -> Result<bool> {
-        Ok(self.sending.comm.set_doorbell(doorbell)? && self.receiving.comm.set_doorbell(doorbell)?)
+    pub(crate) fn new(pair: Pair) -> Channel {
+        Channel { sending: Sending::new(pair.send), receiving: Receiving::new(pair.recv), nic: pair.nic }
     }
 
     /// See [`SendComm::quiet`].
@@ -47,11 +41,6 @@ impl Channel {
     /// Whether chunks are announced, in flight or expected.
     pub(super) fn busy(&self) -> bool {
         !self.sending.outgoing.is_empty() || self.receiving.under_way() > 0
-    }
-
-    /// Its NIC here and the peer's: channels of one pair are measured together.
-    pub(super) fn nics(&self) -> (&str, &str) {
-        (&self.nic, &self.peer_nic)
     }
 
     /// Bytes that the peer has acknowledged, bytes in flight, and the round trip, as far as the plugin reports them; `None` if it

@@ -8,15 +8,15 @@ mod slot;
 mod staging;
 mod usage;
 
-pub(crate) use channel::Channel;
+pub(crate) use slot::Seat;
 pub(crate) use usage::Usage;
 
-use super::path::{Arrival, Copier, Departure, Dest, Line, Path};
+use super::path::{Arrival, Change, Copier, Departure, Dest, Line, Path};
 use super::plan::{chunk_len, ChunkLimits, MAX_CROSSED, MAX_PARTS};
 use super::stripe::{Loads, Nic, LEFT_ALONE};
 use crate::direct::{Event, Way};
 use crate::stats::ChannelStats;
-use crate::status::{bail, Error, Result};
+use crate::status::{bail, Result};
 use crate::types::Place;
 use slot::Slot;
 use std::time::{Duration, Instant};
@@ -26,24 +26,28 @@ use usage::Resources;
 pub(crate) struct NetPath {
     slots: Vec<Slot>,
     usage: Usage,
-    /// The pairs of NICs that the channels use.
+    /// The pairs of NICs that the channels use, and their names.
     nics: Vec<Nic>,
+    names: Vec<(String, String)>,
 }
 
 impl NetPath {
-    pub(crate) fn new(channels: Vec<Channel>, usage: Usage) -> NetPath {
-        let mut names: Vec<(String, String)> = Vec::new();
-        let slots = channels.into_iter().map(|channel| {
-            let (here, there) = channel.nics();
-            let nic = names.iter().position(|known| known.0 == here && known.1 == there).unwrap_or_else(|| {
-                names.push((here.to_owned(), there.to_owned()));
-                names.len() - 1
-            });
-            Slot::new(channel, nic)
-        });
-        let slots = slots.collect();
-        let nics = names.iter().map(|_| Nic::default()).collect();
-        NetPath { slots, usage, nics }
+    pub(crate) fn new(seats: Vec<Seat>, usage: Usage) -> NetPath {
+        let mut path = NetPath { slots: Vec::new(), usage, nics: Vec::new(), names: Vec::new() };
+        for seat in seats {
+            let nic = path.nic(seat.nics());
+            path.slots.push(Slot::new(seat, nic));
+        }
+        path
+    }
+
+    /// The number of a pair of NICs.
+    fn nic(&mut self, (here, there): (&str, &str)) -> usize {
+        self.names.iter().position(|known| known.0 == here && known.1 == there).unwrap_or_else(|| {
+            self.names.push((here.to_owned(), there.to_owned()));
+            self.nics.push(Nic::default());
+            self.names.len() - 1
+        })
     }
 
     /// Whether there are several NICs to compare.
@@ -175,11 +179,22 @@ impl Path for NetPath {
         Ok(any)
     }
 
-    fn close(&mut self, channel: usize, why: Error) {
-        if let Some(slot) = self.slots.get_mut(channel) {
-            slot.fail(why);
-            self.nics[slot.nic] = Nic::default();
+    fn change(&mut self, channel: usize, change: Change) -> Result<()> {
+        let nic = match &change {
+            Change::Restore(pair) => Some(self.nic((&pair.nic, &pair.peer_nic))),
+            _ => None,
+        };
+        let slot = self.slot(channel)?;
+        match change {
+            Change::Close(why) => slot.fail(why),
+            Change::Restore(pair) => slot.restore(pair)?,
+            Change::Open => slot.released(),
         }
+        slot.nic = nic.unwrap_or(slot.nic);
+        // Measurements span the channels that are open.
+        let nic = slot.nic;
+        self.nics[nic] = Nic::default();
+        Ok(())
     }
 
     fn busy(&self) -> bool {

@@ -1,26 +1,46 @@
 //! A channel's place on its path: an open channel, one that is about to close, or a closed one. Counts what it has moved, open or not. A
-//! channel that has failed is closed once no device copy runs for it; what was in flight on it is lost. Knows nothing about transfers.
+//! channel that has failed is closed once no device copy runs for it; what was in flight on it is lost. Another may take its place, which
+//! sends once the peer has it too. Knows nothing about transfers.
 
 use super::channel::Channel;
 use super::usage::{Resources, Usage};
 use crate::channel::path::{Arrival, Copier, Departure, Line};
 use crate::channel::stripe::Load;
 use crate::direct::{Event, Way};
+use crate::net::setup::Pair;
 use crate::net::signals::Quiet;
 use crate::stats::ChannelStats;
-use crate::status::{Error, ErrorKind, Result};
+use crate::status::{bail, Error, ErrorKind, Result};
 use crate::types::Place;
 use std::time::{Duration, Instant};
+
+/// What a channel's place begins with.
+pub(crate) enum Seat {
+    Up(Pair),
+    /// The channel did not come up; the names of its NICs.
+    Lost(String, String),
+}
+
+impl Seat {
+    pub(super) fn nics(&self) -> (&str, &str) {
+        match self {
+            Seat::Up(Pair { nic, peer_nic, .. }) | Seat::Lost(nic, peer_nic) => (nic, peer_nic),
+        }
+    }
+}
 
 /// A channel's place.
 pub(super) struct Slot {
     channel: Option<Channel>,
     /// Why the channel has failed.
     failed: Option<Error>,
+    /// The peer has not opened the restored channel yet: nothing is sent.
+    waits: bool,
     /// The pair of NICs, as an index into the path's.
     pub nic: usize,
-    /// What the network had moved at the last look, and the statistics of a closed channel.
+    /// What the network had moved at the last look, what closed channels had moved, and their statistics.
     moved: Option<(u64, u64)>,
+    before: (u64, u64),
     past: ChannelStats,
     name: String,
 }
@@ -31,9 +51,33 @@ fn is_loss(error: &Error) -> bool {
 }
 
 impl Slot {
-    pub(super) fn new(channel: Channel, nic: usize) -> Slot {
-        let name = channel.nics().0.to_owned();
-        Slot { channel: Some(channel), failed: None, nic, moved: None, past: ChannelStats::default(), name }
+    pub(super) fn new(seat: Seat, nic: usize) -> Slot {
+        let name = seat.nics().0.to_owned();
+        let past = ChannelStats { nic: name.clone(), ..ChannelStats::default() };
+        let channel = match seat {
+            Seat::Up(pair) => Some(Channel::new(pair)),
+            Seat::Lost(..) => None,
+        };
+        Slot { channel, failed: None, waits: false, nic, moved: None, before: (0, 0), past, name }
+    }
+
+    /// These comms take the place of the closed channel.
+    ///
+    /// # Errors
+    /// `Internal` when it is not closed.
+    pub(super) fn restore(&mut self, pair: Pair) -> Result<()> {
+        if self.channel.is_some() {
+            bail!(Internal, "a channel on {} is restored that was not closed", self.name);
+        }
+        self.name.clone_from(&pair.nic);
+        self.before = self.moved.unwrap_or_default();
+        (self.channel, self.failed, self.waits) = (Some(Channel::new(pair)), None, true);
+        Ok(())
+    }
+
+    /// The peer has the restored channel too.
+    pub(super) fn released(&mut self) {
+        self.waits = false;
     }
 
     /// The channel, unless it has failed.
@@ -45,8 +89,9 @@ impl Slot {
         self.channel.as_mut().filter(|_| self.failed.is_none())
     }
 
+    /// Whether it is open at both engines.
     pub(super) fn is_open(&self) -> bool {
-        self.open().is_some()
+        self.open().is_some() && !self.waits
     }
 
     /// The channel fails if an error says so; other errors remain.
@@ -82,7 +127,7 @@ impl Slot {
 
     /// Its load for a chunk from `place`; `nic`: the index of its NIC among those with open channels.
     pub(super) fn load(&self, place: Place, bulk: bool, usage: &Usage, nic: usize, now: Instant) -> Option<Load> {
-        self.open().map(|channel| channel.load(place, bulk, usage, nic, now))
+        self.open().filter(|_| !self.waits).map(|channel| channel.load(place, bulk, usage, nic, now))
     }
 
     pub(super) fn submit(&mut self, departure: Departure, copier: &mut Copier, usage: &Usage, now: Instant) -> Result<()> {
@@ -108,8 +153,8 @@ impl Slot {
         if !channel.is_quiet(copier)? {
             return Ok(false);
         }
-        self.past =
-            ChannelStats { network: None, speed: 0.0, queued_bytes: 0, window_out: 0, window_in: 0, ..channel.stats(false, now) };
+        let last = channel.stats(false, now).and(&self.past);
+        self.past = ChannelStats { network: None, speed: 0.0, queued_bytes: 0, window_out: 0, window_in: 0, ..last };
         self.channel = None;
         events.push(Event::Closed(number, why.clone()));
         Ok(true)
@@ -119,8 +164,9 @@ impl Slot {
     pub(super) fn network(&mut self, each: &mut dyn FnMut(Line<'_>)) -> Result<()> {
         match self.open().map(Channel::network) {
             Some(Ok(line)) => {
-                let moved = line.moved;
-                each(line);
+                let ((sent, received), open) = (self.before, !self.waits);
+                let moved = line.moved.map(|(a, b)| (a + sent, b + received));
+                each(Line { moved, open, ..line });
                 self.moved = moved;
                 return Ok(());
             }
@@ -134,7 +180,7 @@ impl Slot {
 
     pub(super) fn stats(&self, kernel: bool, now: Instant) -> ChannelStats {
         match &self.channel {
-            Some(channel) => channel.stats(kernel, now),
+            Some(channel) => channel.stats(kernel, now).and(&self.past),
             None => self.past.clone(),
         }
     }

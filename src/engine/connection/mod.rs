@@ -6,17 +6,20 @@ mod close;
 mod core;
 mod drive;
 mod poll;
+mod restore;
 mod shared;
 mod submit;
 
 pub(crate) use core::Core;
 pub(crate) use drive::Driver;
+pub(crate) use restore::{Begun, Restorer};
 pub(crate) use shared::Peer;
 
 use crate::engine::fifo::FifoItem;
 use crate::engine::list::List;
 use crate::engine::progress::doorbell::DoorbellSlot;
 use crate::engine::progress::table::{self, Driven};
+use crate::engine::setup::lineage::Lineage;
 use crate::engine::transfer::{Direction, LocalSegment};
 use crate::host::Watched;
 use crate::proto::TransferState;
@@ -86,7 +89,7 @@ impl Connection {
         let pulse = Pulse { voice: core.control.voice(), heartbeat: machine.heartbeat(), limit: machine.patience() };
         Connection {
             pulse,
-            channels: core.channels.count(),
+            channels: (0..core.channels.count()).filter(|&channel| !machine.is_lost(channel as u16)).count(),
             local: crate::net::topology::is_local(peer.ip),
             shared: Shared::new(table.connections.next_id(), &table.context, core, peer, slot, one_host),
             table,
@@ -119,7 +122,7 @@ impl Connection {
     pub fn is_local(&self) -> bool {
         self.local
     }
-    /// Data channels.
+    /// Data channels that came up.
     pub fn channels(&self) -> usize {
         self.channels
     }
@@ -297,6 +300,16 @@ impl Connection {
         self.shared.driven_by_application()
     }
 
+    /// The set-up thread's view.
+    pub(crate) fn restorer(&self) -> Restorer<'_> {
+        Restorer(&self.shared)
+    }
+
+    /// Where the connection comes from.
+    pub(crate) fn lineage(&self) -> Option<&Arc<Lineage>> {
+        self.shared.peer.lineage.as_ref()
+    }
+
     /// Arms or disarms the doorbell of the channels.
     pub(crate) fn arm(&self, on: bool) {
         self.shared.arm(on);
@@ -330,6 +343,9 @@ impl Connection {
     pub(crate) fn finish_close(&self, deadline: Instant) {
         if Closing(&self.shared).finish(deadline) {
             self.table.connections.remove(self.shared.id);
+            if let Some(lineage) = self.lineage() {
+                self.shared.context.restoring.forget(&lineage.ticket.connection());
+            }
         }
     }
 

@@ -5,6 +5,7 @@ use super::core::{Core, FLUSH};
 use crate::engine::progress::context::DriveContext;
 use crate::engine::progress::doorbell::DoorbellSlot;
 use crate::engine::progress::pacing::Polls;
+use crate::engine::setup::lineage::Lineage;
 use crate::engine::setup::quota::Counted;
 use crate::host::Watched;
 use crate::status::{err, Error, ErrorKind, Result};
@@ -28,6 +29,8 @@ pub(crate) struct Peer {
     /// Name of the key that the peer has proved.
     pub key: Option<String>,
     pub engine: [u8; 16],
+    /// What a later set-up needs to bring lost channels up again.
+    pub lineage: Option<Arc<Lineage>>,
     /// An incoming connection's place in the quota.
     pub _counted: Option<ProcessOwned<Counted>>,
 }
@@ -176,6 +179,9 @@ impl Shared {
             }
         };
         self.wake_waiters(core, before);
+        if core.machine.has_lost() && self.peer.lineage.as_ref().is_some_and(|lineage| lineage.agreed.connecting) {
+            self.context.restoring.ask(self.id);
+        }
         any
     }
 

@@ -63,7 +63,9 @@ impl Path for SimulatedDefect {
     fn busy(&self) -> bool {
         self.driven
     }
-    fn close(&mut self, _channel: usize, _why: crate::status::Error) {}
+    fn change(&mut self, _channel: usize, _change: crate::channel::path::Change) -> Result<()> {
+        Ok(())
+    }
     fn network(&mut self, _each: &mut dyn FnMut(Line<'_>)) -> Result<()> {
         Ok(())
     }
@@ -159,8 +161,15 @@ fn connection_over(table: &Arc<ConnectionTable>, path: SimulatedDefect) -> (Arc<
     let haste = path.hasty.then(|| Box::new(SimulatedHaste { begins: path.begins }) as Box<dyn Direct>);
     let channels = Channels::new(haste, vec![Box::new(path)], None);
     let core = Core::new(Machine::new(setting, Instant::now()), channels, control);
-    let peer =
-        Peer { ip: [127, 0, 0, 1].into(), name: "a peer".to_owned(), gpu_index: -1, key: None, engine: [1; 16], _counted: None };
+    let peer = Peer {
+        ip: [127, 0, 0, 1].into(),
+        name: "a peer".to_owned(),
+        gpu_index: -1,
+        key: None,
+        engine: [1; 16],
+        lineage: None,
+        _counted: None,
+    };
     let connection = Arc::new(Connection::new(table.clone(), core, peer, table.context.queue.bell.slot().unwrap(), None));
     assert!(table.connections.insert(connection.id(), &connection));
     (connection, theirs)

@@ -4,6 +4,7 @@
 use super::counters::Counters;
 use super::doorbell::Bell;
 use super::pacing::Cores;
+use super::restoring::Restoring;
 use crate::engine::setup::accept_queue::Dead;
 use crate::logging::Limiter;
 use crate::registry::Registry;
@@ -51,6 +52,8 @@ pub(crate) struct DriveContext {
     pub registry: Arc<Registry>,
     pub queue: DriveQueue,
     pub counters: Counters,
+    /// Connections whose lost channels are to be set up again.
+    pub restoring: Restoring,
     /// Connections that ended while they waited for accept.
     pub dead: Arc<Dead>,
     /// The channels ring the doorbell; otherwise the progress thread must poll while work is in flight.
@@ -70,6 +73,7 @@ impl DriveContext {
             registry: Arc::new(Registry::new()),
             queue: DriveQueue::new(bell),
             counters: Counters::default(),
+            restoring: Restoring::default(),
             dead: Arc::default(),
             doorbells,
             cores: Cores::here(),

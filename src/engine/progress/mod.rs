@@ -8,5 +8,6 @@ pub(crate) mod doorbell;
 pub(crate) mod health;
 pub(crate) mod heartbeat;
 pub(crate) mod pacing;
+pub(crate) mod restoring;
 pub(crate) mod table;
 pub(crate) mod thread;

@@ -123,6 +123,9 @@ impl<'a> Driving<'a> {
         let fault = |nic: &str| links.fault(nic).map(|why| format!("{why} on this host"));
         let hit: Vec<u64> =
             self.table.connections.all().iter().filter(|c| c.driver().close_faulty(&fault)).map(|c| c.id()).collect();
+        if links.came_back {
+            self.table.context.restoring.hurry();
+        }
         for id in hit {
             self.activate(id);
         }

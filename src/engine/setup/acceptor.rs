@@ -5,16 +5,17 @@
 use super::accept_queue::{Accepts, Waiting};
 use super::admission::Admission;
 use super::context::SetupContext;
-use super::driver::{Progress, SetupDriver};
+use super::driver::{Finished, Progress, SetupDriver};
 use super::listener::BACKLOG;
 use super::machine::Setup;
+use super::restorer::Restorer;
 use super::shutdown::canceled;
 use crate::engine::connection::Connection;
 use crate::engine::limits;
 use crate::engine::setup::quota::Counted;
 use crate::logging::Limiter;
 use crate::status::{err, Error, ErrorKind, Result};
-use reactor::{Events, Interest, Poller};
+use reactor::{Events, Interest, Poller, Waker};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -27,6 +28,8 @@ use std::time::{Duration, Instant};
 const ENDING: u64 = 0;
 const FIRST_LISTENER: u64 = 1;
 const FIRST_SETUP: u64 = 16;
+/// Token of connections that ask for lost channels.
+const LOST: u64 = FIRST_SETUP - 1;
 /// Sockets accepted from one listening socket before the others get their turn.
 const ACCEPT_BURST: usize = 64;
 /// Unauthenticated connections allowed while descriptors are short: enough to tell peers why they are refused.
@@ -68,6 +71,8 @@ enum Role {
     Queued,
     /// Admitted: its channels may come up.
     Admitted,
+    /// Of this engine: brings up lost channels of the connection of this id.
+    Outgoing(u64),
 }
 
 struct Entry {
@@ -101,9 +106,16 @@ struct Acceptor {
     lingering: BTreeMap<u64, (TcpStream, Instant)>,
     /// Connections whose GPU memory is to be prepared.
     fresh: SyncSender<u64>,
+    pauses: Pauses,
+    restorer: Restorer,
+    logs: Logs,
+}
+
+/// When accepting goes on, and when connections that wait for accept are checked.
+#[derive(Default)]
+struct Pauses {
     paused_until: Option<Instant>,
     sweep_at: Option<Instant>,
-    logs: Logs,
 }
 
 /// Unauthenticated connections by id: without a complete first message, and with one.
@@ -188,7 +200,8 @@ impl Acceptor {
     ) -> std::io::Result<Acceptor> {
         let poller = Poller::new()?;
         poller.add(context.shutdown.fd(), ENDING, Interest::READ)?;
-        for (listener, token) in listeners.iter().zip(FIRST_LISTENER..FIRST_SETUP) {
+        poller.add(context.table.context.restoring.wakes(Waker::new()?), LOST, Interest::READ)?;
+        for (listener, token) in listeners.iter().zip(FIRST_LISTENER..LOST) {
             poller.add(listener.as_raw_fd(), token, Interest::READ)?;
         }
         let limits = context.limits;
@@ -205,8 +218,8 @@ impl Acceptor {
             stale: BTreeSet::new(),
             lingering: BTreeMap::new(),
             fresh,
-            paused_until: None,
-            sweep_at: None,
+            pauses: Pauses::default(),
+            restorer: Restorer::default(),
             logs: Logs { lines: Limiter::new(LINES), shortage: Limiter::new(1) },
         })
     }
@@ -222,12 +235,15 @@ impl Acceptor {
             for event in events.iter() {
                 match event.token() {
                     ENDING => return,
+                    LOST => {}
                     token if token < FIRST_SETUP => self.arrivals((token - FIRST_LISTENER) as usize, now),
                     id if self.lingering.contains_key(&id) => self.on_lingering(id, now),
+                    id if self.restorer.dials(id) => self.dialled(id, now),
                     id => self.advance(id, now),
                 }
             }
             self.on_time(now);
+            self.restore(now);
             self.admit(now);
         }
     }
@@ -237,7 +253,10 @@ impl Acceptor {
         let timer = self.timers.first().map(|(at, _)| *at);
         // Ids are in the order of age.
         let lingering = self.lingering.first_key_value().map(|(_, (_, until))| *until);
-        let first = [timer, lingering, self.paused_until, self.sweep_at].into_iter().flatten().min()?;
+        let first = [timer, lingering, self.pauses.paused_until, self.pauses.sweep_at, self.restorer.wake_at()]
+            .into_iter()
+            .flatten()
+            .min()?;
         let left = first.saturating_duration_since(Instant::now());
         // A waiting set-up may be admitted when another becomes stale, which has no timer.
         Some(if self.admission.waiting() == 0 { left } else { left.min(STALE / 4) })
@@ -255,17 +274,17 @@ impl Acceptor {
         while self.lingering.first_key_value().is_some_and(|(_, (_, until))| *until <= now) {
             self.lingering.pop_first();
         }
-        if self.paused_until.is_some_and(|until| until <= now) {
-            self.paused_until = None;
+        if self.pauses.paused_until.is_some_and(|until| until <= now) {
+            self.pauses.paused_until = None;
             self.listen(Interest::READ);
         }
-        if self.sweep_at.is_some_and(|at| at <= now) {
-            self.sweep_at = self.accepts.sweep().then_some(now + SWEEP);
+        if self.pauses.sweep_at.is_some_and(|at| at <= now) {
+            self.pauses.sweep_at = self.accepts.sweep().then_some(now + SWEEP);
         }
     }
 
     fn listen(&self, interest: Interest) {
-        for (listener, token) in self.listeners.iter().zip(FIRST_LISTENER..FIRST_SETUP) {
+        for (listener, token) in self.listeners.iter().zip(FIRST_LISTENER..LOST) {
             let _ = self.poller.modify(listener.as_raw_fd(), token, interest);
         }
     }
@@ -299,7 +318,7 @@ impl Acceptor {
 
     /// Stops accepting for a while; connections wait in the kernel's backlog.
     fn pause(&mut self, now: Instant, time: Duration) {
-        self.paused_until = Some(now + time);
+        self.pauses.paused_until = Some(now + time);
         self.listen(Interest::NONE);
     }
 
@@ -397,12 +416,16 @@ impl Acceptor {
                 self.admission.done(entry.driver.address.ip());
                 entry.waits_since.map(|since| self.stale.remove(&(since, id)));
             }
+            Role::Outgoing(_) => {}
         }
         Some(entry)
     }
 
     fn advance(&mut self, id: u64, now: Instant) {
         let Some(entry) = self.entries.get_mut(&id) else { return };
+        if !entry.driver.still_joins(&self.context) {
+            return self.fail(id, &err!(Canceled, "the connection has ended"), now);
+        }
         match entry.driver.step(&self.context, now) {
             Ok(Progress::Wait) => {}
             Ok(Progress::Proved) if entry.role == Role::Unauthenticated => {
@@ -415,7 +438,13 @@ impl Acceptor {
                     return self.fail(id, &err!(Resource, "{most} connection set-ups already wait for their turn"), now);
                 }
             }
-            Ok(Progress::Proved) => {}
+            Ok(Progress::Proved) => match entry.role {
+                Role::Outgoing(_) => match entry.driver.admit(&self.context) {
+                    Ok(()) => return self.advance(id, now),
+                    Err(e) => return self.fail(id, &e, now),
+                },
+                _ => {}
+            },
             Ok(Progress::Up) => return self.up(id, now),
             Err(e) => return self.fail(id, &e, now),
         }
@@ -446,30 +475,97 @@ impl Acceptor {
 
     fn up(&mut self, id: u64, now: Instant) {
         let Some(entry) = self.take(id) else { return };
-        let address = entry.driver.address;
+        let (address, joins) = (entry.driver.address, entry.driver.joins());
         match entry.driver.finish(&self.context, entry.counted) {
-            Ok(connection) => {
+            Ok(Finished::Joined) => {
+                if let Role::Outgoing(connection) = entry.role {
+                    let more = |c: Arc<Connection>| c.restorer().lost().is_ok_and(|lost| !lost.is_empty());
+                    let more = self.context.table.connections.get(connection).is_some_and(more);
+                    self.restorer.restored(connection, more, now);
+                }
+            }
+            Ok(Finished::Connection(connection)) => {
                 self.context.table.context.counters.setups_in.add();
                 // If the queue is full, GPU memory is prepared with the first chunk.
                 let _ = self.fresh.try_send(connection.id());
                 self.accepts.push(connection);
-                self.sweep_at.get_or_insert(now + SWEEP);
+                self.pauses.sweep_at.get_or_insert(now + SWEEP);
             }
-            Err(e) => {
-                self.context.table.context.counters.setup_failed(e.kind());
-                self.log_failure(address, &e, now);
+            Err(e) => match entry.role {
+                Role::Outgoing(connection) => self.not_restored(connection, address, &e, now),
+                _ => self.set_up_failed(address, joins, &e, now),
+            },
+        }
+    }
+
+    // ---- lost channels of this engine's connections ----
+
+    /// Begins the set-ups that are due, and takes what was asked for.
+    fn restore(&mut self, now: Instant) {
+        let asked = self.context.table.context.restoring.take();
+        asked.connections.into_iter().for_each(|id| self.restorer.lost(id, now));
+        if asked.hurry {
+            self.restorer.hurry(now);
+        }
+        while let Some(id) = self.restorer.next(now) {
+            self.last += 1;
+            let number = self.last;
+            match self.restorer.dial(&self.context, id, number, now) {
+                Ok(None) => self.restorer.rests(id),
+                Ok(Some(fd)) => {
+                    // Without an event its time runs out.
+                    let _ = self.poller.add(fd, number, Interest::WRITE);
+                }
+                Err(e) => {
+                    log::debug!("lost channels of connection {id} stay lost for now: {e}");
+                    self.restorer.ended(id, now);
+                }
             }
         }
+        while let Some(number) = self.restorer.late(now) {
+            self.dialled(number, now);
+        }
+    }
+
+    /// The peer has answered a dial, or has not in time.
+    fn dialled(&mut self, id: u64, now: Instant) {
+        let Some((connection, made)) = self.restorer.answered(&self.context, id, now) else { return };
+        let driver = match made {
+            Ok(driver) => driver,
+            Err(e) => {
+                log::debug!("lost channels of connection {connection} stay lost for now: {e}");
+                return self.restorer.ended(connection, now);
+            }
+        };
+        let (fd, interest) = (driver.fd(), Interest::READ | Interest::WRITE);
+        let timer = driver.wake_at();
+        self.timers.insert((timer, id));
+        let role = Role::Outgoing(connection);
+        self.entries.insert(id, Entry { driver, role, interest, timer, since: now, waits_since: None, counted: None });
+        match self.poller.modify(fd, id, interest) {
+            Ok(()) => self.advance(id, now),
+            Err(e) => self.fail(id, &limits::system("epoll", &e), now),
+        }
+    }
+
+    /// A set-up of lost channels has failed.
+    fn not_restored(&mut self, connection: u64, address: SocketAddr, error: &Error, now: Instant) {
+        log::debug!("{address}: lost channels of connection {connection} stay lost for now: {error}");
+        self.restorer.ended(connection, now);
     }
 
     fn fail(&mut self, id: u64, error: &Error, now: Instant) {
         let Some(entry) = self.take(id) else { return };
         let (address, role) = (entry.driver.address, entry.role);
-        self.context.table.context.counters.setup_failed(error.kind());
+        if let Role::Outgoing(connection) = role {
+            self.not_restored(connection, address, error, now);
+            return drop(entry.driver.give_up(error));
+        }
         if role == Role::Unauthenticated && error.kind() != ErrorKind::Auth {
+            self.context.table.context.counters.setup_failed(error.kind());
             self.logs.lines.log(log::Level::Info, now, format_args!("{address}: dropped: {error}"));
         } else {
-            self.log_failure(address, error, now);
+            self.set_up_failed(address, entry.driver.joins(), error, now);
         }
         let sock = entry.driver.give_up(error);
         if error.kind() != ErrorKind::RemoteDisconnect {
@@ -486,6 +582,15 @@ impl Acceptor {
         if self.poller.add(sock.as_raw_fd(), self.last, Interest::READ).is_ok() {
             self.lingering.insert(self.last, (sock, now + LINGER));
         }
+    }
+
+    /// An authenticated set-up has failed. `joins`: it was to bring up lost channels, which the peer tries again.
+    fn set_up_failed(&self, address: SocketAddr, joins: bool, error: &Error, now: Instant) {
+        if joins && !matches!(error.kind(), ErrorKind::Auth | ErrorKind::Protocol) {
+            return log::debug!("{address}: lost channels stay lost for now: {error}");
+        }
+        self.context.table.context.counters.setup_failed(error.kind());
+        self.log_failure(address, error, now);
     }
 
     fn log_failure(&self, address: SocketAddr, error: &Error, now: Instant) {
@@ -525,8 +630,15 @@ impl Acceptor {
     fn begin(&mut self, id: u64, coming: usize, now: Instant) {
         let Some(entry) = self.entries.get_mut(&id) else { return };
         entry.role = Role::Admitted;
-        let counted = self.context.quota.count(entry.driver.address.ip()).map(|counted| entry.counted = Some(counted));
-        let begun = counted.and_then(|()| self.accepts.room(coming)).and_then(|()| entry.driver.admit(&self.context));
+        // One that joins a connection adds none.
+        let counted = match entry.driver.joins() {
+            true => Ok(()),
+            false => {
+                let counted = self.context.quota.count(entry.driver.address.ip()).map(|counted| entry.counted = Some(counted));
+                counted.and_then(|()| self.accepts.room(coming))
+            }
+        };
+        let begun = counted.and_then(|()| entry.driver.admit(&self.context));
         match begun {
             Ok(()) => self.advance(id, now),
             Err(e) => self.fail(id, &e, now),
@@ -549,6 +661,9 @@ impl Acceptor {
 
     fn forget_all(&mut self) {
         for id in self.entries.keys().copied().collect::<Vec<_>>() {
+            if let Some(Role::Outgoing(connection)) = self.entries.get(&id).map(|entry| entry.role) {
+                self.restorer.ended(connection, Instant::now());
+            }
             // A set-up that has panicked may do so again.
             let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(self.take(id))));
         }
@@ -556,6 +671,7 @@ impl Acceptor {
 
     fn end(&mut self) {
         let now = Instant::now();
+        self.restorer.end();
         for id in self.entries.keys().copied().collect::<Vec<_>>() {
             if let Some(entry) = self.take(id) {
                 drop(entry.driver.give_up(&canceled()));

@@ -3,10 +3,11 @@
 use super::channels::Raised;
 use super::context::SetupContext;
 use super::control::{Agreed, Sealed};
+use super::lineage::{Lineage, Members, Seat as Member};
 use super::local::Local;
 use crate::channel::cuda::CudaDevice;
 use crate::channel::device::EmulatedDevice;
-use crate::channel::net::{Channel, NetPath, Usage};
+use crate::channel::net::{NetPath, Seat, Usage};
 use crate::channel::path::{Copier, Path};
 use crate::channel::router::Channels;
 use crate::direct::Direct;
@@ -19,6 +20,7 @@ use crate::proto::{heartbeat, Machine, Setting};
 use crate::status::Result;
 use crate::types::Place;
 use crate::wire::control::ControlStream;
+use crate::wire::join::Ticket;
 use crate::wire::keys::Proof;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
@@ -48,23 +50,25 @@ fn copier(context: &SetupContext) -> Copier {
     }
 }
 
-/// A path over the channels of each set that has any.
+/// A path over the channels of each set that has any, up or not.
 fn paths(context: &SetupContext, sets: Vec<Raised>, chunk_bytes: usize, doorbell: &Doorbell) -> Result<Vec<Box<dyn Path>>> {
     let config = &context.config;
     let path = |set: Raised| -> Result<Box<dyn Path>> {
-        let channels: Vec<Channel> =
-            set.pairs.into_iter().map(|pair| Channel::new(pair.send, pair.recv, pair.nic, pair.peer_nic)).collect();
-        for channel in &channels {
-            channel.set_doorbell(doorbell)?;
+        let mut seats: Vec<Seat> = set.names.into_iter().map(|(here, there)| Seat::Lost(here, there)).collect();
+        for pair in set.pairs {
+            pair.set_doorbell(doorbell)?;
+            if let Some(seat) = seats.get_mut(pair.index) {
+                *seat = Seat::Up(pair);
+            }
         }
         let traits = &set.plan.plugin.traits;
         let (vectored, stage_sends) = (traits.vectored && config.vectored, traits.stage_sends && config.stage_sends);
         let alone = context.table.context.cores.alone();
         let usage = Usage { vectored, host: traits.host_memory, stage_sends, gpus: set.plan.gpus, chunk_bytes, alone };
-        Ok(Box::new(NetPath::new(channels, usage)))
+        Ok(Box::new(NetPath::new(seats, usage)))
     };
     // A set without channels is skipped; another set carries its traffic.
-    sets.into_iter().filter(|set| !set.pairs.is_empty()).map(path).collect()
+    sets.into_iter().filter(|set| !set.names.is_empty()).map(path).collect()
 }
 
 /// One line: which channels carry what, and why others do not.
@@ -94,6 +98,16 @@ fn describe(sets: &[Raised]) -> String {
     }
     carried.append(&mut missed);
     carried.join("; ")
+}
+
+/// What the connection keeps of its set-up, and the channels that did not come up.
+pub(crate) fn lineage(up: &Up) -> Result<(Lineage, Vec<u16>)> {
+    let members = |set: &Raised| Members { plan: set.plan.clone(), nics: set.names.clone() };
+    let ticket = Ticket::new(&up.sealed.session)?;
+    let lineage = Lineage::new(ticket, up.address, up.agreed.clone(), up.sets.iter().map(members).collect());
+    let is_up = |seat: &Member| up.sets[seat.set].pairs.iter().any(|pair| pair.index == seat.index);
+    let missing = lineage.seats().filter(|seat| !is_up(seat)).map(|seat| seat.channel).collect();
+    Ok((lineage, missing))
 }
 
 /// This many connections of an engine allocate everything that chunks of GPU memory need from the start. A process with more
@@ -153,6 +167,7 @@ pub(crate) fn connection(context: &SetupContext, up: Up, counted: Option<Counted
     let (terms, theirs) = (&up.agreed.terms, &up.agreed.peer);
     let chunk_bytes = terms.chunk_bytes as usize;
     let carried = describe(&up.sets);
+    let (lineage, missing) = lineage(&up)?;
     let slot = table.context.queue.bell.slot()?;
     let paths = paths(context, up.sets, chunk_bytes, &slot.doorbell())?;
     let found = up.local.describe();
@@ -170,11 +185,10 @@ pub(crate) fn connection(context: &SetupContext, up: Up, counted: Option<Counted
         terms.protect
     );
     table.context.lines.log(log::Level::Info, Instant::now(), format_args!("{line}"));
-    let core = Core::new(
-        Machine::new(setting, Instant::now()),
-        channels,
-        ControlStream::new(up.sock, up.sealed.session, up.sealed.plain, up.sealed.raw)?,
-    );
+    let now = Instant::now();
+    let mut machine = Machine::new(setting, now);
+    missing.into_iter().for_each(|channel| machine.leave_out(channel, now));
+    let core = Core::new(machine, channels, ControlStream::new(up.sock, up.sealed.session, up.sealed.plain, up.sealed.raw)?);
     let key = theirs.proof.name().map(str::to_owned);
     let peer = Peer {
         ip: up.address.ip(),
@@ -182,12 +196,16 @@ pub(crate) fn connection(context: &SetupContext, up: Up, counted: Option<Counted
         gpu_index: theirs.hello.gpu_index,
         key,
         engine: theirs.engine,
+        lineage: Some(Arc::new(lineage)),
         _counted: counted.map(process::ProcessOwned::new),
     };
     table.context.counters.opened.add();
     let connection = Arc::new(Connection::new(table.clone(), core, peer, slot, watched));
     if !table.connections.insert(connection.id(), &connection) {
         return Err(super::shutdown::canceled());
+    }
+    if let Some(lineage) = connection.lineage() {
+        table.context.restoring.name(lineage.ticket.connection(), connection.id());
     }
     connection.watch()?;
     table.context.request_drive(connection.id());

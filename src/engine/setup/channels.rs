@@ -6,22 +6,27 @@ pub(super) mod plan;
 use super::channels::plan::{plans, Plan};
 use super::context::SetupContext;
 use super::control::{number, Agreed, Offers, Ready, PER_SET};
+use super::lineage::{Lineage, Members, Seat};
 use super::local::{self, Local};
 use crate::addresses::AllowList;
 use crate::host::{Opening, ProofKeys};
 use crate::net::secure::ChannelKeys;
 use crate::net::setup::{self, Establishing, Listening, Pair, Role};
 use crate::net::traits::Traits;
-use crate::status::{bail, Error, Result};
+use crate::status::{bail, err, Error, Result};
 use std::time::{Duration, Instant};
 
 /// How long to wait for spare sets once the others are up.
 const SPARE_SETS_DEADLINE: Duration = Duration::from_secs(5);
 
+/// How long lost channels may take to come up: a NIC that is still dead must not hold up others.
+const RESTORE: Duration = Duration::from_secs(2);
+
 /// The sets of a connection, as this engine numbers them.
 pub(crate) fn planned(context: &SetupContext, agreed: &Agreed) -> Vec<Plan> {
     let channels = agreed.terms.channels.into();
-    plans(&context.plugins, &agreed.own, &agreed.peer.hello, agreed.connecting, channels)
+    let plugins = (&context.plugins.device, context.plugins.host.as_ref());
+    plans(plugins, &agreed.own, &agreed.peer.hello, agreed.connecting, channels)
 }
 
 /// Descriptors of a channel's comms, and of its listening. A comm of a foreign plugin has a control socket and one or more data
@@ -58,6 +63,8 @@ const LOCAL_COST: usize = 6;
 pub(crate) struct Opened {
     sets: Vec<(Plan, Result<Listening>)>,
     local: Result<Opening>,
+    /// The deadline of its channels.
+    until: Option<Instant>,
 }
 
 impl Opened {
@@ -70,13 +77,36 @@ impl Opened {
                 outcome => sets.push((plan, outcome)),
             }
         }
-        Ok(Opened { sets, local: local::opening(context, connecting) })
+        Ok(Opened { sets, local: local::opening(context, connecting), until: None })
+    }
+
+    /// Opens the listen comms of lost channels of a connection, each on its own NIC. They have a deadline: what is up then is taken.
+    ///
+    /// # Errors
+    /// When none can be opened.
+    pub(crate) fn reopen(context: &SetupContext, lineage: &Lineage, seats: &[Seat], now: Instant) -> Result<Opened> {
+        let (mut sets, mut any, mut last) = (Vec::new(), false, None);
+        for (number, members) in lineage.sets.iter().enumerate() {
+            let wanted: Vec<usize> = seats.iter().filter(|seat| seat.set == number).map(|seat| seat.index).collect();
+            // Other channels carry what it does.
+            let plan = Plan { channels: wanted.len(), spare: true, ..members.plan.clone() };
+            let opened = relisten(context, members, wanted, lineage.agreed.connecting);
+            any |= opened.is_ok();
+            last = opened.as_ref().err().cloned().or(last);
+            sets.push((plan, opened));
+        }
+        match (any, last) {
+            (false, Some(why)) => Err(why),
+            _ => {
+                Ok(Opened { sets, local: Err(err!(Unsupported, "the connection has met its peer")), until: Some(now + RESTORE) })
+            }
+        }
     }
 
     /// The offers to send to the peer, by set.
     pub(crate) fn offers(&self) -> Offers {
         let sets = self.sets.iter().map(|(_, set)| set.as_ref().map_or_else(|_| Vec::new(), Listening::offers)).collect();
-        Offers { sets, local: self.local.as_ref().ok().map(Opening::invitation) }
+        Offers { sets, local: self.local.as_ref().ok().map(Opening::invitation), join: None }
     }
 
     /// Connects to the peer's offers and accepts its connects. `keys` returns the keys of a channel by set and number, `proof`
@@ -107,7 +137,7 @@ impl Opened {
             });
         }
         let local = Local::begin(context, self.local, offers.local.as_ref(), proof);
-        Ok(Raising { sets, needed_up: None, local })
+        Ok(Raising { sets, needed_up: None, local, until: self.until })
     }
 }
 
@@ -121,6 +151,15 @@ fn listen(context: &SetupContext, plan: &Plan, connecting: bool) -> Result<Liste
     let near = setup::nics_for(plugin, &devices, context.gpus.pci_path(plan.own()).as_deref());
     let gpu = context.gpus.followed_by(plugin, plan.own())?;
     Listening::open(plugin, &devices, &near, plan.channels, gpu, Role::of(plugin, connecting))
+}
+
+/// As [`listen`], for these channels of a set.
+fn relisten(context: &SetupContext, members: &Members, wanted: Vec<usize>, connecting: bool) -> Result<Listening> {
+    let Plan { plugin, .. } = &members.plan;
+    let devices = plugin.current_devices()?;
+    let gpu = context.gpus.followed_by(plugin, members.plan.own())?;
+    let wanted = wanted.into_iter().filter_map(|index| Some((index, members.nics.get(index)?.0.as_str()))).collect();
+    Listening::reopen(plugin, &devices, wanted, gpu, Role::of(plugin, connecting))
 }
 
 struct Set {
@@ -165,13 +204,17 @@ pub(crate) struct Raising {
     local: Local,
     /// Since when only spare sets are missing.
     needed_up: Option<Instant>,
+    /// When to take what is up.
+    until: Option<Instant>,
 }
 
 /// A set that came up.
 pub(crate) struct Raised {
     pub plan: Plan,
-    /// Its channels; none where other sets carry its traffic.
+    /// Its channels that are up; none where other sets carry its traffic.
     pub pairs: Vec<Pair>,
+    /// The NICs of all its channels by number, here and at the peer.
+    pub names: Vec<(String, String)>,
     /// Why it has none.
     pub why: Option<String>,
 }
@@ -184,11 +227,14 @@ impl Raising {
     pub(crate) fn poll(&mut self) -> Result<bool> {
         self.sets.iter_mut().try_for_each(Set::poll)?;
         self.local.poll();
-        if self.sets.iter().all(|s| s.up.is_some() || s.plan.spare) {
+        if self.until.is_none() && self.sets.iter().all(|s| s.up.is_some() || s.plan.spare) {
             let since = *self.needed_up.get_or_insert_with(Instant::now);
             if since.elapsed() > SPARE_SETS_DEADLINE {
                 self.sets.iter_mut().for_each(Set::settle);
             }
+        }
+        if self.until.is_some_and(|until| Instant::now() >= until) {
+            self.sets.iter_mut().for_each(Set::settle);
         }
         Ok(self.sets.iter().all(|s| s.up.is_some()) && self.local.is_settled())
     }
@@ -224,7 +270,8 @@ impl Raising {
     /// # Errors
     /// When no channel came up at all.
     pub(crate) fn finish(self) -> Result<(Up, Ready)> {
-        let raise = |s: Set| Raised { plan: s.plan, pairs: s.up.unwrap_or_default(), why: s.why };
+        let names = |coming: Option<Establishing>| coming.map_or_else(Vec::new, |coming| coming.names().to_vec());
+        let raise = |s: Set| Raised { plan: s.plan, pairs: s.up.unwrap_or_default(), names: names(s.coming), why: s.why };
         let raised: Vec<Raised> = self.sets.into_iter().map(raise).collect();
         let numbers: Vec<u16> =
             raised.iter().enumerate().flat_map(|(set, r)| r.pairs.iter().map(move |p| number(set, p.index))).collect();

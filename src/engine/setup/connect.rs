@@ -3,11 +3,11 @@
 use super::build;
 use super::context::SetupContext;
 use super::dial;
-use super::driver::{Progress, SetupDriver};
+use super::driver::{Finished, Progress, SetupDriver};
 use super::machine::Setup;
 use super::shutdown::canceled;
 use crate::engine::connection::Connection;
-use crate::status::{Error, ErrorKind, Result};
+use crate::status::{err, Error, ErrorKind, Result};
 use std::io::Read;
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsRawFd;
@@ -127,7 +127,10 @@ fn run(
     let setup = Setup::new(context.link(Some(gpu)).map_err(never)?, now, deadline, deadline);
     let mut driver = SetupDriver::new(sock, address, setup, now);
     match drive(context, &mut driver) {
-        Ok(()) => driver.finish(context, None).map_err(never),
+        Ok(()) => match driver.finish(context, None).map_err(never)? {
+            Finished::Connection(connection) => Ok(connection),
+            Finished::Joined => Err(never(err!(Internal, "a connect has joined a connection"))),
+        },
         Err(e) => {
             let again = again(&driver, &e);
             let sock = driver.give_up(&e);

@@ -98,6 +98,12 @@ impl SetupContext {
         channel_count(plugin, self.config.num_channels, nics.len().max(1), self.cores)
     }
 
+    /// The handshake of a set-up that joins a connection.
+    pub(crate) fn joining_link(&self) -> Result<SealedLink> {
+        let hello = Hello { joins: true, ..self.hello("")? };
+        Ok(SealedLink::new(Handshake::connecting(&self.identity.own, hello, self.identity.keys.current())?))
+    }
+
     /// The handshake of a new set-up. `wanted_gpu`: the GPU that a connector asks for.
     pub(crate) fn link(&self, wanted_gpu: Option<&str>) -> Result<SealedLink> {
         let (own, keys) = (&self.identity.own, self.identity.keys.current());
@@ -124,6 +130,7 @@ impl SetupContext {
             gpu: self.gpus.name(),
             wanted_gpu: wanted_gpu.to_owned(),
             further_gpus: self.gpus.further(),
+            joins: false,
         })
     }
 }

@@ -8,6 +8,7 @@ use crate::status::{bail, err, Error, Result};
 use crate::types::Protect;
 use crate::wire::handshake::{Handshake, Outcome, Peer};
 use crate::wire::hello::{Hello, Terms};
+use crate::wire::join::{Join, Ticket};
 use crate::wire::keys::Proof;
 use crate::wire::secret::apart;
 use crate::wire::session::{Opened, Session, MAX_RECORD};
@@ -29,6 +30,8 @@ pub(crate) fn number(set: usize, index: usize) -> u16 {
 pub(crate) struct Offers {
     pub sets: Vec<Vec<Offer>>,
     pub local: Option<Invitation>,
+    /// The connection that the set-up joins.
+    pub join: Option<Join>,
 }
 
 /// The numbers of the channels that are up, and whether the engine has met its peer on this host.
@@ -184,9 +187,29 @@ impl SealedLink {
     /// # Errors
     /// Before authentication.
     pub(crate) fn local_keys(&self) -> Result<ProofKeys> {
-        let Some(session) = &self.session else { bail!(Internal, "keys before the proof") };
+        let session = self.session()?;
         let key = |direction| session.exporter.local_key(direction);
         Ok(ProofKeys { send: key(session.ours)?, recv: key(session.ours.other())? })
+    }
+
+    fn session(&self) -> Result<&Session> {
+        self.session.as_ref().ok_or_else(|| err!(Internal, "keys before the proof"))
+    }
+
+    /// What this engine says of the connection that the set-up joins.
+    ///
+    /// # Errors
+    /// Before authentication.
+    pub(crate) fn join(&self, ticket: &Ticket, number: u32, channels: Vec<u16>) -> Result<Join> {
+        ticket.join(self.session()?, number, channels)
+    }
+
+    /// Checks what the peer says of it.
+    ///
+    /// # Errors
+    /// `Auth`.
+    pub(crate) fn check_join(&self, ticket: &Ticket, join: &Join) -> Result<()> {
+        ticket.check(self.session()?, join)
     }
 
     /// The parts that the connection takes over.
@@ -198,8 +221,8 @@ impl SealedLink {
 fn from_wire(message: setup::Message) -> Result<Message> {
     let offer = |o: Offered| Offer { nic: o.nic, handle: o.handle };
     Ok(match message {
-        setup::Message::Offer(sets, local) => {
-            Message::Offer(Offers { sets: sets.into_iter().map(|s| s.into_iter().map(offer).collect()).collect(), local })
+        setup::Message::Offer(sets, local, join) => {
+            Message::Offer(Offers { sets: sets.into_iter().map(|s| s.into_iter().map(offer).collect()).collect(), local, join })
         }
         setup::Message::Ready(verdict, numbers, local) => match verdict.result() {
             Ok(()) => Message::Ready(Ready { numbers, local }),
@@ -215,8 +238,8 @@ fn from_wire(message: setup::Message) -> Result<Message> {
 fn to_wire(message: &Message) -> setup::Message {
     let offered = |o: &Offer| Offered { nic: o.nic.clone(), handle: o.handle };
     match message {
-        Message::Offer(Offers { sets, local }) => {
-            setup::Message::Offer(sets.iter().map(|s| s.iter().map(offered).collect()).collect(), *local)
+        Message::Offer(Offers { sets, local, join }) => {
+            setup::Message::Offer(sets.iter().map(|s| s.iter().map(offered).collect()).collect(), *local, join.clone())
         }
         Message::Ready(Ready { numbers, local }) => setup::Message::Ready(Verdict::ok(), numbers.clone(), *local),
         Message::Abort(e) => setup::Message::Abort(Verdict::from(e)),
@@ -322,7 +345,7 @@ mod tests {
     fn offers(n: usize) -> Offers {
         let offer = |i| Offer { nic: format!("eth{i}"), handle: [i as u8; 128] };
         let local = Some(Invitation { host: [7; 16], name: [8; 16] });
-        Offers { sets: vec![(0..n).map(offer).collect(), Vec::new()], local }
+        Offers { sets: vec![(0..n).map(offer).collect(), Vec::new()], local, join: None }
     }
 
     #[test]

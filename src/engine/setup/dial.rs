@@ -95,31 +95,25 @@ pub(crate) fn connect(addresses: &[SocketAddr], deadline: Instant, shutdown: &Sh
     Err(last)
 }
 
-fn connect_to(address: SocketAddr, deadline: Instant, shutdown: &Shutdown) -> Result<TcpStream> {
-    let what = "socket of the control connection";
+const WHAT: &str = "socket of the control connection";
+
+/// Begins a connect that does not block.
+pub(super) fn begin(address: SocketAddr) -> Result<Socket> {
+    let what = WHAT;
     let socket =
         Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP)).map_err(|e| limits::system(what, &e))?;
     socket.set_nonblocking(true).and_then(|()| socket.set_tcp_nodelay(true)).map_err(|e| limits::system(what, &e))?;
     match socket.connect(&address.into()) {
-        Ok(()) => return Ok(socket.into()),
-        Err(e) if matches!(e.raw_os_error(), Some(libc::EINPROGRESS | libc::EINTR)) => {}
-        Err(e) if limits::is_exhaustion(&e) => return Err(limits::system("connect", &e)),
+        Ok(()) => Ok(socket),
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EINPROGRESS | libc::EINTR)) => Ok(socket),
+        Err(e) if limits::is_exhaustion(&e) => Err(limits::system("connect", &e)),
         Err(e) => bail!(Unreachable, "connect to {address}: {e}"),
     }
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let ready = poll(&[(socket.as_raw_fd(), libc::POLLOUT), (shutdown.fd(), libc::POLLIN)], left)?;
-        if ready[1] {
-            return Err(canceled());
-        }
-        if ready[0] {
-            break;
-        }
-        if left.is_zero() {
-            bail!(TimedOut, "connect to {address}: no answer in time");
-        }
-    }
-    if let Some(e) = socket.take_error().map_err(|e| limits::system(what, &e))? {
+}
+
+/// Ends a connect once its socket is writable.
+pub(super) fn end(socket: Socket, address: SocketAddr) -> Result<TcpStream> {
+    if let Some(e) = socket.take_error().map_err(|e| limits::system(WHAT, &e))? {
         bail!(Unreachable, "connect to {address}: {e}");
     }
     // TCP can connect a port to itself when no socket listens there.
@@ -127,6 +121,23 @@ fn connect_to(address: SocketAddr, deadline: Instant, shutdown: &Shutdown) -> Re
         bail!(Unreachable, "connect to {address}: no listener on that port");
     }
     Ok(socket.into())
+}
+
+fn connect_to(address: SocketAddr, deadline: Instant, shutdown: &Shutdown) -> Result<TcpStream> {
+    let socket = begin(address)?;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let ready = poll(&[(socket.as_raw_fd(), libc::POLLOUT), (shutdown.fd(), libc::POLLIN)], left)?;
+        if ready[1] {
+            return Err(canceled());
+        }
+        if ready[0] {
+            return end(socket, address);
+        }
+        if left.is_zero() {
+            bail!(TimedOut, "connect to {address}: no answer in time");
+        }
+    }
 }
 
 #[cfg(test)]

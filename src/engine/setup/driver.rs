@@ -2,12 +2,13 @@
 //! The set-up thread drives incoming set-ups, a connecting thread its own. Knows nothing about frames.
 
 use super::build::{self, Up};
+use super::channels::plan::Plan;
 use super::channels::{self, Opened, Raising};
 use super::context::SetupContext;
-use super::control::{Link, SealedLink};
-use super::machine::{Next, Setup};
+use super::control::{Agreed, Link, Offers, SealedLink};
+use super::machine::{Next, Setup, JOINED};
 use crate::addresses::{plain, AllowList};
-use crate::engine::connection::Connection;
+use crate::engine::connection::{Begun, Connection};
 use crate::engine::limits;
 use crate::engine::setup::quota::Counted;
 use crate::status::{err, Error, ErrorKind, Result};
@@ -33,6 +34,21 @@ enum Channels {
     Up(channels::Up),
 }
 
+/// What the set-up is for.
+enum Purpose {
+    /// A new connection.
+    Connection,
+    /// The connection of this id, which has lost channels.
+    Joins(u64, Begun),
+}
+
+/// What a set-up has brought.
+pub(crate) enum Finished {
+    Connection(Arc<Connection>),
+    /// It has joined a connection.
+    Joined,
+}
+
 /// The result of a step.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Progress {
@@ -54,6 +70,7 @@ pub(crate) struct SetupDriver {
     /// The peer's address.
     pub address: SocketAddr,
     setup: Setup<SealedLink>,
+    purpose: Purpose,
     channels: Channels,
     /// Addresses that may be dialled.
     allowed: AllowList,
@@ -77,6 +94,7 @@ impl SetupDriver {
             sock,
             address,
             setup,
+            purpose: Purpose::Connection,
             channels: Channels::None,
             allowed: AllowList::default(),
             out: Vec::new(),
@@ -87,6 +105,23 @@ impl SetupDriver {
             started: now,
             promise: None,
         }
+    }
+
+    /// Takes over a socket that was dialled to bring up lost channels of a connection.
+    pub(crate) fn joining(
+        sock: TcpStream,
+        address: SocketAddr,
+        setup: Setup<SealedLink>,
+        connection: u64,
+        begun: Begun,
+        now: Instant,
+    ) -> SetupDriver {
+        SetupDriver { purpose: Purpose::Joins(connection, begun), ..SetupDriver::new(sock, address, setup, now) }
+    }
+
+    /// Whether it brings up channels of a connection, or wants to.
+    pub(crate) fn joins(&self) -> bool {
+        matches!(self.purpose, Purpose::Joins(..)) || self.setup.link.proved().is_some_and(|agreed| agreed.peer.hello.joins)
     }
 
     /// Logs a step at trace level.
@@ -149,6 +184,7 @@ impl SetupDriver {
                     }
                 }
                 Ok(Next::Raise(offers)) => {
+                    self.check_joined(&offers)?;
                     self.trace(format_args!("the peer offers {} channels", offers.sets.iter().map(Vec::len).sum::<usize>()));
                     if let Channels::Opened(opened) = std::mem::replace(&mut self.channels, Channels::None) {
                         let link = &self.setup.link;
@@ -248,6 +284,12 @@ impl SetupDriver {
     pub(crate) fn admit(&mut self, context: &SetupContext) -> Result<()> {
         let Some(agreed) = self.setup.link.proved() else { return Err(err!(Internal, "admitted before its proof")) };
         let connecting = agreed.connecting;
+        if !connecting && agreed.peer.hello.joins {
+            self.purpose = self.joined(context, agreed)?;
+        }
+        if let Purpose::Joins(..) = self.purpose {
+            return self.admit_join(context);
+        }
         let mut plans = channels::planned(context, agreed);
         if limits::room_for(&context.limits, self.sock.as_fd(), channels::cost(&plans)).is_err() {
             // The connection comes up without the channels of further GPUs.
@@ -266,6 +308,59 @@ impl SetupDriver {
         Ok(())
     }
 
+    /// The connection that an authenticated connector wants to join.
+    fn joined(&self, context: &SetupContext, agreed: &Agreed) -> Result<Purpose> {
+        let Some(join) = self.setup.join() else { return Err(err!(Protocol, "the peer does not say what it joins")) };
+        let id = context.table.context.restoring.find(&join.connection);
+        let found = id.and_then(|id| context.table.connections.get(id)).filter(|connection| connection.is_up());
+        let Some((connection, lineage)) = found.as_ref().and_then(|c| Some((c, c.lineage()?))) else {
+            return Err(err!(NotFound, "the connection to join is not open"));
+        };
+        lineage.admits(agreed)?;
+        self.setup.link.check_join(&lineage.ticket, join)?;
+        let begun = connection.restorer().begin(lineage.seats_of(&join.channels)?, Some(join.number))?;
+        Ok(Purpose::Joins(connection.id(), begun))
+    }
+
+    /// As [`SetupDriver::admit`], for lost channels of a connection.
+    fn admit_join(&mut self, context: &SetupContext) -> Result<()> {
+        let (Purpose::Joins(_, begun), Some(agreed)) = (&self.purpose, self.setup.link.proved()) else { return Ok(()) };
+        let now = Instant::now();
+        begun.joining.admits(agreed)?;
+        let wanted = |set: usize| begun.seats.iter().filter(|seat| seat.set == set).count();
+        let sets = begun.joining.sets.iter().enumerate();
+        let plans: Vec<_> = sets.map(|(set, members)| Plan { channels: wanted(set), ..members.plan.clone() }).collect();
+        limits::room_for(&context.limits, self.sock.as_fd(), channels::cost(&plans))?;
+        let opened = Opened::reopen(context, &begun.joining, &begun.seats, now)?;
+        self.promise = Some(limits::Promise::new(channels::later(&plans)));
+        let numbers = begun.seats.iter().map(|seat| seat.number()).collect();
+        let join = self.setup.link.join(&begun.joining.ticket, begun.number, numbers)?;
+        self.setup.end_by(now + JOINED);
+        self.setup.offer(Offers { join: Some(join), ..opened.offers() });
+        self.channels = Channels::Opened(opened);
+        self.allowed = context.config.allow.clone();
+        Ok(())
+    }
+
+    /// Checks that the peer's offer is for the same connection as this set-up.
+    fn check_joined(&self, offers: &Offers) -> Result<()> {
+        match (&self.purpose, &offers.join) {
+            (Purpose::Connection, None) => Ok(()),
+            (Purpose::Joins(_, begun), Some(join)) if join.number == begun.number => {
+                self.setup.link.check_join(&begun.joining.ticket, join)
+            }
+            _ => Err(err!(Protocol, "the engines do not agree on what the set-up joins")),
+        }
+    }
+
+    /// The connection that has the channels, if it is still open.
+    pub(crate) fn still_joins(&self, context: &SetupContext) -> bool {
+        match &self.purpose {
+            Purpose::Connection => true,
+            Purpose::Joins(id, _) => context.table.connections.get(*id).is_some_and(|connection| connection.is_up()),
+        }
+    }
+
     /// Gives up: drops the channels and sends the peer the reason. Returns the socket, which may stay open until the peer has
     /// read it.
     pub(crate) fn give_up(mut self, error: &Error) -> TcpStream {
@@ -277,12 +372,28 @@ impl SetupDriver {
         self.sock
     }
 
-    /// Builds the connection. `counted`: an incoming connection's place in the quota.
+    /// Builds the connection, or hands the channels to the one that they belong to. `counted`: an incoming connection's place in the quota.
     ///
     /// # Errors
-    /// `Canceled` when the engine is being destroyed, `Resource`.
-    pub(crate) fn finish(self, context: &SetupContext, counted: Option<Counted>) -> Result<Arc<Connection>> {
-        build::connection(context, self.parts()?, counted)
+    /// `Canceled` when the engine is being destroyed, or the connection has ended; `Resource`.
+    pub(crate) fn finish(mut self, context: &SetupContext, counted: Option<Counted>) -> Result<Finished> {
+        match std::mem::replace(&mut self.purpose, Purpose::Connection) {
+            Purpose::Connection => build::connection(context, self.parts()?, counted).map(Finished::Connection),
+            Purpose::Joins(id, begun) => {
+                let Up { sets, .. } = self.parts()?;
+                let pairs =
+                    sets.into_iter().enumerate().flat_map(|(set, raised)| raised.pairs.into_iter().map(move |pair| (set, pair)));
+                let pairs: Vec<_> = pairs.collect();
+                if pairs.is_empty() {
+                    return Err(err!(Unreachable, "no channel is up in both engines"));
+                }
+                let Some(connection) = context.table.connections.get(id) else {
+                    return Err(err!(Canceled, "the connection has ended"));
+                };
+                connection.restorer().finish(&begun, pairs)?;
+                Ok(Finished::Joined)
+            }
+        }
     }
 
     /// The parts of a connection.

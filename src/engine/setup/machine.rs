@@ -3,7 +3,11 @@
 
 use super::control::{Link, Message, Offers, Ready};
 use crate::status::{bail, err, Error, Result};
-use std::time::Instant;
+use crate::wire::join::Join;
+use std::time::{Duration, Instant};
+
+/// How long a set-up that joins a connection may take.
+pub(super) const JOINED: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
@@ -153,6 +157,7 @@ impl<L: Link> Setup<L> {
             bail!(TimedOut, "{what} in time");
         }
         Ok(match self.stage {
+            Stage::Proved if self.waits_for_join() => Next::Wait,
             Stage::Proved => Next::Admit,
             Stage::Offered => match self.early.take() {
                 Some(offers) => {
@@ -179,10 +184,26 @@ impl<L: Link> Setup<L> {
         })
     }
 
+    /// The peer wants to join a connection, and has not said which one.
+    fn waits_for_join(&self) -> bool {
+        self.early.is_none() && self.link.proved().is_some_and(|agreed| !agreed.connecting && agreed.peer.hello.joins)
+    }
+
+    /// What the peer says of the connection that it wants to join; [`Next::Admit`] comes after it.
+    pub(crate) fn join(&self) -> Option<&Join> {
+        self.early.as_ref().and_then(|offers| offers.join.as_ref())
+    }
+
+    /// Brings the deadline forward.
+    pub(crate) fn end_by(&mut self, deadline: Instant) {
+        self.deadline = self.deadline.min(deadline);
+    }
+
     fn waiting_for(&self) -> &'static str {
         match self.stage {
             Stage::Proving if !self.spoke => "the peer said nothing",
             Stage::Proving => "the peer did not complete the handshake",
+            Stage::Proved if self.waits_for_join() => "the peer did not say what it joins",
             Stage::Proved => "too many other set-ups were in progress: this one was not started",
             Stage::Offered => "the peer did not offer channels",
             Stage::Raising => "channels did not come up",
@@ -266,7 +287,7 @@ mod tests {
     }
 
     fn offer(n: u8) -> Offers {
-        Offers { sets: vec![vec![Offer { nic: "eth0".into(), handle: [n; 128] }]], local: None }
+        Offers { sets: vec![vec![Offer { nic: "eth0".into(), handle: [n; 128] }]], local: None, join: None }
     }
 
     /// The variant's name.

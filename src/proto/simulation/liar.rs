@@ -181,6 +181,7 @@ impl World {
             12 => Frame::Cancel { id },
             13 => match a % 3 {
                 0 => Frame::Ping { received: if b % 2 == 0 { 0 } else { u64::from(b) } },
+                1 if b % 3 == 0 => Frame::Up { channel: (b % 8) as u16, generation: a >> 8 & 3 },
                 1 => Frame::Arrived { channel: (b % 8) as u16, chunks: u64::from(a >> 8) % 4 },
                 _ => Frame::Lost { channel: (b % 8) as u16, chunks: u64::from(a >> 8) % 4, text: "so I say" },
             },
@@ -388,6 +389,32 @@ fn frames_that_fit_in_another_state_only_are_violations() {
     violates("a channel lost twice", &mut World::new(1), &[lost(0), lost(0)]);
     violates("a report of a channel that the peer has lost", &mut World::new(1), &[lost(0), arrived(2, 0)]);
     let message = Frame::Message { id: 1, len: 5000, from: None };
+    let up = |channel, generation| Frame::Up { channel, generation };
+    violates("an open channel comes back", &mut World::new(1), &[up(2, 1)]);
+    violates("a channel comes back that does not exist", &mut World::new(1), &[up(60_000, 1)]);
+    violates("a channel comes back without a set-up", &mut World::new(1), &[lost(0), up(2, 1)]);
+    // A set-up of the channel has begun, and the victim has not said that it is up.
+    let restoring = || {
+        let mut world = World::new(1);
+        own(&mut world, 3);
+        world.say(&lost(0));
+        world.victim.poll(world.now);
+        assert_eq!(world.victim.machine.begin_restore(&[2], None).unwrap(), 1);
+        world
+    };
+    violates("a later set-up than there was", &mut restoring(), &[up(2, 2)]);
+    violates("a channel comes back twice", &mut restoring(), &[up(2, 1), up(2, 1)]);
+    violates("a chunk before the peer's Up", &mut restoring(), &[message.clone(), chunk(1)]);
+    violates("a chunk before this engine's Up", &mut restoring(), &[up(2, 1), message.clone(), chunk(1)]);
+    violates("a report before the peer's Up", &mut restoring(), &[arrived(2, 0)]);
+    violates("a report of a chunk that came back with nothing", &mut restoring(), &[up(2, 1), arrived(2, 1)]);
+    let mut world = restoring();
+    let wire = world.net.lock().string();
+    world.net.lock().restore(2, 0, wire);
+    let Side { machine, channels, .. } = &mut world.victim;
+    machine.restore(2, 1, channels, world.now).unwrap();
+    [up(2, 1), message.clone(), chunk(1)].iter().for_each(|frame| world.say(frame));
+    assert!(world.victim.machine.alive().is_ok());
     let mut world = World::new(1);
     own(&mut world, 3);
     violates("a chunk on a channel that the peer has lost", &mut world, &[message.clone(), lost(0), chunk(1)]);

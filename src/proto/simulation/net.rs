@@ -2,7 +2,7 @@
 //! demand. Bytes are copied at the moment at which a real network would copy them.
 
 use super::direct::DirectNet;
-use crate::channel::path::{Arrival, Copier, Departure, Dest, Line, Path};
+use crate::channel::path::{Arrival, Change, Copier, Departure, Dest, Line, Path};
 use crate::channel::plan::{chunk_len, ChunkLimits, MAX_CROSSED, MAX_PARTS};
 use crate::channel::stripe::{Load, Loads};
 use crate::direct::{Event, Way};
@@ -47,6 +47,8 @@ pub(super) struct Wire {
     misfit: bool,
     taken: u64,
     brought: u64,
+    /// Messages that arrived.
+    delivered: u64,
     /// Bytes of the oldest posted message that a paced network has moved.
     moved: u64,
 }
@@ -55,8 +57,10 @@ pub(super) struct Wire {
 pub(super) struct Net {
     /// The direct transport.
     pub direct: DirectNet,
-    /// By channel, then by sending side.
+    /// By sending side: first one of each channel, then those of restored ones.
     pub wires: Vec<[Wire; 2]>,
+    /// Of each channel, by side.
+    ends: Vec<[End; 2]>,
     /// Calls until an allocation of a side fails.
     pub out_of_memory: [Option<u32>; 2],
     /// Whether the network reports bytes.
@@ -70,7 +74,8 @@ pub(super) struct Net {
 impl Net {
     pub(super) fn new(channels: usize, reports_moved: bool) -> Net {
         let wires = (0..channels).map(|_| Default::default()).collect();
-        Net { direct: DirectNet::default(), wires, out_of_memory: [None; 2], reports_moved, nics: 1, closed: [false; 2] }
+        let ends = (0..channels).map(|wire| [0, 1].map(|_| End { wire, ..End::default() })).collect();
+        Net { direct: DirectNet::default(), wires, ends, out_of_memory: [None; 2], reports_moved, nics: 1, closed: [false; 2] }
     }
 
     pub(super) fn allocate(&mut self, side: usize) -> Result<()> {
@@ -84,10 +89,28 @@ impl Net {
         Ok(())
     }
 
+    /// The wire on which a side sends for a channel.
+    pub(super) fn wire(&mut self, channel: usize, side: usize) -> &mut Wire {
+        &mut self.wires[self.ends[channel][side].wire][side]
+    }
+
+    /// New wires, for a channel that is being restored.
+    pub(super) fn string(&mut self) -> usize {
+        self.wires.push(Default::default());
+        self.wires.len() - 1
+    }
+
+    /// A side takes such wires in place of its closed end of a channel.
+    pub(super) fn restore(&mut self, channel: usize, side: usize, wire: usize) {
+        let end = &mut self.ends[channel][side];
+        assert!(end.closed, "an open channel is restored");
+        *end = End { wire, waits: true, ..End::default() };
+    }
+
     /// The network takes the oldest posted message of a wire and reads its source.
     /// Returns whether there was one.
     pub(super) fn transmit(&mut self, channel: usize, side: usize) -> bool {
-        let wire = &mut self.wires[channel][side];
+        let wire = self.wire(channel, side);
         if wire.stalled || wire.failed {
             return false;
         }
@@ -108,9 +131,9 @@ impl Net {
         const TURN: u64 = 16 << 10;
         loop {
             let before = bytes;
-            for channel in 0..self.wires.len() {
+            for channel in 0..self.ends.len() {
                 self.deliver(channel, side);
-                let wire = &mut self.wires[channel][side];
+                let wire = self.wire(channel, side);
                 let Some(posted) = wire.posted.front().filter(|_| !wire.stalled && wire.flying.is_empty()) else { continue };
                 let len: u64 = posted.parts.iter().map(|p| p.len).sum();
                 let n = (len - wire.moved).min(bytes).min(TURN);
@@ -129,7 +152,7 @@ impl Net {
     /// The oldest message of a wire reaches the receive that waits for it, and memory is written.
     /// Returns whether there was one.
     pub(super) fn deliver(&mut self, channel: usize, side: usize) -> bool {
-        let wire = &mut self.wires[channel][side];
+        let wire = self.wire(channel, side);
         if wire.stalled || wire.failed || wire.expected.is_empty() || wire.flying.is_empty() {
             return false;
         }
@@ -148,6 +171,7 @@ impl Net {
             }
         }
         wire.brought += arrival.len as u64 - std::mem::take(&mut wire.moved);
+        wire.delivered += 1;
         wire.arrived.push_back((arrival.key, arrival.len as u64));
         true
     }
@@ -155,12 +179,18 @@ impl Net {
     /// A side closes its end of a channel: it reads and writes nothing for it any more, and the peer finds out when it next sends.
     fn close(&mut self, channel: usize, side: usize) {
         let [out, incoming] = [side, 1 - side];
-        let wires = &mut self.wires[channel];
+        let wires = &mut self.wires[self.ends[channel][side].wire];
         wires[out].posted.clear();
         wires[out].sent.clear();
         wires[incoming].expected.clear();
         wires[incoming].arrived.clear();
         wires[incoming].failed = true;
+    }
+
+    /// Chunks that restored channels have brought.
+    #[cfg(test)]
+    pub(super) fn restored_chunks(&self) -> u64 {
+        self.wires[self.ends.len()..].iter().flatten().map(|wire| wire.delivered).sum()
     }
 
     /// Marks all paths as open again.
@@ -186,16 +216,23 @@ pub(super) struct SimulatedPath {
     channels: usize,
     device: bool,
     chunk_bytes: usize,
-    /// Of each channel.
-    ends: Vec<End>,
 }
 
 /// One side's end of a channel.
-#[derive(Clone, Default)]
+#[derive(Default)]
 struct End {
     /// Why it closes.
     failed: Option<Error>,
     closed: bool,
+    /// It is restored, and the peer's is not yet.
+    waits: bool,
+    wire: usize,
+}
+
+impl End {
+    fn sends(&self) -> bool {
+        self.failed.is_none() && !self.waits
+    }
 }
 
 impl SimulatedPath {
@@ -208,8 +245,7 @@ impl SimulatedPath {
         device: bool,
         chunk_bytes: usize,
     ) -> SimulatedPath {
-        let ends = vec![End::default(); channels];
-        SimulatedPath { net: net.clone(), side, first, channels, device, chunk_bytes, ends }
+        SimulatedPath { net: net.clone(), side, first, channels, device, chunk_bytes }
     }
 }
 
@@ -236,18 +272,20 @@ impl Path for SimulatedPath {
     }
 
     fn carries(&self, local: Place, peer: Place) -> bool {
-        let open = self.ends.iter().any(|end| end.failed.is_none());
+        let net = self.net.lock();
+        let open = net.ends[self.first..self.first + self.channels].iter().any(|ends| ends[self.side].sends());
         open && (!self.device || (local.is_device() && peer.is_device()))
     }
 
     fn loads(&mut self, _place: Place, bulk: bool, _now: Instant, out: &mut Loads) {
         let net = self.net.lock();
         for channel in self.first..self.first + self.channels {
-            if self.ends[channel - self.first].failed.is_some() {
+            let end = &net.ends[channel][self.side];
+            if !end.sends() {
                 continue;
             }
             out.numbers.push(channel - self.first);
-            let wire = &net.wires[channel][self.side];
+            let wire = &net.wires[end.wire][self.side];
             let taken = wire.posted.len() + wire.sent.len();
             let free = WINDOW.saturating_sub(taken);
             let large = wire.posted.iter().filter(|p| p.bulk).count();
@@ -259,8 +297,8 @@ impl Path for SimulatedPath {
     fn submit(&mut self, channel: usize, departure: Departure, _copier: &mut Copier, _now: Instant) -> Result<()> {
         let mut net = self.net.lock();
         net.allocate(self.side)?;
-        assert!(self.ends[channel].failed.is_none(), "a chunk for a channel that has failed");
-        let wire = &mut net.wires[self.first + channel][self.side];
+        assert!(net.ends[self.first + channel][self.side].sends(), "a chunk for a channel that has failed, or is not open yet");
+        let wire = net.wire(self.first + channel, self.side);
         assert!(wire.posted.len() + wire.sent.len() < WINDOW, "more requests than the window has slots");
         let Departure { key, chunk, hold, bulk, tag } = departure;
         assert_held(&chunk.parts, &hold);
@@ -277,8 +315,10 @@ impl Path for SimulatedPath {
             }
             assert_held(parts, hold);
         }
-        if self.ends[channel].failed.is_none() {
-            net.wires[self.first + channel][1 - self.side].expected.push_back(arrival);
+        let end = &net.ends[self.first + channel][self.side];
+        if end.failed.is_none() {
+            let wire = end.wire;
+            net.wires[wire][1 - self.side].expected.push_back(arrival);
         }
         Ok(())
     }
@@ -287,16 +327,19 @@ impl Path for SimulatedPath {
         let mut net = self.net.lock();
         net.allocate(self.side)?;
         let before = events.len();
-        for (number, end) in self.ends.iter_mut().enumerate() {
+        for number in 0..self.channels {
+            let Net { wires, ends, .. } = &mut *net;
+            let end = &mut ends[self.first + number][self.side];
             if let Some(why) = end.failed.clone().filter(|_| !end.closed) {
-                net.close(self.first + number, self.side);
                 end.closed = true;
+                net.close(self.first + number, self.side);
                 events.push(Event::Closed(number as u16, why));
+                continue;
             }
             if end.closed {
                 continue;
             }
-            let [a, b] = &mut net.wires[self.first + number];
+            let [a, b] = &mut wires[end.wire];
             let (out, incoming) = if self.side == 0 { (a, b) } else { (b, a) };
             events.extend(out.sent.drain(..).map(|(key, len)| Event::Sent(number as u16, key, len)));
             events.extend(incoming.arrived.drain(..).map(|(key, len)| Event::Received(number as u16, key, len)));
@@ -311,26 +354,37 @@ impl Path for SimulatedPath {
         Ok(events.len() > before)
     }
 
-    fn close(&mut self, channel: usize, why: Error) {
-        self.ends[channel].failed.get_or_insert(why);
+    fn change(&mut self, channel: usize, change: Change) -> Result<()> {
+        let end = &mut self.net.lock().ends[self.first + channel][self.side];
+        match change {
+            Change::Close(why) => {
+                end.failed.get_or_insert(why);
+            }
+            Change::Restore(_) => bail!(Internal, "simulated: comms of a plugin"),
+            // The harness has restored it: see `Net::restore`.
+            Change::Open => end.waits = false,
+        }
+        Ok(())
     }
 
     fn busy(&self) -> bool {
-        if self.ends.iter().any(|end| end.failed.is_some() && !end.closed) {
-            return true;
-        }
         let net = self.net.lock();
         (self.first..self.first + self.channels).any(|channel| {
-            let (out, incoming) = (&net.wires[channel][self.side], &net.wires[channel][1 - self.side]);
+            let end = &net.ends[channel][self.side];
+            let (out, incoming) = (&net.wires[end.wire][self.side], &net.wires[end.wire][1 - self.side]);
+            if end.closed || end.failed.is_some() {
+                return !end.closed;
+            }
             !out.posted.is_empty() || !out.sent.is_empty() || !incoming.expected.is_empty() || !incoming.arrived.is_empty()
         })
     }
 
     fn network(&mut self, each: &mut dyn FnMut(Line<'_>)) -> Result<()> {
-        let net = self.net.lock();
-        for (number, end) in self.ends.iter_mut().enumerate() {
+        let net = &mut *self.net.lock();
+        for number in 0..self.channels {
             let channel = self.first + number;
-            let (out, incoming) = (&net.wires[channel][self.side], &net.wires[channel][1 - self.side]);
+            let end = &mut net.ends[channel][self.side];
+            let (out, incoming) = (&net.wires[end.wire][self.side], &net.wires[end.wire][1 - self.side]);
             if out.failed || incoming.failed {
                 end.failed.get_or_insert_with(|| err!(RemoteDisconnect, "simulated: channel {number} has failed"));
             }
@@ -339,7 +393,7 @@ impl Path for SimulatedPath {
                 moved: net.reports_moved.then_some((out.taken, incoming.brought)),
                 under_way: (out.posted.len() + out.sent.len(), incoming.expected.len()),
                 posted: incoming.expected.len().min(WINDOW),
-                open: end.failed.is_none(),
+                open: end.sends(),
             });
         }
         Ok(())

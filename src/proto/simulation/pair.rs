@@ -47,6 +47,16 @@ struct World {
     faulty: bool,
     lossy: bool,
     reorders: bool,
+    join: Option<Join>,
+}
+
+/// A set-up of a lost channel that is under way.
+struct Join {
+    channel: u16,
+    number: u32,
+    wire: usize,
+    /// Sides that have not ended their part.
+    left: [bool; 2],
 }
 
 /// What breaks in a run.
@@ -62,13 +72,15 @@ pub(super) fn play(seed: u64, script: &[Action], faults: Faults) -> Result<(), S
     World::new(seed, faults).run(script)
 }
 
-/// Chunks that both sides send again in a run that loses channels.
+/// Chunks that both sides send again in a run that loses channels, channels that come back at a side, and chunks that those carry.
 #[cfg(test)]
-pub(super) fn resent(seed: u64, script: &[Action]) -> u64 {
+pub(super) fn losses(seed: u64, script: &[Action]) -> [u64; 3] {
     let mut world = World::new(seed, Faults::Channels);
     script.iter().for_each(|&action| world.step(action));
     world.busy(20);
-    world.sides.iter().map(|side| side.machine.counts().resent_chunks).sum()
+    let counts: Vec<_> = world.sides.iter().map(|side| side.machine.counts()).collect();
+    let carried = world.net.lock().restored_chunks();
+    [counts.iter().map(|c| c.resent_chunks).sum(), counts.iter().map(|c| c.restored_channels).sum(), carried]
 }
 
 /// A run without faults, but over a network that reorders.
@@ -106,6 +118,7 @@ impl World {
             faulty: faults == Faults::All,
             lossy: faults == Faults::Channels,
             reorders: false,
+            join: None,
         }
     }
 
@@ -142,7 +155,8 @@ impl World {
             19..=22 => {
                 self.net.lock().deliver(channel, side);
                 if self.reorders {
-                    let wire = &mut self.net.lock().wires[channel][side];
+                    let mut net = self.net.lock();
+                    let wire = net.wire(channel, side);
                     if wire.flying.len() > 1 {
                         wire.flying.swap(0, 1);
                     }
@@ -165,8 +179,8 @@ impl World {
         }
         let mut net = self.net.lock();
         match (a >> 1) % 8 {
-            0 => net.wires[channel][side].stalled = true,
-            1 => net.wires[channel][side].failed = true,
+            0 => net.wire(channel, side).stalled = true,
+            1 => net.wire(channel, side).failed = true,
             2 => net.out_of_memory[side] = Some(b % 6),
             3 => {
                 drop(net);
@@ -189,15 +203,54 @@ impl World {
         }
     }
 
-    /// The next use of a channel fails, or a side gives it up.
+    /// The next use of a channel fails, or a side gives it up; or a lost one is set up again.
     fn lose(&mut self, side: usize, channel: usize, a: u32) {
-        if channel + 1 == DEVICE_CHANNELS + HOST_CHANNELS || self.rng.below(2) == 0 {
+        if self.rng.below(2) == 0 {
+            return self.set_up_again(side, channel, a);
+        }
+        if channel + 1 == DEVICE_CHANNELS + HOST_CHANNELS {
             return self.busy(1);
         }
         match (a >> 1) % 3 {
-            0 => self.net.lock().wires[channel][side].failed = true,
-            1 => self.net.lock().wires[channel].iter_mut().for_each(|wire| wire.failed = true),
+            0 => self.net.lock().wire(channel, side).failed = true,
+            1 => [0, 1].into_iter().for_each(|side| self.net.lock().wire(channel, side).failed = true),
             _ => self.sides[side].channels.close_channel(channel as u16, err!(RemoteDisconnect, "simulated: given up")),
+        }
+    }
+
+    /// A step of a set-up of lost channels: it begins, or a side ends its part, with the channel or without.
+    fn set_up_again(&mut self, side: usize, channel: usize, a: u32) {
+        let now = self.now;
+        let Some(join) = &mut self.join else {
+            let lost = (0..DEVICE_CHANNELS + HOST_CHANNELS).map(|n| (channel + n) % (DEVICE_CHANNELS + HOST_CHANNELS));
+            let Some(channel) = lost.map(|n| n as u16).find(|&n| self.sides[side].machine.is_lost(n)) else {
+                return self.busy(1);
+            };
+            let Ok(number) = self.sides[side].machine.begin_restore(&[channel], None) else { return };
+            // The other side may not know of the loss yet, and refuses.
+            if self.sides[1 - side].machine.begin_restore(&[channel], Some(number)).is_ok() {
+                let wire = self.net.lock().string();
+                self.join = Some(Join { channel, number, wire, left: [true; 2] });
+            }
+            return;
+        };
+        if !std::mem::replace(&mut join.left[side], false) {
+            return;
+        }
+        let Join { channel, number, wire, left } = *join;
+        if left == [false; 2] {
+            self.join = None;
+        }
+        if (a >> 1) % 4 == 0 {
+            // It ends without the channel. The other side may notice at once, or by the time alone.
+            let silent = (a >> 3) % 2 == 0;
+            self.net.lock().wires[wire].iter_mut().for_each(|wire| (wire.failed, wire.stalled) = (!silent, true));
+            return;
+        }
+        self.net.lock().restore(channel.into(), side, wire);
+        let me = &mut self.sides[side];
+        if let Err(e) = me.machine.restore(channel, number, &mut me.channels, now) {
+            me.fail(e, now);
         }
     }
 

@@ -1,7 +1,6 @@
 //! Which sets of channels a connection has: one for each plugin, and further ones for a plugin whose comms belong to one GPU, for
 //! memory registered on other GPUs. Both engines compute the same list. Pure.
 
-use crate::engine::setup::context::Plugins;
 use crate::net::plugin::Plugin;
 use crate::types::Place;
 use crate::wire::hello::Hello;
@@ -43,18 +42,24 @@ pub(crate) fn own_gpu(hello: &Hello) -> u8 {
 
 /// The sets of a connection with `channels` channels each, in the order in which both engines number them. The set that also
 /// carries host memory comes last, since the first set that can carry a transfer does.
-pub(crate) fn plans(plugins: &Plugins, own: &Hello, peer: &Hello, connecting: bool, channels: usize) -> Vec<Plan> {
-    let follows = plugins.device.traits.follows_gpu;
+pub(crate) fn plans(
+    (device, host): (&Arc<Plugin>, Option<&Arc<Plugin>>),
+    own: &Hello,
+    peer: &Hello,
+    connecting: bool,
+    channels: usize,
+) -> Vec<Plan> {
+    let follows = device.traits.follows_gpu;
     let plan = |plugin: &Arc<Plugin>, gpus: Option<(u8, u8)>, channels, spare| {
         let gpus = gpus.map(|(here, there)| (Place::gpu(here), Place::gpu(there)));
         Plan { plugin: plugin.clone(), gpus, channels, spare }
     };
-    let mut all = vec![plan(&plugins.device, follows.then(|| (own_gpu(own), own_gpu(peer))), channels, false)];
+    let mut all = vec![plan(device, follows.then(|| (own_gpu(own), own_gpu(peer))), channels, false)];
     if follows {
-        let further = further(own, peer, connecting, MAX_SETS - plugins.all().count());
-        all.extend(further.into_iter().map(|pair| plan(&plugins.device, Some(pair), channels.min(FURTHER_CHANNELS), true)));
+        let further = further(own, peer, connecting, MAX_SETS - 1 - usize::from(host.is_some()));
+        all.extend(further.into_iter().map(|pair| plan(device, Some(pair), channels.min(FURTHER_CHANNELS), true)));
     }
-    all.extend(plugins.host.iter().map(|host| plan(host, None, channels, false)));
+    all.extend(host.into_iter().map(|host| plan(host, None, channels, false)));
     all
 }
 

@@ -1,0 +1,67 @@
+//! Connections whose lost channels are to be set up again, for the thread that does it, and the names by which peers ask for one. Knows
+//! nothing about set-ups.
+
+use process::Mutex;
+use reactor::Waker;
+use std::collections::{BTreeSet, HashMap};
+use std::os::fd::RawFd;
+use std::sync::OnceLock;
+
+/// What the thread is asked for.
+#[derive(Debug, Default)]
+pub(crate) struct Asked {
+    /// Connections that have lost channels.
+    pub connections: BTreeSet<u64>,
+    /// An interface of this host has come back: attempts need not wait.
+    pub hurry: bool,
+}
+
+#[derive(Default)]
+pub(crate) struct Restoring {
+    asked: Mutex<Asked>,
+    /// Ids of connections by their names.
+    names: Mutex<HashMap<[u8; 16], u64>>,
+    waker: OnceLock<Waker>,
+}
+
+impl Restoring {
+    /// Wakes the thread from now on. Returns what becomes readable.
+    pub(crate) fn wakes(&self, waker: Waker) -> RawFd {
+        self.waker.get_or_init(|| waker).fd()
+    }
+
+    fn wake(&self) {
+        self.waker.get().into_iter().for_each(Waker::wake);
+    }
+
+    /// A connection has lost channels.
+    pub(crate) fn ask(&self, id: u64) {
+        self.asked.lock().connections.insert(id);
+        self.wake();
+    }
+
+    /// An interface has come back.
+    pub(crate) fn hurry(&self) {
+        self.asked.lock().hurry = true;
+        self.wake();
+    }
+
+    /// Takes what was asked for.
+    pub(crate) fn take(&self) -> Asked {
+        self.waker.get().into_iter().for_each(Waker::drain);
+        std::mem::take(&mut *self.asked.lock())
+    }
+
+    /// A connection can be joined under this name.
+    pub(crate) fn name(&self, name: [u8; 16], id: u64) {
+        self.names.lock().insert(name, id);
+    }
+
+    pub(crate) fn find(&self, name: &[u8; 16]) -> Option<u64> {
+        self.names.lock().get(name).copied()
+    }
+
+    pub(crate) fn forget(&self, name: &[u8; 16]) {
+        self.names.lock().remove(name);
+    }
+}

@@ -1,0 +1,282 @@
+//! When lost channels are set up again: soon after a loss, then less and less often, at once when an interface comes back. Dials the peer;
+//! what follows is an ordinary set-up. Knows nothing about epoll.
+
+use super::context::SetupContext;
+use super::dial;
+use super::driver::SetupDriver;
+use super::machine::{Setup, JOINED};
+use crate::engine::connection::Begun;
+use crate::net::topology::has_carrier;
+use crate::status::{bail, err, Result};
+use socket2::Socket;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, RawFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// The pause before the first attempt, and the longest while attempts fail.
+const FIRST: Duration = Duration::from_millis(200);
+const LONGEST: Duration = Duration::from_secs(2);
+/// A channel that is lost again so soon after it came back costs transfers each time: pauses grow, up to this.
+const SHORT_LIFE: Duration = Duration::from_secs(10);
+const LONGEST_OF_SHORT: Duration = Duration::from_secs(60);
+/// How soon an attempt follows the return of an interface: addresses come a little after the link.
+const SOON: Duration = Duration::from_millis(50);
+/// How long a dial may take.
+const DIAL: Duration = Duration::from_secs(2);
+
+/// The attempts for one connection.
+#[derive(Debug)]
+struct Backoff {
+    pause: Duration,
+    /// When the next one is due; `None` while one is under way or none is needed.
+    due: Option<Instant>,
+    /// One is under way.
+    trying: bool,
+    /// Channels were lost during it.
+    asked: bool,
+    /// When channels last came back.
+    restored: Option<Instant>,
+}
+
+/// A dial that is under way.
+struct Dial {
+    connection: u64,
+    socket: Socket,
+    address: SocketAddr,
+    begun: Begun,
+    until: Instant,
+}
+
+/// The attempts of an engine.
+#[derive(Default)]
+pub(super) struct Restorer {
+    connections: HashMap<u64, Backoff>,
+    due: BTreeSet<(Instant, u64)>,
+    /// By the caller's number.
+    dials: BTreeMap<u64, Dial>,
+}
+
+/// A time of about this length: engines whose connections were lost together do not come together.
+fn about(time: Duration) -> Duration {
+    let mut random = [0; 4];
+    let _ = getrandom::fill(&mut random);
+    time.mul_f64(0.75 + 0.5 * f64::from(u32::from_le_bytes(random)) / f64::from(u32::MAX))
+}
+
+impl Restorer {
+    /// When to call [`Restorer::next`] or [`Restorer::late`].
+    pub(super) fn wake_at(&self) -> Option<Instant> {
+        let due = self.due.first().map(|(at, _)| *at);
+        self.dials.values().map(|dial| dial.until).chain(due).min()
+    }
+
+    /// A connection has lost channels.
+    pub(super) fn lost(&mut self, id: u64, now: Instant) {
+        self.connections.retain(|_, b| b.due.is_some() || b.trying || b.restored.is_some_and(|at| now - at < LONGEST_OF_SHORT));
+        let backoff = self.connections.entry(id).or_insert(Backoff {
+            pause: Duration::ZERO,
+            due: None,
+            trying: false,
+            asked: false,
+            restored: None,
+        });
+        if backoff.trying {
+            backoff.asked = true;
+            return;
+        }
+        if backoff.due.is_some() {
+            return;
+        }
+        let short = backoff.restored.is_some_and(|at| now.saturating_duration_since(at) < SHORT_LIFE.max(2 * backoff.pause));
+        backoff.pause = if short { (4 * backoff.pause).clamp(5 * FIRST, LONGEST_OF_SHORT) } else { FIRST };
+        self.plan(id, now + about(self.pause(id)));
+    }
+
+    fn pause(&self, id: u64) -> Duration {
+        self.connections.get(&id).map_or(FIRST, |backoff| backoff.pause)
+    }
+
+    fn plan(&mut self, id: u64, at: Instant) {
+        let Some(backoff) = self.connections.get_mut(&id) else { return };
+        backoff.trying = false;
+        backoff.due.replace(at).map(|old| self.due.remove(&(old, id)));
+        self.due.insert((at, id));
+    }
+
+    /// An interface has come back.
+    pub(super) fn hurry(&mut self, now: Instant) {
+        let waiting: Vec<(Instant, u64)> = self.due.iter().copied().collect();
+        for (at, id) in waiting {
+            self.plan(id, at.min(now + about(SOON)));
+            // Its address, or the peer's end, may come a little later still.
+            self.connections.get_mut(&id).filter(|b| b.pause <= LONGEST).into_iter().for_each(|b| b.pause = FIRST);
+        }
+        // What is under way may have begun too early.
+        self.connections.values_mut().filter(|backoff| backoff.trying).for_each(|backoff| backoff.asked = true);
+    }
+
+    /// The next connection whose attempt is due.
+    pub(super) fn next(&mut self, now: Instant) -> Option<u64> {
+        let &(at, id) = self.due.first().filter(|(at, _)| *at <= now)?;
+        self.due.remove(&(at, id));
+        let backoff = self.connections.get_mut(&id)?;
+        (backoff.due, backoff.trying, backoff.asked) = (None, true, false);
+        Some(id)
+    }
+
+    /// An attempt has brought channels up. `more`: others are still lost.
+    pub(super) fn restored(&mut self, id: u64, more: bool, now: Instant) {
+        let Some(backoff) = self.connections.get_mut(&id) else { return };
+        backoff.restored = Some(now);
+        match more || backoff.asked {
+            true => self.ended(id, now),
+            false => self.rests(id),
+        }
+    }
+
+    /// An attempt has ended.
+    pub(super) fn ended(&mut self, id: u64, now: Instant) {
+        let Some(backoff) = self.connections.get_mut(&id) else { return };
+        // With a longest pause that is longer already it stays.
+        let longest = LONGEST.max(backoff.pause);
+        let pause = backoff.pause.max(FIRST);
+        backoff.pause = (2 * pause).min(longest);
+        let at = if backoff.asked { about(SOON) } else { about(pause) };
+        self.plan(id, now + at);
+    }
+
+    /// A connection needs no more attempts at present.
+    pub(super) fn rests(&mut self, id: u64) {
+        if let Some(backoff) = self.connections.get_mut(&id) {
+            backoff.trying = false;
+            if backoff.restored.is_none() {
+                self.connections.remove(&id);
+            }
+        }
+    }
+
+    /// Begins an attempt: dials the peer, for the channels whose NIC can be used here. `None` when nothing is lost. Returns the socket to
+    /// wait for under `number`.
+    ///
+    /// # Errors
+    /// Why there is nothing to try now.
+    pub(super) fn dial(&mut self, context: &SetupContext, id: u64, number: u64, now: Instant) -> Result<Option<RawFd>> {
+        let Some(connection) = context.table.connections.get(id) else { return Ok(None) };
+        let Some(lineage) = connection.lineage().filter(|_| connection.is_up()) else { return Ok(None) };
+        let lost = connection.restorer().lost()?;
+        if lost.is_empty() {
+            return Ok(None);
+        }
+        if self.dials.len() >= context.limits.outgoing {
+            bail!(Resource, "too many set-ups are in progress");
+        }
+        let mut usable = Vec::new();
+        for (number, members) in lineage.sets.iter().enumerate() {
+            let wanted: Vec<_> = lost.iter().filter(|seat| seat.set == number).collect();
+            if wanted.is_empty() {
+                continue;
+            }
+            let devices = members.plan.plugin.current_devices()?;
+            let there = |nic: &str| devices.iter().any(|device| device.name == nic) && has_carrier(Path::new("/"), nic);
+            usable.extend(wanted.into_iter().filter(|seat| there(&members.nics[seat.index].0)));
+        }
+        if usable.is_empty() {
+            bail!(Unreachable, "the NICs of the lost channels cannot be used here");
+        }
+        let begun = connection.restorer().begin(usable, None)?;
+        let socket = dial::begin(lineage.address)?;
+        let fd = socket.as_raw_fd();
+        let dial = Dial { connection: id, socket, address: lineage.address, begun, until: now + DIAL };
+        self.dials.insert(number, dial);
+        Ok(Some(fd))
+    }
+
+    /// A dial that takes too long: its number.
+    pub(super) fn late(&self, now: Instant) -> Option<u64> {
+        self.dials.iter().find(|(_, dial)| dial.until <= now).map(|(&number, _)| number)
+    }
+
+    /// Whether a dial has this number.
+    pub(super) fn dials(&self, number: u64) -> bool {
+        self.dials.contains_key(&number)
+    }
+
+    /// The socket of a dial is ready, or its time is over. Returns the connection, and the set-up that follows.
+    pub(super) fn answered(&mut self, context: &SetupContext, number: u64, now: Instant) -> Option<(u64, Result<SetupDriver>)> {
+        let Dial { connection, socket, address, begun, until } = self.dials.remove(&number)?;
+        let made = || -> Result<SetupDriver> {
+            if until <= now {
+                return Err(err!(TimedOut, "connect to {address}: no answer in time"));
+            }
+            let sock = dial::end(socket, address)?;
+            let deadline = now + JOINED;
+            let setup = Setup::new(context.joining_link()?, now, deadline, deadline);
+            Ok(SetupDriver::joining(sock, address, setup, connection, begun, now))
+        };
+        Some((connection, made()))
+    }
+
+    /// Ends all dials.
+    pub(super) fn end(&mut self) {
+        *self = Restorer::default();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The time until the next attempt.
+    fn pause(restorer: &Restorer, now: Instant) -> Duration {
+        restorer.wake_at().unwrap().saturating_duration_since(now)
+    }
+
+    #[test]
+    fn attempts_follow_soon_then_less_often_and_at_once_when_an_interface_is_back() {
+        let (mut restorer, mut now) = (Restorer::default(), Instant::now());
+        restorer.lost(1, now);
+        let mut pauses = Vec::new();
+        for _ in 0..8 {
+            pauses.push(pause(&restorer, now));
+            now = restorer.wake_at().unwrap();
+            assert_eq!((restorer.next(now), restorer.next(now)), (Some(1), None));
+            restorer.ended(1, now);
+        }
+        assert!(
+            pauses[0] <= FIRST * 5 / 4 && pauses.iter().all(|&p| p <= LONGEST * 5 / 4) && pauses[7] >= LONGEST / 2,
+            "{pauses:?}"
+        );
+        restorer.hurry(now);
+        assert!(pause(&restorer, now) <= 2 * SOON);
+    }
+
+    #[test]
+    fn a_channel_that_does_not_stay_comes_back_less_and_less_often() {
+        let (mut restorer, mut now) = (Restorer::default(), Instant::now());
+        let mut last = Duration::ZERO;
+        for _ in 0..12 {
+            restorer.lost(1, now);
+            last = pause(&restorer, now);
+            now = restorer.wake_at().unwrap();
+            restorer.next(now);
+            restorer.restored(1, false, now);
+            assert!(restorer.wake_at().is_none());
+            now += Duration::from_secs(2);
+        }
+        assert!(last >= LONGEST_OF_SHORT / 2, "{last:?}");
+        now += 4 * LONGEST_OF_SHORT;
+        restorer.lost(1, now);
+        assert!(pause(&restorer, now) <= FIRST * 5 / 4, "it has stayed");
+    }
+
+    #[test]
+    fn a_connection_that_has_ended_is_forgotten() {
+        let (mut restorer, now) = (Restorer::default(), Instant::now());
+        restorer.lost(1, now);
+        restorer.next(now + FIRST * 2);
+        restorer.rests(1);
+        assert!(restorer.connections.is_empty() && restorer.wake_at().is_none());
+    }
+}
