@@ -276,6 +276,13 @@ fn failing_send() {
     assert!(connection.wait(id, Some(Duration::from_secs(30))).expect("the software plugin takes over").complete);
     let totals = connection.stats().expect("statistics").totals;
     assert!(totals.lost_channels > 0 && totals.resent_chunks > 0, "{totals:?}");
+    // They are set up again, whatever becomes of what they send.
+    let until = Instant::now() + Duration::from_secs(20);
+    let restored = || connection.stats().expect("statistics").totals.restored_channels;
+    while restored() == 0 && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert!(restored() > 0, "no channel came back");
     a.deregister(near).expect("deregister");
     b.deregister(far).expect("deregister");
     assert!(memory[0] == memory[1], "wrong bytes");

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use uccl_p2p::config::Config;
 use uccl_p2p::engine::attack::{self, FifoItem, Frame, Grant, Liar, WireRegion, WireSegment};
 use uccl_p2p::engine::Engine;
-use uccl_p2p::status::UCCL_ERR_PROTOCOL;
+use uccl_p2p::status::{ErrorKind, UCCL_ERR_PROTOCOL};
 use uccl_p2p::types::Place;
 use victim::{descriptors, resident, text_of, threads, until, Outcome, Rng, Victim};
 
@@ -391,6 +391,71 @@ fn a_lost_channel_writes_nothing_any_more() {
     scene.tell(&[chunk(5, true, CHUNK, 0)]);
     scene.says_protocol("a chunk that is in place announced again");
     scene.close();
+}
+
+#[test]
+fn only_the_peer_of_a_connection_joins_it_and_only_where_channels_are_lost() {
+    let mut scene = Scene::new();
+    let (buffer, item) = scene.victim.buffer(WRITE, BEFORE);
+    let me = scene.engine.clone();
+    let refused = |scene: &mut Scene, what: &str, engine: &Engine, generation, channels: &[u16], kind| {
+        let error = scene.liar.join(engine, generation, channels).unwrap_err();
+        assert_eq!(error.kind(), kind, "{what}: {error}");
+    };
+    refused(&mut scene, "no channel is lost", &me, 1, &[1], ErrorKind::Unsupported);
+    scene.tell(&[lost(1, 0)]);
+    assert_eq!(scene.loses(1), 0);
+    refused(&mut scene, "another engine", &own_engine(), 2, &[1], ErrorKind::Auth);
+    refused(&mut scene, "one of them is not lost", &me, 3, &[0, 1], ErrorKind::Unsupported);
+    refused(&mut scene, "no such channel", &me, 4, &[1, 2], ErrorKind::Protocol);
+    refused(&mut scene, "no generation", &me, 0, &[1], ErrorKind::Unsupported);
+    let mut second = Liar::connect(&me, scene.victim.port, LIE).unwrap();
+    second.say(&Frame::Bye { status: 0, text: "" }).unwrap();
+    assert!(until(LIMIT, || second.hear(|_| {}).is_err()), "the victim keeps a connection that has ended");
+    assert_eq!(second.join(&me, 1, &[1]).unwrap_err().kind(), ErrorKind::NotFound, "a connection that has ended");
+    scene.liar.join(&me, 7, &[1]).unwrap();
+    let generation = scene.find("Up", |frame| match frame {
+        Frame::Up { channel: 1, generation } => Some(*generation),
+        _ => None,
+    });
+    assert_eq!(generation, 7);
+    refused(&mut scene, "it is back already", &me, 8, &[1], ErrorKind::Unsupported);
+    scene.tell(&[Frame::Up { channel: 1, generation }, write_of(5, &item, WRITE), chunk(5, true, WRITE, 1)]);
+    assert!(scene.liar.fly(1, attack::tag(5, true, 0), WRITE).unwrap());
+    let status = scene.find("Done", |frame| match frame {
+        Frame::Done { id: 5, status, .. } => Some(*status),
+        _ => None,
+    });
+    assert_eq!((status, scene.victim.ask(&format!("holds {buffer} {WRITE} {LIE}")).as_str()), (0, "true"));
+    // And once more: the same generation never serves twice.
+    scene.tell(&[lost(1, 0)]);
+    assert_eq!(scene.loses(1), 1);
+    refused(&mut scene, "an old generation", &me, 7, &[1], ErrorKind::Unsupported);
+    scene.liar.join(&me, 9, &[1]).unwrap();
+    // The first chunk counts from 0 again.
+    scene.tell(&[Frame::Up { channel: 1, generation: 9 }, arrived(1, 1)]);
+    scene.says_protocol("a report of a chunk before the channel came back");
+    scene.close();
+}
+
+#[test]
+fn lies_about_restored_channels_end_the_connection() {
+    let lies: [(&str, &[Frame<'static>]); 4] = [
+        ("another generation", &[Frame::Up { channel: 1, generation: 2 }]),
+        ("twice", &[Frame::Up { channel: 1, generation: 1 }, Frame::Up { channel: 1, generation: 1 }]),
+        ("a channel that does not exist", &[Frame::Up { channel: 2, generation: 1 }]),
+        ("a channel that is open", &[Frame::Up { channel: 0, generation: 1 }]),
+    ];
+    for (what, lie) in lies {
+        let mut scene = Scene::new();
+        scene.tell(&[lost(1, 0)]);
+        assert_eq!(scene.loses(1), 0);
+        let me = scene.engine.clone();
+        scene.liar.join(&me, 1, &[1]).unwrap();
+        scene.tell(lie);
+        scene.says_protocol(what);
+        scene.close();
+    }
 }
 
 #[test]

@@ -759,6 +759,64 @@ fn a_lost_nic_costs_its_channels_but_not_the_connection() {
 }
 
 #[test]
+fn lost_channels_come_back_with_their_nic() {
+    if !isolated("lost_channels_come_back_with_their_nic", 1024) {
+        return;
+    }
+    let addresses = ["addr add 10.77.0.1/24 dev eth0", "addr add 10.77.1.1/24 dev eth1"];
+    if !own_network(&["eth0", "eth1"], &addresses) {
+        return;
+    }
+    let config = || Config {
+        num_channels: Some(4),
+        plugin: PluginChoice::Soft,
+        disable_ipc: true,
+        eager_bytes: 0,
+        ..Config::from_env().unwrap()
+    };
+    let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+    let out = a.connect("10.77.0.1", "", port(&b)).expect("comes up");
+    let inc = b.accept().unwrap();
+    let mut memory = [vec![7u8; 8 << 20], vec![0; 8 << 20]];
+    let [from, to] = [0, 1].map(|i| memory[i].as_mut_ptr() as usize);
+    let (near, far) = (a.register(from, 8 << 20).unwrap(), b.register(to, 8 << 20).unwrap());
+    let counts = |connection: &Connection| {
+        let totals = connection.stats().unwrap().totals;
+        (totals.lost_channels, totals.restored_channels)
+    };
+    let carried = || -> u64 {
+        let channels = out.stats().unwrap().channels;
+        channels.iter().filter(|channel| channel.nic == "eth1").map(|channel| channel.sent_bytes).sum()
+    };
+    let write = || {
+        let item = b.fifo_item(far, to, 8 << 20).unwrap();
+        let id =
+            out.transfer(Direction::Write, std::iter::once((LocalSegment { mr: near, addr: from, len: 8 << 20 }, item))).unwrap();
+        assert!(out.wait(id, Some(Duration::from_secs(30))).expect("the other NIC carries it").complete);
+    };
+    for round in 1..=2 {
+        let before = carried();
+        write();
+        assert!(carried() > before, "round {round}: eth1 carries nothing");
+        assert!(ip("link set eth1 down"));
+        let lost = || counts(&out) == (2 * round, 2 * round - 2) && counts(&inc) == (2 * round, 2 * round - 2);
+        assert!(until(Duration::from_secs(20), lost), "round {round}: {:?} {:?}", counts(&out), counts(&inc));
+        write();
+        assert!(ip("link set eth1 up"));
+        let back = || counts(&out) == (2 * round, 2 * round) && counts(&inc) == (2 * round, 2 * round);
+        assert!(until(Duration::from_secs(20), back), "round {round}: {:?} {:?}", counts(&out), counts(&inc));
+    }
+    let before = carried();
+    write();
+    assert!(carried() > before, "eth1 carries nothing");
+    assert!(memory[0] == memory[1], "wrong bytes");
+    // The set-ups that brought them are no connections.
+    assert_eq!(b.stats().unwrap().connections.len(), 1);
+    a.deregister(near).unwrap();
+    b.deregister(far).unwrap();
+}
+
+#[test]
 fn a_host_with_ipv6_alone_is_served() {
     if !isolated("a_host_with_ipv6_alone_is_served", 1024) {
         return;

@@ -16,9 +16,9 @@ NO_HANDLE = bytes(128)  # of an engine that dials
 
 
 def offer(channels):
-    """An Offer of one set of channels, (name of the NIC, handle) each, without an invitation."""
+    """An Offer of one set of channels, (name of the NIC, handle) each, without an invitation, for a new connection."""
     parts = [bytes([len(nic)]) + nic + handle for nic, handle in channels]
-    return struct.pack("<BH", 1, len(parts)) + b"".join(parts) + b"\x00"
+    return struct.pack("<BH", 1, len(parts)) + b"".join(parts) + b"\x00\x00"
 
 
 def read_offer(payload):
@@ -29,6 +29,7 @@ def read_offer(payload):
     need(all(1 <= len(nic) <= 31 for nic, _ in channels), "the name of a NIC")
     if fields.unpack("B") == 1:
         fields.bytes(32)  # an invitation
+    need(fields.unpack("B") == 0, "an Offer that joins a connection")
     fields.end()
     return channels
 
@@ -72,7 +73,8 @@ def expect_setup(records, kind):
 
 
 def set_up_channels(session, records, agreed, nics, up):
-    """Offers a channel on each of `nics`, and brings up those whose number `up` admits. Returns the channels that are up in both engines."""
+    """Offers a channel on each of `nics`, and brings up those whose number `up` admits. Returns all channels; None
+    for those that are not up in both engines."""
     listeners = [] if session.connector else [socket.create_server(("127.0.0.1", 0)) for _ in nics]
     cookies = [bytes([number]) * 16 for number in range(len(nics))]
     handles = [handle_of(*pair) for pair in zip(listeners, cookies)] or [NO_HANDLE] * len(nics)
@@ -93,7 +95,33 @@ def set_up_channels(session, records, agreed, nics, up):
     for listener in listeners:
         listener.close()
     records.send_message(READY, SETUP, ready(sorted(channels)))
-    return [channels[number] for number in read_ready(expect_setup(records, READY)) if number in channels]
+    theirs = read_ready(expect_setup(records, READY))
+    return [channels.get(number) if number in theirs else None for number in range(len(joined))]
+
+
+# ---- A set-up that joins a connection ----
+
+
+def join_of(old, new, direction, generation, numbers):
+    """The join in the Offer that goes in this direction. `old`: the session of the connection."""
+    name, wanted = old.key(b"uccl connection", b"")[:16], struct.pack(f"<{len(numbers)}H", *numbers)
+    said = direction + new.key(b"uccl join binding", b"") + name + struct.pack("<I", generation) + wanted
+    return name + struct.pack("<IH", generation, len(numbers)) + wanted + mac(old.key(b"uccl join key", b""), said)
+
+
+def join_channels(old, session, records, agreed, nics, generation, numbers):
+    """As set_up_channels, at the connector, for lost channels of a connection; `nics` are those that they had. Returns them by number."""
+    ours, theirs = session.directions()
+    entries = [(nic, NO_HANDLE) for nic in nics]
+    records.send_message(OFFER, SETUP, offer(entries)[:-1] + b"\x01" + join_of(old, session, ours, generation, numbers))
+    answer, proof = expect_setup(records, OFFER), b"\x01" + join_of(old, session, theirs, generation, numbers)
+    need(answer.endswith(b"\x00" + proof), "an Offer for this join, without an invitation")
+    offered = read_offer(answer[: -len(proof)] + b"\x00")
+    need(len(offered) == len(numbers), "an entry for each wanted channel")
+    dialled = {number: dial(session, number, handle) for number, (_, handle) in zip(numbers, offered)}
+    channels = {number: Channel(session, number, agreed.protect, *socks) for number, socks in dialled.items()}
+    records.send_message(READY, SETUP, ready(sorted(channels)))
+    return {number: channels[number] for number in read_ready(expect_setup(records, READY))}
 
 
 # ---- Data channels ----

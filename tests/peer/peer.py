@@ -11,10 +11,11 @@ import socket
 import struct
 import time
 from collections import deque
+from copy import copy
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from channels import set_up_channels
+from channels import join_channels, set_up_channels
 from session import (
     ERR_REMOTE_ACCESS,
     ERR_REMOTE_DISCONNECT,
@@ -34,7 +35,7 @@ from session import (
 
 FRAME = 0xC7
 (F_WRITE, F_WRITE_DATA, F_READ, F_READ_DATA, F_CHUNKS, F_DONE, F_MESSAGE, F_PULL, F_NOTIFY, F_PING, F_BYE) = range(1, 12)
-F_WITHDRAW, F_CANCEL, F_ARRIVED, F_LOST = range(12, 16)
+F_WITHDRAW, F_CANCEL, F_ARRIVED, F_LOST, F_UP = range(12, 17)
 READ, WRITE = 1, 2  # access of a region
 HOST = 0  # place
 NOT_DIRECT = 0xFFFFFFFF
@@ -95,9 +96,9 @@ class Lane:
     the channel. `closed`: it has; `said`: and has sent Lost. `lost`: the count of the library's Lost.
     """
 
-    def __init__(self):
+    def __init__(self, up):
         self.sent, self.first, self.placed, self.reported, self.missing = deque(), 0, 0, 0, []
-        self.closed, self.said, self.lost = False, False, None
+        self.closed, self.said, self.lost = not up, not up, None if up else 0
 
     def arrived(self, count):
         need(self.first <= count <= self.first + len(self.sent), f"{count} chunks have arrived")
@@ -118,10 +119,10 @@ class Connection:
         self.mine, self.theirs = {}, {}  # streams that come in, by id: of this peer's transfers, and of the library's
         self.messages, self.receives, self.received, self.notifications = deque(), deque(), [], []
         self.arrived, self.pings, self.next_channel, self.bye = 0, 0, 0, None
-        self.lanes, self.cancelled, self.cancels = [Lane() for _ in channels], set(), []
-        self.drop, self.silent, self.resent = None, False, [0, 0]
+        self.lanes, self.cancelled, self.cancels = [Lane(channel is not None) for channel in channels], set(), []
+        self.drop, self.silent, self.resent, self.ups = None, False, [0, 0], {}
         self.said = time.monotonic()
-        for sock in (records.sock, *(channel.out.sock for channel in channels)):
+        for sock in (records.sock, *(channel.out.sock for channel in channels if channel)):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.handlers = {
             F_WRITE: self.on_write,
@@ -139,6 +140,7 @@ class Connection:
             F_CANCEL: self.on_cancel,
             F_ARRIVED: self.on_arrived,
             F_LOST: self.on_lost,
+            F_UP: self.on_up,
         }
 
     def send(self, kind, *parts):
@@ -213,7 +215,7 @@ class Connection:
         self.end()
 
     def end(self):
-        for channel in self.channels:
+        for channel in filter(None, self.channels):
             channel.close()
         self.records.sock.close()
 
@@ -531,6 +533,22 @@ class Connection:
             self.lose(channel)
         self.recover(channel)
 
+    def on_up(self, fields):
+        generation, channel = fields.unpack("II")
+        need(self.ups.pop(channel, None) == generation, "Up for a channel that was not set up")
+        self.lanes[channel] = Lane(True)
+
+    def join(self, address, generation, numbers):
+        """Sets up lost channels of the first set again; the library says Up for each."""
+        with socket.create_connection(address, SECONDS) as sock:
+            session, records, agreed = self.peer.handshake(sock, joins=1)
+            nics = [self.peer.nics[number] if self.peer.nics else b"lo" for number in numbers]
+            up = join_channels(self.session, session, records, agreed, nics, generation, numbers)
+        for number, channel in up.items():
+            self.channels[number], self.ups[number] = channel, generation
+            self.send(F_UP, struct.pack("<II", generation, number))
+        self.until(lambda: not self.ups)
+
 
 class Peer:
     """What an engine is to the protocol: a static key, the keys of a key file, a hello, regions. `nics`: a channel is offered on each;
@@ -549,10 +567,15 @@ class Peer:
     def connect(self, address):
         sock = socket.create_connection(address, SECONDS)
         try:
-            return self.set_up(*connect_handshake(sock, self.static, self.keys[0] if self.keys else None, self.hello))
+            return self.set_up(*self.handshake(sock))
         except Exception:
             sock.close()
             raise
+
+    def handshake(self, sock, joins=0):
+        hello = copy(self.hello)
+        hello.joins = joins
+        return connect_handshake(sock, self.static, self.keys[0] if self.keys else None, hello)
 
     def accept(self, listener):
         listener.settimeout(SECONDS)

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 # Status numbers of uccl_engine.h.
 OK, ERR_UNSUPPORTED, ERR_CANCELED, ERR_TIMED_OUT, ERR_REMOTE_DISCONNECT = 0, -4, -5, -10, -12
-ERR_AUTH, ERR_PROTOCOL, ERR_REMOTE_ACCESS, ERR_TRUNCATED = -13, -14, -20, -21
+ERR_NOT_FOUND, ERR_AUTH, ERR_PROTOCOL, ERR_REMOTE_ACCESS, ERR_TRUNCATED = -2, -13, -14, -20, -21
 
 OFF, INTEGRITY, ENCRYPT = 0, 1, 2  # protection of the data
 SECONDS = 20  # longest wait for anything
@@ -182,21 +182,22 @@ def instance_of(public):
 
 
 class Hello:
-    def __init__(self, channels=2, chunk=40_000, gpu=-1, timeout_ms=10_000, protect=OFF, plugin=b"soft", pci=b"-1", asked=b"", further=b""):
+    def __init__(self, channels=2, chunk=40_000, gpu=-1, timeout_ms=10_000, protect=OFF, plugin=b"soft", pci=b"-1", asked=b"", further=b"", joins=0):
         self.channels, self.chunk, self.gpu, self.timeout_ms, self.protect = channels, chunk, gpu, timeout_ms, protect
-        self.plugin, self.pci, self.asked, self.further = plugin, pci, asked, further
+        self.plugin, self.pci, self.asked, self.further, self.joins = plugin, pci, asked, further, joins
 
     def encode(self):
         texts = (self.plugin, self.pci, self.asked, self.further)
         fixed = struct.pack("<HIiIB", self.channels, self.chunk, self.gpu, self.timeout_ms, self.protect)
-        return fixed + b"".join(bytes([len(text)]) + text for text in texts)
+        return fixed + b"".join(bytes([len(text)]) + text for text in texts) + bytes([self.joins])
 
     @classmethod
     def decode(cls, data):
         fields = Reader(data)
-        hello = cls(*fields.unpack("HIiIB"), *[fields.short() for _ in range(4)])
+        hello = cls(*fields.unpack("HIiIB"), *[fields.short() for _ in range(4)], fields.unpack("B"))
         fields.end()
         need(1 <= hello.channels <= 64 and 4096 <= hello.chunk <= 1 << 24 and -1 <= hello.gpu <= 1023, "hello: a number is out of range")
+        need(hello.joins <= 1, "hello: what it is for")
         need(100 <= hello.timeout_ms <= 86_400_000 and hello.protect <= 2, "hello: a number is out of range")
         need(1 <= len(hello.plugin) <= 16 and len(hello.pci) <= 32 and len(hello.asked) <= 64 and len(hello.further) <= 7, "hello: a text")
         return hello

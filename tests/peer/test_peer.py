@@ -21,7 +21,7 @@ import session
 from library import Engine, Library
 from peer import F_ARRIVED, F_CHUNKS, F_LOST, F_WRITE, READ, Item, Peer
 from session import ENCRYPT, ERR_AUTH, ERR_CANCELED, ERR_PROTOCOL, ERR_REMOTE_ACCESS, ERR_REMOTE_DISCONNECT, ERR_TIMED_OUT, ERR_TRUNCATED
-from session import ERR_UNSUPPORTED, INTEGRITY, OFF, OK, SECONDS, Failed
+from session import ERR_NOT_FOUND, ERR_UNSUPPORTED, INTEGRITY, OFF, OK, SECONDS, Failed
 
 KEY, OTHER_KEY = b"a key of 32 bytes for this test!", b"another key, which has 32 bytes."
 LEVELS = {OFF: "off", INTEGRITY: "integrity", ENCRYPT: "encrypt"}
@@ -89,6 +89,12 @@ class Pair:
         except Exception:
             self.__exit__()
             raise
+
+    @classmethod
+    def session_of(cls, library, peer, settings):
+        """The session of another connection, with another engine."""
+        with cls(library, True, peer, **settings) as other:
+            return other.mine.session
 
     def wait(self, number):
         """Handles frames until a transfer of the library has ended; its status."""
@@ -283,10 +289,10 @@ def other_nics(library, connector, folder):
 
 
 def some_channels(library, connector, folder):
-    """Frames number the channels that are up in both engines."""
+    """Frames number all channels; those that did not come up are lost from the start."""
     peer = Peer(channels=4, up=lambda number: number % 2)
     with Pair(library, connector, peer, UCCL_TCPX_NUM_CHANNELS=4) as pair:
-        equal([channel.out.number for channel in pair.mine.channels], [0, 0], "channels")
+        equal([channel is not None for channel in pair.mine.channels], [False, True, False, True], "channels")
         one_sided_by_peer(pair)
         one_sided_by_library(pair)
 
@@ -400,6 +406,33 @@ def lost_channels(library, connector, folder):
             equal(mine.result(mine.read([(Item(memory.item()), 0, MUCH)])), (OK, data), "a read")
             lost(pair, 1)
             refusals(pair)
+
+
+def restored_channels(library, connector, folder):
+    """Lost channels come back, and carry data both ways; again and again. Joins that are wrong are refused and change nothing."""
+    if not connector:
+        return
+    key = key_file(folder, KEY)
+    for level, keys, settings in ((OFF, (), {}), (ENCRYPT, (KEY,), {"UCCL_TCPX_AUTH_KEY_FILE": key})):
+        peer = Peer(keys, channels=3, chunk=16_384, protect=level)
+        with Pair(library, connector, peer, UCCL_TCPX_NUM_CHANNELS=3, **settings) as pair:
+            mine, address = pair.mine, pair.engine.address()
+            fails(lambda: mine.join(address, 1, [1]), ERR_UNSUPPORTED)  # it is not lost
+            for generation, numbers in ((2, [1]), (7, [0, 1])):
+                for number in numbers:
+                    mine.lose(number)
+                mine.until(lambda: all(mine.lanes[number].lost is not None for number in numbers))
+                one_sided_by_peer(pair)
+                if generation > 2:
+                    fails(lambda: mine.join(address, 2, numbers), ERR_UNSUPPORTED)  # the generation was before
+                old, mine.session = mine.session, Pair.session_of(library, peer, settings)
+                fails(lambda: mine.join(address, generation, numbers), ERR_NOT_FOUND)  # another connection
+                mine.session = old
+                mine.join(address, generation, numbers)
+                one_sided_by_peer(pair)
+                one_sided_by_library(pair)
+                messages(pair)
+                equal([lane.closed for lane in mine.lanes], [False] * 3, "lost channels")
 
 
 def all_channels_but_one(library, connector, folder):
@@ -574,7 +607,7 @@ def key_file(folder, contents):
 
 
 CASES = {f"{name}, {'a' if key else 'no'} key": exchange(level, key) for level, name in LEVELS.items() for key in (None, KEY)}
-LOSSES = (lost_channels, all_channels_but_one, lost_channels_of_refused_writes, lies_about_channels)
+LOSSES = (lost_channels, restored_channels, all_channels_but_one, lost_channels_of_refused_writes, lies_about_channels)
 LOSSES += (idle_channels, losses_without_an_answer, reads_without_reports)
 OTHERS = (several_keys, handshakes_that_fail, other_nics, some_channels, many_segments, heartbeats, withdrawn, invited, violation, next_keys)
 for _case in LOSSES + OTHERS:
