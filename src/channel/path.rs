@@ -74,7 +74,7 @@ pub(crate) enum Change {
     /// It is closed, because of this, as if it had failed.
     Close(Error),
     /// It is closed, and these comms take its place. It receives; it is not chosen for sending before `Open`.
-    Restore(Pair),
+    Restore(Box<Pair>),
     /// The peer has opened its end too.
     Open,
 }

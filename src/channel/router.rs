@@ -206,7 +206,7 @@ impl Channels {
     /// # Errors
     /// `Internal` when the channel is not closed.
     pub(crate) fn restore(&mut self, channel: u16, pair: Pair) -> Result<()> {
-        self.change(channel, Change::Restore(pair))
+        self.change(channel, Change::Restore(Box::new(pair)))
     }
 
     /// A restored channel is open at both engines.

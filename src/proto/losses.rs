@@ -279,7 +279,7 @@ mod tests {
             assert_eq!(losses.begin(&[0], None).unwrap(), 1);
             let first = if here_first { losses.up_here(0, 1, now) } else { losses.up_there(0, 1, now) };
             assert!(!first.unwrap() && losses.open(3) == 2 && losses.left(3) == 2 && losses.take_back().is_none());
-            assert_eq!(losses.may_announce(0), false, "the peer waits for this engine's Up, or has not said its own");
+            assert!(!losses.may_announce(0), "the peer waits for this engine's Up, or has not said its own");
             let second = if here_first { losses.up_there(0, 1, now) } else { losses.up_here(0, 1, now) };
             assert!(second.unwrap() && losses.open(3) == 3 && losses.may_announce(0) && losses.delivers(0));
             assert_eq!(losses.take_back().unwrap().channels, [0]);

@@ -187,7 +187,7 @@ impl Path for NetPath {
         let slot = self.slot(channel)?;
         match change {
             Change::Close(why) => slot.fail(why),
-            Change::Restore(pair) => slot.restore(pair)?,
+            Change::Restore(pair) => slot.restore(*pair)?,
             Change::Open => slot.released(),
         }
         slot.nic = nic.unwrap_or(slot.nic);

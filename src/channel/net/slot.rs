@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 /// What a channel's place begins with.
 pub(crate) enum Seat {
-    Up(Pair),
+    Up(Box<Pair>),
     /// The channel did not come up; the names of its NICs.
     Lost(String, String),
 }
@@ -24,7 +24,8 @@ pub(crate) enum Seat {
 impl Seat {
     pub(super) fn nics(&self) -> (&str, &str) {
         match self {
-            Seat::Up(Pair { nic, peer_nic, .. }) | Seat::Lost(nic, peer_nic) => (nic, peer_nic),
+            Seat::Up(pair) => (&pair.nic, &pair.peer_nic),
+            Seat::Lost(nic, peer_nic) => (nic, peer_nic),
         }
     }
 }
@@ -55,7 +56,7 @@ impl Slot {
         let name = seat.nics().0.to_owned();
         let past = ChannelStats { nic: name.clone(), ..ChannelStats::default() };
         let channel = match seat {
-            Seat::Up(pair) => Some(Channel::new(pair)),
+            Seat::Up(pair) => Some(Channel::new(*pair)),
             Seat::Lost(..) => None,
         };
         Slot { channel, failed: None, waits: false, nic, moved: None, before: (0, 0), past, name }

@@ -438,13 +438,11 @@ impl Acceptor {
                     return self.fail(id, &err!(Resource, "{most} connection set-ups already wait for their turn"), now);
                 }
             }
-            Ok(Progress::Proved) => match entry.role {
-                Role::Outgoing(_) => match entry.driver.admit(&self.context) {
-                    Ok(()) => return self.advance(id, now),
-                    Err(e) => return self.fail(id, &e, now),
-                },
-                _ => {}
+            Ok(Progress::Proved) if matches!(entry.role, Role::Outgoing(_)) => match entry.driver.admit(&self.context) {
+                Ok(()) => return self.advance(id, now),
+                Err(e) => return self.fail(id, &e, now),
             },
+            Ok(Progress::Proved) => {}
             Ok(Progress::Up) => return self.up(id, now),
             Err(e) => return self.fail(id, &e, now),
         }

@@ -58,7 +58,7 @@ fn paths(context: &SetupContext, sets: Vec<Raised>, chunk_bytes: usize, doorbell
         for pair in set.pairs {
             pair.set_doorbell(doorbell)?;
             if let Some(seat) = seats.get_mut(pair.index) {
-                *seat = Seat::Up(pair);
+                *seat = Seat::Up(Box::new(pair));
             }
         }
         let traits = &set.plan.plugin.traits;
