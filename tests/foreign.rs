@@ -80,6 +80,16 @@ fn a_send_that_fails_costs_no_transfer() {
 }
 
 #[test]
+fn what_a_comm_that_does_not_close_has_is_never_sent_again() {
+    // The sending comm, or the receiving one.
+    for closes in ["0", "1", "2", "3"] {
+        let more = [("STRICT_FOREIGN_SENDS", "3"), ("STRICT_FOREIGN_CLOSES", closes), ("UCCL_TCPX_NUM_CHANNELS", "2")];
+        let log = run("failing_close", &more);
+        assert!(log.contains("a comm of plugin GPUDirectTCPX_v7 stays open: "), "{log}");
+    }
+}
+
+#[test]
 fn a_nic_that_is_no_pci_device_is_left_out() {
     let devices = "eth1@127.0.0.1,eth2@127.0.0.1@nopci";
     let log = run("moves", &[("STRICT_FOREIGN_DEVICES", devices), ("UCCL_TCPX_NUM_CHANNELS", "4")]);
@@ -232,6 +242,7 @@ fn child() {
     match case.as_str() {
         "moves" => moves(),
         "failing_send" => failing_send(),
+        "failing_close" => failing_close(),
         "refuses_encryption" => refuses_encryption(),
         "registrations" => registrations(),
         "ready" => ready(),
@@ -287,6 +298,29 @@ fn failing_send() {
     b.deregister(far).expect("deregister");
     assert!(memory[0] == memory[1], "wrong bytes");
     drop(other);
+}
+
+fn failing_close() {
+    let (a, b) = (engine(), engine());
+    let (connection, other) = pair(&a, &b);
+    // The comms may use it until the process ends.
+    let memory: [&'static mut [u8]; 2] = [vec![3u8; 64 << 20].leak(), vec![0; 64 << 20].leak()];
+    let [from, to] = [0, 1].map(|i| memory[i].as_ptr() as usize);
+    let (near, far) = (a.register(from, 64 << 20).expect("register"), b.register(to, 64 << 20).expect("register"));
+    let item = b.fifo_item(far, to, 64 << 20).expect("item");
+    let local = LocalSegment { mr: near, addr: from, len: 64 << 20 };
+    let id = connection.transfer(Direction::Write, std::iter::once((local, item))).expect("start");
+    let error = connection.wait(id, Some(Duration::from_secs(30))).expect_err("the comm may still be used").to_string();
+    assert!(error.contains(" on lo was lost (") && error.contains("and cannot be closed: a comm of plugin "), "{error}");
+    for connection in [&connection, &other] {
+        let totals = connection.stats().expect("statistics").totals;
+        assert_eq!(totals.resent_chunks, 0, "{totals:?}");
+    }
+    // The sender's comm has the chunk that failed.
+    if std::env::var("STRICT_FOREIGN_CLOSES").is_ok_and(|closes| closes == "0") {
+        let error = a.deregister(near).expect_err("the comm may still read it").to_string();
+        assert!(error.contains("a plugin has not closed a channel"), "{error}");
+    }
 }
 
 fn no_nic_in_common() {

@@ -758,6 +758,33 @@ fn a_lost_nic_costs_its_channels_but_not_the_connection() {
     assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
 }
 
+/// The kernel announces a change once, and a connection that a thread prepares is not checked then.
+#[test]
+fn a_link_that_falls_while_a_connection_is_prepared_is_noticed_afterwards() {
+    if !isolated("a_link_that_falls_while_a_connection_is_prepared_is_noticed_afterwards", 1024) {
+        return;
+    }
+    let addresses = ["addr add 10.77.0.1/24 dev eth0", "addr add 10.77.1.1/24 dev eth1"];
+    if !own_network(&["eth0", "eth1"], &addresses) {
+        return;
+    }
+    let config = || Config { num_channels: Some(4), plugin: PluginChoice::Soft, ..Config::from_env().unwrap() };
+    let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+    let out = a.connect("10.77.0.1", "", port(&b)).expect("comes up");
+    let inc = b.accept().unwrap();
+    std::thread::scope(|s| {
+        for connection in [&out, &inc] {
+            s.spawn(|| connection.simulate_kept_preparing(Duration::from_secs(2)));
+        }
+        std::thread::sleep(Duration::from_millis(500));
+        assert!(ip("link set eth1 down"));
+    });
+    let lost = || out.stats().unwrap().totals.lost_channels;
+    assert!(until(Duration::from_secs(10), || lost() == 2), "{} channels were given up", lost());
+    let channels = out.stats().unwrap().channels;
+    assert!(channels.iter().all(|channel| channel.lost == (channel.nic == "eth1") || channel.nic.is_empty()), "{channels:?}");
+}
+
 #[test]
 fn lost_channels_come_back_with_their_nic() {
     if !isolated("lost_channels_come_back_with_their_nic", 1024) {

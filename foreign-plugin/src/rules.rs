@@ -96,6 +96,8 @@ pub(crate) struct Settings {
     pub listens: u64,
     /// `STRICT_FOREIGN_SENDS`: the number of sends that succeed.
     pub sends: u64,
+    /// `STRICT_FOREIGN_CLOSES`: the number of comms that close; the others stay open, with an error.
+    pub closes: u64,
     /// `STRICT_FOREIGN_PAGES`: pages of the receive memory.
     pub pages: usize,
     /// `STRICT_FOREIGN_FRAGMENT`: largest fragment, bytes.
@@ -148,6 +150,7 @@ pub(crate) fn settings() -> &'static Settings {
             devices: devices(text("STRICT_FOREIGN_DEVICES").as_deref().unwrap_or("lo@127.0.0.1")),
             listens: number("STRICT_FOREIGN_LISTENS", u64::MAX),
             sends: number("STRICT_FOREIGN_SENDS", u64::MAX),
+            closes: number("STRICT_FOREIGN_CLOSES", u64::MAX),
             pages: number("STRICT_FOREIGN_PAGES", 1 << 17) as usize,
             fragment: (number("STRICT_FOREIGN_FRAGMENT", 4000) as usize).clamp(1, 4096),
             lenient: text("STRICT_FOREIGN_LENIENT").is_some(),

@@ -314,6 +314,7 @@ pub struct ucclNetExt_v2 {
     >,
     /// Doorbell of a comm: whenever a request of the comm becomes done, or the comm fails (with requests or idle), the plugin swaps
     /// `*armed` to 0 and, if it was 1, writes 1 to eventfd `fd`. Both stay valid until the comm is closed. `fd` -1 removes it.
+    /// A comm that fails while `*armed` is not 1 sets [`UCCL_DOORBELL_FAILED`] in it, so that a failure before the arming is seen.
     pub setDoorbell: Option<unsafe extern "C" fn(comm: Opaque, armed: *mut u32, fd: c_int) -> ncclResult_t>,
     /// Network progress of a comm: bytes that the peer's kernel has acknowledged (send comm), or that were read from
     /// the socket (receive comm). Grows within messages too, counts a few bytes of framing, and never falls. For a failed comm
@@ -370,6 +371,14 @@ pub struct ucclFlow {
     pub min_rtt_us: u32,
     /// 1: the comm is busy, and these are the last known values.
     pub stale: u32,
+    /// Packets that were sent, and that the peer's kernel has not acknowledged: 0 where bytes wait for room at the peer.
+    pub unanswered: u32,
+    /// How often in a row such packets were sent again in vain.
+    pub retries: u32,
+    /// Bytes of the largest packet that the kernel sends.
+    pub packet: u32,
+    /// 0.
+    pub reserved: u32,
 }
 
 /// The kernel's statistics of a comm's connection. Unknown values are 0.
@@ -391,6 +400,9 @@ pub struct ucclCommInfo {
     /// Name of the congestion control, NUL-terminated.
     pub congestion: [c_char; 16],
 }
+
+/// The bit of a doorbell's word that says that a comm has failed.
+pub const UCCL_DOORBELL_FAILED: u32 = 2;
 
 /// Level of `protect`: CRC-32C of each message, against damage.
 pub const UCCL_PROTECT_CHECKSUM: c_int = 1;
@@ -436,6 +448,6 @@ const _: () = {
     assert!(offset_of!(ucclNetExt_v2, info) == 7 * 8);
     assert!(offset_of!(ucclNetExt_v2, protect) == 10 * 8);
     assert!(offset_of!(ucclNetExt_v2, connectRecv) == 14 * 8);
-    assert!(size_of::<ucclFlow>() == 32);
+    assert!(size_of::<ucclFlow>() == 48);
     assert!(size_of::<ucclCommInfo>() == 56);
 };

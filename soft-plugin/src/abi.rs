@@ -503,7 +503,8 @@ pub unsafe extern "C" fn describe(handle: Opaque, text: *mut c_char, len: usize)
         // SAFETY: the caller's comm.
         let comm = unsafe { any_comm(handle)? };
         check(!text.is_null() && len > 0)?;
-        let path = &comm.path.as_bytes()[..comm.path.len().min(len - 1)];
+        let described = comm.describe();
+        let path = &described.as_bytes()[..described.len().min(len - 1)];
         // SAFETY: the caller's `len` bytes; one is left for the NUL.
         unsafe {
             ptr::copy_nonoverlapping(path.as_ptr(), text.cast::<u8>(), path.len());

@@ -3,11 +3,11 @@
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{fence, AtomicBool, AtomicI32, AtomicPtr, AtomicU32, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use nccl_net_abi::{
     ncclNetDeviceHandle_v7, ncclResult_t, ucclCommInfo, ucclFlow, MAX_REQUESTS, NCCL_INTERNAL_ERROR, NCCL_INVALID_ARGUMENT,
-    NCCL_INVALID_USAGE, NCCL_SYSTEM_ERROR,
+    NCCL_INVALID_USAGE, NCCL_SYSTEM_ERROR, UCCL_DOORBELL_FAILED,
 };
 use process::Mutex;
 
@@ -62,7 +62,9 @@ pub struct Comm {
     /// The socket's descriptor, for a child that closes its copy; -1 once closed.
     fd: AtomicI32,
     /// "local-address -> peer-address on NIC".
-    pub path: String,
+    path: String,
+    /// Why it has failed.
+    failed: OnceLock<String>,
     /// Settings and device memory.
     pub global: &'static Global,
     /// Requests and their state.
@@ -104,6 +106,7 @@ impl Comm {
             generation: process::generation(),
             fd: AtomicI32::new(fd),
             path: connected.path,
+            failed: OnceLock::new(),
             global,
             ledger: Ledger::new(receives, global.config.strict),
             scheduled: AtomicBool::new(false),
@@ -125,6 +128,14 @@ impl Comm {
     /// Whether this is a live comm of this direction; the first check of every C entry that takes a comm.
     pub fn is(&self, receives: bool) -> bool {
         self.alive.load(Ordering::Acquire) == ALIVE && self.ledger.receives() == receives
+    }
+
+    /// Its two addresses and its NIC, and why it has failed if it has.
+    pub fn describe(&self) -> String {
+        match self.failed.get() {
+            Some(why) => format!("{} ({why})", self.path),
+            None => self.path.clone(),
+        }
     }
 
     /// Whether a parent process made it.
@@ -287,22 +298,28 @@ impl Comm {
         if !self.ledger.fail(failure.result) {
             return;
         }
+        let _ = self.failed.set(failure.why.clone());
         let direction = if self.ledger.receives() { "receiving" } else { "sending" };
+        // A connection that ends is its user's to judge: the peer may just have closed.
+        let ended = failure.result == NCCL_SYSTEM_ERROR;
         let open = self.ledger.posted() - self.ledger.completed();
         let text = format!("{direction}, {}: {}; {open} requests unfinished", self.path, failure.why);
-        if open > 0 || failure.result != NCCL_SYSTEM_ERROR {
-            LINE.warn(&text);
-        } else {
+        if ended {
             LINE.info(&text);
+        } else {
+            LINE.warn(&text);
         }
-        ring(io);
+        ring_failure(io);
     }
 
     /// Sets or, with a negative `fd`, removes the doorbell.
     pub fn set_doorbell(&self, armed: *const AtomicU32, fd: i32) {
         let mut io = self.io.lock();
         io.doorbell = (fd >= 0).then_some(Doorbell { armed, fd });
-        ring(&io);
+        match self.ledger.check() {
+            Ok(()) => ring(&io),
+            Err(_) => ring_failure(&io),
+        }
     }
 
     /// Protects the messages, starting with the first.
@@ -379,8 +396,23 @@ fn ring(io: &Io) {
     // SAFETY: the caller of setDoorbell keeps it valid until the comm is closed; closing takes the I/O lock we hold.
     let armed = unsafe { &*bell.armed };
     if armed.load(Ordering::Relaxed) == 1 && armed.swap(0, Ordering::AcqRel) == 1 {
-        let one = 1u64.to_ne_bytes();
-        // SAFETY: eight bytes to an eventfd. A full counter already makes it readable.
-        unsafe { libc::write(bell.fd, one.as_ptr().cast(), one.len()) };
+        signal(bell.fd);
     }
+}
+
+/// Rings the doorbell after a failure; one that is not armed gets a mark, since an idle comm does not ring again.
+fn ring_failure(io: &Io) {
+    let Some(bell) = &io.doorbell else { return };
+    // SAFETY: as in `ring`.
+    let armed = unsafe { &*bell.armed };
+    if armed.fetch_or(UCCL_DOORBELL_FAILED, Ordering::SeqCst) & 1 == 1 {
+        armed.store(0, Ordering::SeqCst);
+        signal(bell.fd);
+    }
+}
+
+fn signal(fd: i32) {
+    let one = 1u64.to_ne_bytes();
+    // SAFETY: eight bytes to an eventfd. A full counter already makes it readable.
+    unsafe { libc::write(fd, one.as_ptr().cast(), one.len()) };
 }

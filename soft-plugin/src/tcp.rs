@@ -11,6 +11,10 @@ use socket2::{Socket, TcpKeepalive};
 /// Linux 4.6).
 const BYTES_ACKED: usize = 120;
 const MIN_RTT: usize = 148;
+/// Retransmissions in a row (u8), packets that are not acknowledged, and the size of the largest packet (both u32, Linux 2.6).
+const RETRIES: usize = 2;
+const UNANSWERED: usize = 24;
+const PACKET: usize = 60;
 /// The smoothed round trip, all retransmitted segments (both u32, Linux 2.6), segments sent (u32, Linux 4.2), and the recent
 /// delivery rate (u64, Linux 4.9).
 const RTT: usize = 68;
@@ -61,6 +65,10 @@ pub fn flow(fd: i32) -> Option<ucclFlow> {
         waiting: if known == 0 { waiting.max(0) as u64 } else { 0 },
         min_rtt_us: info.field(MIN_RTT).map(u32::from_ne_bytes).filter(|&us| us < u32::MAX).unwrap_or(0),
         stale: 0,
+        unanswered: info.field(UNANSWERED).map_or(0, u32::from_ne_bytes),
+        retries: info.field(RETRIES).map_or(0, u8::from_ne_bytes).into(),
+        packet: info.field(PACKET).map_or(0, u32::from_ne_bytes),
+        reserved: 0,
     })
 }
 

@@ -203,4 +203,5 @@ fn the_flow_of_a_comm_reports_what_the_peer_has() {
     assert!(wait(request) == Ok(400_000) && wait(sending).is_ok());
     let after = until("all is acknowledged", || Some(flow()).filter(|flow| flow.waiting == 0 && flow.acknowledged >= 400_000));
     assert!(after.acknowledged < 401_000 && after.min_rtt_us < 1_000_000, "{after:?}");
+    assert!(after.unanswered == 0 && after.retries == 0 && after.packet > 500, "{after:?}");
 }

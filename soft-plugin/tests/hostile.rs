@@ -59,7 +59,8 @@ fn expect_failure(what: &str, bad: &[u8], end: bool, good: usize, code: ncclResu
         let expected = if k < good { Ok(10) } else { Err(code) };
         assert_eq!(wait(*request), expected, "{what}: request {k}");
     }
-    until("bell", || (bell.armed.load(Ordering::SeqCst) == 0).then_some(()));
+    // Where a good message had rung, the failure leaves its mark.
+    until("bell", || (bell.armed.load(Ordering::SeqCst) != 1).then_some(()));
     for (k, place) in landing.iter().enumerate() {
         let written = place.iter().any(|b| *b != 0xEE);
         // A truncated message may have begun to arrive.
@@ -203,6 +204,15 @@ fn a_reset_of_an_idle_comm_rings_and_is_reported() {
     reset(peer);
     until("bell", || (bell.armed.load(Ordering::SeqCst) == 0).then_some(()));
     assert_eq!(progress(receiver.comm), Err(NCCL_SYSTEM_ERROR));
+
+    // Before the arming it leaves a mark.
+    let (peer, receiver) = malicious_sender();
+    let bell = Doorbell::new();
+    bell.attach(receiver.comm);
+    bell.armed.store(0, Ordering::SeqCst);
+    reset(peer);
+    until("mark", || (bell.armed.load(Ordering::SeqCst) == nccl_net_abi::UCCL_DOORBELL_FAILED).then_some(()));
+    assert!(describe(receiver.comm).ends_with("(Connection reset by peer (os error 104))"), "{}", describe(receiver.comm));
 }
 
 #[test]

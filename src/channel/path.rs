@@ -54,6 +54,20 @@ pub(crate) enum Dest {
     Discard,
 }
 
+/// What the network has of the bytes that a channel sends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Outbound {
+    /// Bytes that the peer's kernel has acknowledged; those of whole chunks if the plugin does not report them.
+    pub acknowledged: u64,
+    /// Bytes in this host's kernel that the peer's has not acknowledged.
+    pub waiting: u64,
+    /// An acknowledgement is due: the network has some of them, and they do not wait for room at the peer. Without reports: the plugin
+    /// has not finished a chunk.
+    pub due: bool,
+    /// No packet of so many bytes, the full size, has passed, though the smaller ones of the set-up did.
+    pub too_large: Option<u32>,
+}
+
 /// The network's progress on a channel.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Line<'a> {
@@ -61,6 +75,7 @@ pub(crate) struct Line<'a> {
     pub nic: &'a str,
     /// Bytes sent and received, including partial chunks; `None` if the plugin does not report them.
     pub moved: Option<(u64, u64)>,
+    pub outbound: Outbound,
     /// Chunks in flight, sent and received.
     pub under_way: (usize, usize),
     /// How many of the incoming chunks have a posted receive.

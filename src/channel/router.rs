@@ -3,9 +3,9 @@
 //! number the channels over them. Knows nothing of plugins, and of transfers only the keys of chunks.
 
 use super::device::spread;
-use super::path::{Arrival, Change, Copier, Departure, Path};
+use super::path::{Arrival, Change, Copier, Departure, Outbound, Path};
 use super::plan::{Chunk, ChunkLimits};
-use super::stillness::Stillness;
+use super::stillness::{Silent, Stillness};
 use super::stripe::{self, Loads, Want};
 use crate::direct::{Activity, Direct, Event, Way};
 use crate::net::setup::Pair;
@@ -47,6 +47,8 @@ pub(crate) struct Channels {
     loads: Loads,
     totals: Totals,
     stillness: Stillness,
+    /// Faults of NICs that the kernel of this host has announced.
+    faults: Vec<String>,
     /// When a NIC was last given up for its silence.
     silent: Option<Instant>,
 }
@@ -61,6 +63,7 @@ impl Channels {
             loads: Loads::default(),
             totals: Totals::default(),
             stillness: Stillness::default(),
+            faults: Vec::new(),
             silent: None,
         }
     }
@@ -283,10 +286,25 @@ impl Channels {
     /// Closes the channels of the NICs that have a fault, as far as channels of other NICs carry what they do. `fault`: why a NIC, by its
     /// name, cannot be used.
     pub(crate) fn close_faulty(&mut self, fault: &dyn Fn(&str) -> Option<String>) -> Result<()> {
+        let mut faults: Vec<String> = Vec::new();
+        for nic in self.stats(false, Instant::now()).into_iter().map(|channel| channel.nic) {
+            let text = fault(&nic).map(|why| format!("{nic} {why}"));
+            faults.extend(text.filter(|text| !faults.contains(text)));
+        }
         // Most changes of a host's interfaces concern no NIC of a connection.
-        if !self.stats(false, Instant::now()).iter().any(|channel| fault(&channel.nic).is_some()) {
+        self.faults = faults;
+        if self.faults.is_empty() {
             return Ok(());
         }
+        self.close_nics(fault)
+    }
+
+    /// What this host knows to be wrong with NICs of the connection, open or not: for an error text, behind its end.
+    pub(crate) fn faults(&self) -> String {
+        self.faults.iter().map(|fault| format!("; {fault}")).collect()
+    }
+
+    fn close_nics(&mut self, fault: &dyn Fn(&str) -> Option<String>) -> Result<()> {
         // The last path carries everything, each other one only memory of its pair of GPUs.
         let mut general = None;
         for path in self.paths.iter_mut().rev() {
@@ -306,20 +324,26 @@ impl Channels {
         Ok(())
     }
 
-    /// Closes the channels of a NIC over which nothing has arrived for `timeout` although data is due, if the peer lives: `heard` is when
-    /// its control connection last brought something. Channels of other NICs must carry what they do.
-    pub(crate) fn close_silent(&mut self, timeout: Duration, heard: Instant, now: Instant) -> Result<()> {
-        let Some((nic, still, _)) = self.stillness.dead_nic(timeout, now) else { return Ok(()) };
+    /// Closes the channels of a NIC on which the peer's kernel has acknowledged nothing for `timeout` although it should have, if the
+    /// peer lives: `heard` is when its control connection last brought something. Over a plugin that does not report bytes a NIC must
+    /// finish a chunk within `chunk_timeout`, while others do. Channels of other NICs must carry what they do.
+    pub(crate) fn close_silent(&mut self, [timeout, chunk_timeout]: [Duration; 2], heard: Instant, now: Instant) -> Result<()> {
+        let Some(Silent { nic, still, reports_moved, too_large }) = self.stillness.silent_nic(timeout, chunk_timeout, now) else {
+            return Ok(());
+        };
+        let limit = if reports_moved { timeout } else { chunk_timeout };
         let Some(since) = now.checked_sub(still) else { return Ok(()) };
-        let moved = self.stillness.moved_after(since + timeout / 2);
-        // Where all NICs wait, the peer may not have begun to send: its GPU may be busy. Nor does a NIC go unless the last loss helped.
-        let helped = self.silent.is_none_or(|at| self.stillness.moved_after(at));
-        if !helped || !(moved || (heard >= since + timeout / 2 && !self.stillness.waits_beside(nic))) {
+        // A NIC does not go unless the last loss helped.
+        let helped = self.silent.is_none_or(|at| self.stillness.moved_beside(nic, at));
+        let moved = self.stillness.moved_beside(nic, since + limit / 2);
+        let alone = reports_moved && heard >= since + limit / 2 && !self.stillness.waits_beside(nic);
+        if !helped || !(moved || alone) {
             return Ok(());
         }
-        let (nic, why) = (nic.to_owned(), format!("brought nothing for {still:.1?}, though data was due and the peer lived"));
+        let what = if reports_moved { "the peer has acknowledged nothing" } else { "no chunk was finished" };
+        let (nic, why) = (nic.to_owned(), format!("is silent: {what} for {still:.1?}, though it lives{}", size_text(too_large)));
         self.silent = Some(now);
-        self.close_faulty(&|name| (name == nic).then(|| why.clone()))
+        self.close_nics(&|name| (name == nic).then(|| why.clone()))
     }
 
     /// Describes a NIC that has received nothing for `timeout` although chunks are announced on it, even if other NICs receive.
@@ -351,8 +375,16 @@ impl Channels {
         const MOST: usize = 4;
         let words = |&number: &usize| {
             let (chunks, still) = self.stillness.of(number, way, now);
-            let direction = if way == Way::Out { "out" } else { "in" };
-            format!("channel {number}: {chunks} chunks {direction} on {}, stalled for {still:.1?}", self.ends(number, way))
+            let (direction, outbound) = match way {
+                Way::Out => ("out", self.stillness.outbound(number)),
+                Way::In => ("in", Outbound::default()),
+            };
+            let what = match (chunks, outbound.waiting) {
+                (0, bytes @ 1..) => format!("{bytes} bytes that the peer has not acknowledged"),
+                _ => format!("{chunks} chunks"),
+            };
+            let (ends, size) = (self.ends(number, way), size_text(outbound.too_large));
+            format!("channel {number}: {what} {direction} on {ends}, stalled for {still:.1?}{size}")
         };
         let named: Vec<String> = channels.iter().take(MOST).map(words).collect();
         let more = if channels.len() > MOST { format!(" and {} more", channels.len() - MOST) } else { String::new() };
@@ -444,6 +476,11 @@ impl Channels {
     }
 }
 
+/// The likely cause where no packet of full size has passed.
+fn size_text(packet: Option<u32>) -> String {
+    packet.map_or_else(String::new, |bytes| format!(" (no packet of {bytes} bytes has passed yet: MTU?)"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -516,7 +553,7 @@ mod tests {
         fn network(&mut self, each: &mut dyn FnMut(Line<'_>)) -> Result<()> {
             for channel in 0..self.channels {
                 let moved = self.bytes.map(|bytes| if channel == 0 { bytes } else { (0, 0) });
-                each(Line { nic: "stub", moved, under_way: (1, 1), posted: 1, open: true });
+                each(Line { nic: "stub", moved, outbound: Outbound::default(), under_way: (1, 1), posted: 1, open: true });
             }
             Ok(())
         }

@@ -1,7 +1,7 @@
 //! How long channels have been stalled: the bytes that the network moved on each, and the chunks that wait for it. Pure; the
 //! caller passes the time.
 
-use super::path::Line;
+use super::path::{Line, Outbound};
 use crate::direct::Way;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -36,8 +36,22 @@ struct Seen {
     nic: String,
     out: Half,
     incoming: Half,
+    /// What the peer's kernel acknowledges; waits while an acknowledgement is due.
+    answers: Half,
+    outbound: Outbound,
     /// The plugin reports bytes.
     reports_moved: bool,
+}
+
+/// A NIC over which the peer answers nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Silent<'a> {
+    pub nic: &'a str,
+    pub still: Duration,
+    /// Its plugin reports bytes.
+    pub reports_moved: bool,
+    /// See [`Outbound::too_large`].
+    pub too_large: Option<u32>,
 }
 
 /// All channels of a connection, in the order of their numbers.
@@ -49,12 +63,16 @@ impl Stillness {
     pub(crate) fn note(&mut self, channel: usize, line: &Line<'_>, now: Instant) {
         if self.0.len() <= channel {
             let half = Half { bytes: 0, moved: now, since: None, chunks: 0 };
-            self.0.push(Seen { nic: line.nic.to_owned(), out: half, incoming: half, reports_moved: line.moved.is_some() });
+            let (nic, reports_moved) = (line.nic.to_owned(), line.moved.is_some());
+            self.0.push(Seen { nic, out: half, incoming: half, answers: half, outbound: line.outbound, reports_moved });
         }
         let Some(seen) = self.0.get_mut(channel) else { return };
         let (taken, brought) = line.moved.unwrap_or((seen.out.bytes, seen.incoming.bytes));
         let (out, incoming) = line.under_way;
-        seen.out.note(taken, out, out > 0, now);
+        // Bytes that are in this host's kernel alone have not left.
+        seen.out.note(taken, out, out > 0 || line.outbound.waiting > 0, now);
+        seen.answers.note(line.outbound.acknowledged, out, line.outbound.due, now);
+        seen.outbound = line.outbound;
         // Chunks that wait for this engine's own copies do not wait for the network.
         seen.incoming.note(brought, incoming, line.posted > 0, now);
     }
@@ -71,10 +89,16 @@ impl Stillness {
         self.half(channel, way).map_or((0, Duration::ZERO), |half| (half.chunks, half.still(now)))
     }
 
-    /// The channels with chunks in flight in a direction, the longest stalled first. If some are stalled, those that moved a
-    /// moment ago are left out, since they are not the cause.
+    /// What the network has of a channel's sent bytes.
+    pub(crate) fn outbound(&self, channel: usize) -> Outbound {
+        self.0.get(channel).map_or_else(Outbound::default, |seen| seen.outbound)
+    }
+
+    /// The channels with chunks, or bytes of them, in flight in a direction, the longest stalled first. If some are stalled, those that
+    /// moved a moment ago are left out, since they are not the cause.
     pub(crate) fn stillest(&self, way: Way, now: Instant) -> Vec<usize> {
-        let busy = |&channel: &usize| self.half(channel, way).is_some_and(|half| half.chunks > 0);
+        let waits = |channel: usize| way == Way::Out && self.outbound(channel).waiting > 0;
+        let busy = |&channel: &usize| self.half(channel, way).is_some_and(|half| half.chunks > 0) || waits(channel);
         let mut all: Vec<usize> = (0..self.0.len()).filter(busy).collect();
         all.sort_by_key(|&channel| std::cmp::Reverse(self.of(channel, way, now).1));
         let longest = all.first().map_or(Duration::ZERO, |&channel| self.of(channel, way, now).1);
@@ -82,14 +106,34 @@ impl Stillness {
         all
     }
 
-    /// Whether some NIC has received something after a time.
-    pub(crate) fn moved_after(&self, time: Instant) -> bool {
-        self.0.iter().any(|seen| seen.incoming.moved > time)
+    /// Whether data or answers have come over another NIC than this after a time.
+    pub(crate) fn moved_beside(&self, nic: &str, time: Instant) -> bool {
+        self.0.iter().any(|seen| seen.nic != nic && seen.incoming.moved.max(seen.answers.moved) > time)
     }
 
-    /// Whether another NIC than this waits for data too.
+    /// Whether another NIC than this waits for answers too.
     pub(crate) fn waits_beside(&self, nic: &str) -> bool {
-        self.0.iter().any(|seen| seen.nic != nic && seen.incoming.since.is_some())
+        self.0.iter().any(|seen| seen.nic != nic && seen.answers.since.is_some())
+    }
+
+    /// A NIC on which the peer has acknowledged nothing for longer than `timeout` although an acknowledgement was due all the time; for
+    /// a plugin that does not report bytes, no chunk for longer than `chunk_timeout`. The receiver's slowness is no such case: its kernel
+    /// acknowledges what it has room for, and then none is due.
+    pub(crate) fn silent_nic(&self, timeout: Duration, chunk_timeout: Duration, now: Instant) -> Option<Silent<'_>> {
+        let limit = |seen: &Seen| if seen.reports_moved { timeout } else { chunk_timeout };
+        let answered = |nic: &str| self.0.iter().filter(|seen| seen.nic == nic).map(|seen| seen.answers.moved).max();
+        let silent = |seen: &&Seen| {
+            let limit = limit(seen);
+            let last = || answered(&seen.nic).is_some_and(|last| now.saturating_duration_since(last) > limit);
+            seen.answers.still(now) > limit && last()
+        };
+        let seen = self.0.iter().filter(silent).max_by_key(|seen| seen.answers.still(now))?;
+        Some(Silent {
+            nic: &seen.nic,
+            still: seen.answers.still(now),
+            reports_moved: seen.reports_moved,
+            too_large: seen.outbound.too_large,
+        })
     }
 
     /// A NIC that has received nothing for longer than `timeout` although the peer announced chunks that long ago: its name, the
@@ -129,7 +173,8 @@ mod tests {
             for (channel, nic) in ["eth1", "eth2", "eth2", "eth3"].into_iter().enumerate() {
                 let waiting = if channel == 3 { 0 } else { 2 };
                 let moved = reports_moved.then_some((0, bytes[channel]));
-                stillness.note(channel, &Line { nic, moved, under_way: (1, waiting), posted: waiting, open: true }, now);
+                let (under_way, outbound) = ((1, waiting), Outbound::default());
+                stillness.note(channel, &Line { nic, moved, outbound, under_way, posted: waiting, open: true }, now);
             }
         }
         (stillness, now)
@@ -165,9 +210,51 @@ mod tests {
     fn waits_for_own_copies_are_not_blamed_on_the_network() {
         let (mut stillness, start) = (Stillness::default(), Instant::now());
         for second in 0..100 {
-            let line = Line { nic: "eth1", moved: Some((0, 0)), under_way: (0, 3), posted: 0, open: true };
+            let (moved, outbound) = (Some((0, 0)), Outbound::default());
+            let line = Line { nic: "eth1", moved, outbound, under_way: (0, 3), posted: 0, open: true };
             stillness.note(0, &line, start + Duration::from_secs(second));
         }
         assert_eq!(stillness.dead_nic(T, start + 10 * T), None);
+    }
+
+    /// Samples once a second what is acknowledged and due on two NICs. `acknowledged`: on the second.
+    fn answers(reports: bool, seconds: u64, acknowledged: impl Fn(u64) -> (u64, bool)) -> (Stillness, Instant) {
+        let (mut stillness, start) = (Stillness::default(), Instant::now());
+        let mut now = start;
+        for second in 0..=seconds {
+            now = start + Duration::from_secs(second);
+            for (channel, nic) in ["eth1", "eth2"].into_iter().enumerate() {
+                let (acknowledged, due) = if channel == 0 { (second * 1000, true) } else { acknowledged(second) };
+                let outbound = Outbound { acknowledged, due, waiting: u64::from(due), too_large: None };
+                let moved = reports.then_some((acknowledged, 0));
+                stillness.note(channel, &Line { nic, moved, outbound, under_way: (1, 0), posted: 0, open: true }, now);
+            }
+        }
+        (stillness, now)
+    }
+
+    #[test]
+    fn a_nic_is_silent_only_while_an_acknowledgement_is_due() {
+        let (two, ten) = (Duration::from_secs(2), T);
+        let silent = |(stillness, now): &(Stillness, Instant)| stillness.silent_nic(two, ten, *now).map(|s| s.nic.to_owned());
+        assert_eq!(silent(&answers(true, 5, |_| (7, true))), Some("eth2".to_owned()));
+        // The peer's kernel has everything that it has room for.
+        assert_eq!(silent(&answers(true, 50, |_| (7, false))), None);
+        // Slow, and alive.
+        assert_eq!(silent(&answers(true, 50, |second| (second, true))), None);
+        // Without reports a chunk that is not finished says little for a while.
+        assert_eq!(silent(&answers(false, 9, |_| (7, true))), None);
+        assert_eq!(silent(&answers(false, 12, |_| (7, true))), Some("eth2".to_owned()));
+    }
+
+    #[test]
+    fn what_a_socket_buffer_has_is_in_flight() {
+        let (mut stillness, start) = (Stillness::default(), Instant::now());
+        let outbound = Outbound { acknowledged: 5, waiting: 300, due: true, too_large: None };
+        let line = Line { nic: "eth1", moved: Some((5, 0)), outbound, under_way: (0, 0), posted: 0, open: true };
+        stillness.note(0, &line, start);
+        stillness.note(0, &line, start + T);
+        assert_eq!(stillness.stillest(Way::Out, start + T), [0]);
+        assert_eq!(stillness.of(0, Way::Out, start + T), (0, T));
     }
 }

@@ -66,7 +66,7 @@ table! {
     CONNECT_TIMEOUT = var("UCCL_TCPX_CONNECT_TIMEOUT_MS", Kind::Number(1, DAY_MS), "30000", "Deadline of a connect, and of an incoming connection's set-up after its first message.");
     HANDSHAKE_TIMEOUT = var("UCCL_TCPX_HANDSHAKE_TIMEOUT_MS", Kind::Number(1, DAY_MS), "5000", "How long an incoming connection may be silent before it is closed.");
     TRANSFER_TIMEOUT = var("UCCL_TCPX_TRANSFER_TIMEOUT_MS", Kind::Number(1, DAY_MS), "10000", "A connection fails if it has transfers in flight and moves nothing for this long.");
-    NIC_TIMEOUT = var("UCCL_TCPX_NIC_TIMEOUT_MS", Kind::Number(1, DAY_MS), "2000", "A NIC over which nothing arrives for this long, although data is due on it and the peer lives, is given up: its channels are closed, and others carry their data. A slow NIC is not given up.");
+    NIC_TIMEOUT = var("UCCL_TCPX_NIC_TIMEOUT_MS", Kind::Number(1, DAY_MS), "2000", "A NIC on which the peer acknowledges nothing for this long, although data was sent on it and the peer lives, is given up: its channels are closed, and others carry their data. Neither a slow NIC nor one that waits for a GPU is given up.");
     PEER_TIMEOUT = var("UCCL_TCPX_PEER_TIMEOUT_MS", Kind::Number(1, DAY_MS), "10000", "A peer that is silent (no heartbeat either) for this long is lost; values below 100 count as 100. The smaller of the two engines' values applies.");
     MATCH_TIMEOUT = var("UCCL_TCPX_MATCH_TIMEOUT_MS", Kind::Number(1, DAY_MS), "300000", "How long a send waits for a receive, and a receive for a send.");
     CLOSE_TIMEOUT = var("UCCL_TCPX_CLOSE_TIMEOUT_MS", Kind::Number(1, DAY_MS), "10000", "How long deregistration and destroy calls wait for transfers in flight before they fail them.");

@@ -281,7 +281,7 @@ impl Engine {
             if asked.is_some_and(|at| now >= at + DEVICE_GRACE) {
                 bail!(
                     Resource,
-                    "region {mr} is still in use after its connections were closed: a device does not end its copies"
+                    "region {mr} is still in use after its connections were closed: a device does not end its copies, or a plugin has not closed a channel"
                 );
             }
             if now >= deadline {

@@ -9,7 +9,7 @@ use super::signals::Quiet;
 use super::sockets::Sockets;
 use super::{abandoned_connects, handle, within, Scope};
 pub(crate) use super::{handle::Handle, registrations::MHandle};
-use crate::status::{bail, Result};
+use crate::status::{bail, err, Result};
 use crate::types::Span;
 use nccl_net_abi::{
     ncclNetDeviceHandle_v7, ucclCommInfo, ucclFlow, ucclIoVec, MAX_REQUESTS, NCCL_NET_HANDLE_MAXSIZE, NCCL_PTR_CUDA,
@@ -45,7 +45,7 @@ impl<T> Drop for Pinned<T> {
     }
 }
 
-/// A raw comm that closes itself.
+/// A raw comm. Dropping it closes it; whoever must know the result calls [`RawComm::close`] first.
 struct RawComm {
     plugin: Arc<Plugin>,
     comm: *mut c_void,
@@ -54,6 +54,8 @@ struct RawComm {
     gpu: Scope,
     /// Its data sockets: of send comms for plugins that send late, of receive comms for plugins that ask for peers.
     sockets: Sockets,
+    /// The result of the close.
+    closed: Option<Result<()>>,
 }
 // SAFETY: NCCL plugins allow a comm to be used from any thread, one at a time; `&mut` of the owners guarantees the latter.
 unsafe impl Send for RawComm {}
@@ -62,27 +64,40 @@ impl RawComm {
     /// A comm that moves data.
     fn open(plugin: &Arc<Plugin>, comm: *mut c_void, kind: CommKind, dev: usize, gpu: &Scope) -> RawComm {
         plugin.registrations().opened(&**plugin, dev, comm, gpu);
-        RawComm { plugin: plugin.clone(), comm, kind, dev, gpu: gpu.clone(), sockets: Sockets::default() }
+        RawComm { plugin: plugin.clone(), comm, kind, dev, gpu: gpu.clone(), sockets: Sockets::default(), closed: None }
+    }
+
+    /// Closes it; a second call returns the result of the first.
+    ///
+    /// # Errors
+    /// The comm stays open: it may read and write memory until the process ends.
+    fn close(&mut self) -> Result<()> {
+        if let Some(closed) = &self.closed {
+            return closed.clone();
+        }
+        self.plugin.registrations().closing(&*self.plugin, self.dev, self.comm);
+        let closed = self.close_once();
+        if let Err(e) = &closed {
+            log::warn!("{e}");
+        }
+        self.closed.insert(closed).clone()
+    }
+
+    fn close_once(&mut self) -> Result<()> {
+        let stays = |why: &dyn std::fmt::Display| err!(Plugin, "a comm of plugin {} stays open: {why}", self.plugin.name);
+        if matches!(self.kind, CommKind::Recv) {
+            let replaced = self.sockets.replace();
+            replaced.map_err(|why| stays(&format_args!("its close could end the process: {why}")))?;
+        }
+        // SAFETY: live until here, and closed once.
+        within(&self.gpu, || unsafe { self.plugin.close(self.kind, self.comm) }).map_err(|e| stays(&e))
     }
 }
 
 impl Drop for RawComm {
     fn drop(&mut self) {
-        self.plugin.registrations().closing(&*self.plugin, self.dev, self.comm);
-        if matches!(self.kind, CommKind::Recv) {
-            if let Err(why) = self.sockets.replace() {
-                log::warn!("a comm of plugin {} stays open, since its close could end the process: {why}", self.plugin.name);
-                return;
-            }
-        }
-        let closed = within(&self.gpu, || {
-            // SAFETY: live until here, and dropped once.
-            unsafe { self.plugin.close(self.kind, self.comm) };
-            Ok(())
-        });
-        if let Err(e) = closed {
-            log::warn!("a comm of plugin {} was not closed: {e}", self.plugin.name);
-        }
+        // The log has an error.
+        let _ = self.close();
     }
 }
 
@@ -101,7 +116,7 @@ impl ListenComm {
         let mut handle = [0; NCCL_NET_HANDLE_MAXSIZE];
         let comm = within(gpu, || plugin.listen(dev, &mut handle))?;
         let (kind, sockets) = (CommKind::Listen, Sockets::default());
-        let raw = RawComm { plugin: plugin.clone(), comm, kind, dev, gpu: gpu.clone(), sockets };
+        let raw = RawComm { plugin: plugin.clone(), comm, kind, dev, gpu: gpu.clone(), sockets, closed: None };
         Ok(ListenComm { raw: Arc::new(Mutex::new(raw)), handle })
     }
 
@@ -542,16 +557,32 @@ impl SendComm {
         self.inflight.pop_front();
         Ok(true)
     }
+
+    /// Closes it, with requests in flight or without. Only another close may follow, which returns the same.
+    ///
+    /// # Errors
+    /// The comm stays open: it may read memory until the process ends, and its registrations stay.
+    pub(crate) fn close(&mut self) -> Result<()> {
+        if self.raw.closed.is_none() {
+            if self.inflight.is_empty() {
+                self.regions.clear();
+            } else {
+                // The memory may change from now on, and the peer must not receive the new content.
+                self.raw.sockets.reset();
+            }
+        }
+        let closed = self.raw.close();
+        if closed.is_err() {
+            std::mem::forget(std::mem::take(&mut self.regions));
+        }
+        closed
+    }
 }
 
 impl Drop for SendComm {
     fn drop(&mut self) {
-        if self.inflight.is_empty() {
-            self.regions.clear();
-        } else {
-            // The memory may change from now on, and the peer must not receive the new content.
-            self.raw.sockets.reset();
-        }
+        // The log has an error.
+        let _ = self.close();
     }
 }
 
@@ -671,5 +702,26 @@ impl RecvComm {
         let Some(request) = self.finished.pop_front() else { bail!(Internal, "nothing to consume") };
         // SAFETY: the front is the oldest finished request.
         unsafe { self.raw.plugin.consumed(self.raw.comm, request) }
+    }
+
+    /// As [`SendComm::close`].
+    ///
+    /// # Errors
+    /// The comm stays open: it may write memory until the process ends.
+    pub(crate) fn close(&mut self) -> Result<()> {
+        let again = self.raw.closed.is_some();
+        let closed = self.raw.close();
+        if closed.is_err() && !again {
+            // The plugin may write to it.
+            std::mem::forget(std::mem::replace(&mut self.dev_handle, device_handle()));
+        }
+        closed
+    }
+}
+
+impl Drop for RecvComm {
+    fn drop(&mut self) {
+        // The log has an error.
+        let _ = self.close();
     }
 }

@@ -16,6 +16,7 @@ pub(crate) struct LinkWatch {
 }
 
 /// The interfaces after a change, and the names of those before it: a plugin's device names need not be names of interfaces.
+#[derive(Default)]
 pub(crate) struct Links {
     before: HashSet<String>,
     now: Vec<Found>,
@@ -76,6 +77,19 @@ fn names(interfaces: &[Found]) -> HashSet<String> {
 }
 
 impl Links {
+    /// Adds the names before a later change.
+    pub(crate) fn add(&mut self, later: &Links) {
+        self.before.extend(later.before.iter().cloned());
+    }
+
+    /// The interfaces as they are now, after changes that were seen before.
+    ///
+    /// # Errors
+    /// The kernel cannot list its interfaces.
+    pub(crate) fn renewed(self) -> io::Result<Links> {
+        Ok(Links { now: list()?, ..self })
+    }
+
     /// Why a NIC cannot carry data; `None` if it can, or if it is no interface.
     pub(crate) fn fault(&self, nic: &str) -> Option<&'static str> {
         let Some(interface) = self.now.iter().find(|interface| interface.name == nic) else {
@@ -132,6 +146,16 @@ mod tests {
         let faults = ["eth0", "eth1", "eth2", "eth3", "eth4", "eth5", "mlx5_0"].map(|nic| links.fault(nic));
         let no_address = Some("has no address");
         assert_eq!(faults, [None, Some("is down"), Some("has no carrier"), no_address, Some("was removed"), no_address, None]);
+    }
+
+    #[test]
+    fn what_was_removed_in_an_earlier_change_is_known_later() {
+        let before = |name: &str| Links { before: [name.to_owned()].into(), ..Links::default() };
+        let mut links = Links::default();
+        links.add(&before("removed-1"));
+        links.add(&before("lo"));
+        let links = links.renewed().expect("interfaces");
+        assert_eq!(["removed-1", "lo", "other"].map(|nic| links.fault(nic)), [Some("was removed"), None, None]);
     }
 
     #[test]

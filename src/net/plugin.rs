@@ -589,7 +589,10 @@ impl Plugin {
 
     /// # Safety
     /// `comm` is a live comm of that kind; it is not used afterwards.
-    pub(super) unsafe fn close(&self, kind: CommKind, comm: *mut c_void) {
+    ///
+    /// # Errors
+    /// The plugin's: the comm may still read and write memory.
+    pub(super) unsafe fn close(&self, kind: CommKind, comm: *mut c_void) -> Result<()> {
         // SAFETY: by the caller's contract.
         let call = || unsafe {
             match kind {
@@ -598,9 +601,7 @@ impl Plugin {
                 CommKind::Listen => self.table.close_listen(comm),
             }
         };
-        if let Err(e) = self.set_up("close", call) {
-            log::debug!("{e}");
-        }
+        self.set_up("close", call)
     }
 }
 

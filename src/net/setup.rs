@@ -218,7 +218,9 @@ impl Listening {
         }
         let names = channels.iter().map(|c: &Channel| (c.nic.clone(), c.peer_nic.clone())).collect();
         let again = self.numbers.is_some();
-        Establishing { plugin: self.plugin, channels, names, began: Instant::now(), first_up: None, reason, again }
+        let began = Instant::now();
+        let progress = (!again).then_some((0, began));
+        Establishing { plugin: self.plugin, channels, names, began, first_up: None, progress, reason, again }
     }
 }
 
@@ -487,6 +489,8 @@ pub(crate) struct Establishing {
     names: Vec<(String, String)>,
     began: Instant,
     first_up: Option<Instant>,
+    /// How many channels are up and when the last came up; `None` once it was logged that others do not.
+    progress: Option<(usize, Instant)>,
     reason: Option<String>,
     /// They were lost, and it is no news that some are.
     again: bool,
@@ -519,6 +523,9 @@ impl Establishing {
             self.first_up = Some(now);
         }
         let pending = self.channels.iter().any(Channel::pending);
+        if let Some(late) = self.late(up, now) {
+            log::warn!("{late}");
+        }
         if pending && !self.straggler_wait_is_over(now) {
             return Ok(None);
         }
@@ -526,6 +533,21 @@ impl Establishing {
             return Err(self.failure());
         }
         Ok(Some(self.finish()))
+    }
+
+    /// Describes the channels that do not come up, once, when none has for a while: the deadline of the set-up may be far away.
+    pub(super) fn late(&mut self, up: usize, now: Instant) -> Option<Error> {
+        let (before, since) = self.progress?;
+        if up > before {
+            self.progress = Some((up, now));
+            return None;
+        }
+        let waited = now.saturating_duration_since(since);
+        if waited < MIN_STRAGGLER_WAIT || !self.channels.iter().any(Channel::pending) {
+            return None;
+        }
+        self.progress = None;
+        Some(self.describe(&format!("are not up yet, and none has come up for {waited:.1?}")))
     }
 
     /// A lack of descriptors or memory is not the fault of a NIC.
@@ -605,13 +627,17 @@ impl Establishing {
 
     /// What is still pending, for the error at the caller's deadline: NIC, address and direction of each channel.
     pub(crate) fn missing(&self) -> Error {
+        self.describe("did not come up in time")
+    }
+
+    fn describe(&self, what: &str) -> Error {
         let missing: Vec<String> = self.channels.iter().filter_map(Channel::missing).collect();
         let more = missing.len().saturating_sub(4);
         let tail = if more > 0 { format!(", and {more} more") } else { String::new() };
         let failed = self.channels.iter().find_map(Channel::cause).map_or(String::new(), |e| format!("; {e}"));
         err!(
             TimedOut,
-            "{} of {} channels did not come up in time: {}{tail}{failed}",
+            "{} of {} channels {what}: {}{tail}{failed}",
             self.channels.iter().filter(|c| !c.up()).count(),
             self.channels.len(),
             missing.iter().take(4).cloned().collect::<Vec<_>>().join(", ")

@@ -463,6 +463,10 @@ fn the_peer_never_comes(plugin: &Arc<Plugin>) {
     let b = open(plugin, 4);
     let mut a = open(plugin, 4).establish(&b.offers(), None, &AllowList::default());
     drop(b);
+    let later = Instant::now() + Duration::from_secs(4);
+    let late = a.late(0, later).expect("nothing comes up").to_string();
+    assert!(late.starts_with("4 of 4 channels are not up yet, and none has come up for 4.") && late.contains("eth2: "), "{late}");
+    assert_eq!(a.late(0, later), None, "it is said once");
     for _ in 0..50 {
         if a.poll().is_err() {
             break;

@@ -158,6 +158,17 @@ impl Deadlines {
         flow.ahead += mark.turn();
     }
 
+    /// `bytes` of a transfer that have moved are lost, and move again: perhaps before others of its direction.
+    pub(super) fn unmoved(&mut self, key: Key, bytes: u64) {
+        let Some(mark) = self.marks.get_mut(&key) else { return };
+        let (way, before) = (mark.way, mark.turn());
+        (mark.left, mark.moved) = (mark.left + bytes, mark.moved.saturating_sub(bytes));
+        let after = mark.turn();
+        let flow = self.flow(way);
+        flow.ahead = flow.ahead + after - before;
+        self.marks.values_mut().filter(|mark| mark.way == way).for_each(|mark| mark.ahead += bytes);
+    }
+
     /// A transfer has ended.
     pub(super) fn end(&mut self, key: Key) {
         if let Some(mark) = self.marks.remove(&key) {
@@ -213,6 +224,12 @@ impl Deadlines {
         self.marks.contains_key(&key)
     }
 
+    /// Bytes to go.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn left(&self, key: Key) -> Option<u64> {
+        self.marks.get(&key).map(|mark| mark.left)
+    }
+
     /// Drops all marks.
     pub(super) fn clear(&mut self) {
         self.marks.clear();
@@ -221,6 +238,8 @@ impl Deadlines {
 
     /// A transfer that has not moved for `timeout` although it should have. Call it several times in each timeout.
     pub(super) fn overdue(&mut self, timeout: Duration, now: Instant) -> Option<Overdue> {
+        let mut others = [0usize; 2];
+        self.marks.values().for_each(|mark| others[usize::from(mark.way == Way::Out)] += 1);
         let Deadlines { out, incoming, control, marks, .. } = self;
         marks.iter_mut().find_map(|(&key, mark)| {
             let flow = match mark.way {
@@ -238,7 +257,9 @@ impl Deadlines {
             // What was in flight before it, what started soon after it, and what is in flight now.
             let passed_by = flow.bytes - mark.flow > SLACK + mark.ahead + mark.late + flow.ahead;
             let talked = *control - mark.control > CONTROL;
-            (idle || passed_by || talked).then_some(Overdue { key, way: mark.way, still, others_moved: !idle })
+            // What moves beside a single transfer is its own.
+            let others_moved = passed_by || (!idle && others[usize::from(mark.way == Way::Out)] > 1);
+            (idle || passed_by || talked).then_some(Overdue { key, way: mark.way, still, others_moved })
         })
     }
 }

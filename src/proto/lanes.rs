@@ -14,6 +14,15 @@ pub(super) struct Announced {
     pub len: u64,
 }
 
+/// What became of a chunk on a channel that was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Fate {
+    pub chunk: Announced,
+    /// The channel had sent it.
+    pub sent: bool,
+    pub arrived: bool,
+}
+
 /// The chunks that this engine sends on one channel.
 #[derive(Debug, Default)]
 pub(super) struct OutLane {
@@ -57,11 +66,16 @@ impl OutLane {
     /// # Errors
     /// `Protocol` for a number that cannot be.
     pub(super) fn arrived(&mut self, chunks: u64, done: impl FnMut(Announced)) -> Result<()> {
+        self.check(chunks)?;
+        self.arrived = chunks;
+        self.settle(done);
+        Ok(())
+    }
+
+    fn check(&self, chunks: u64) -> Result<()> {
         if chunks < self.arrived || chunks > self.announced() {
             bail!(Protocol, "{chunks} chunks have arrived after {}, of {} announced", self.arrived, self.announced());
         }
-        self.arrived = chunks;
-        self.settle(done);
         Ok(())
     }
 
@@ -73,20 +87,21 @@ impl OutLane {
         }
     }
 
-    /// The channel is closed at this engine: what it had not sent is not sent any more. Calls `unsent` for each such chunk.
-    pub(super) fn close(&mut self, mut unsent: impl FnMut(Announced)) {
-        self.log.iter().skip((self.sent - self.first) as usize).for_each(|&chunk| unsent(chunk));
-        self.sent = self.announced();
+    /// The chunks that were not sent. Where the channel is closed at this engine, they are not sent any more.
+    pub(super) fn unsent(&self) -> impl Iterator<Item = Announced> + '_ {
+        self.log.iter().skip((self.sent - self.first) as usize).copied()
     }
 
-    /// The channel is closed at both engines, and so many chunks had arrived. Calls `done` for those that have, and returns the others;
-    /// the lane is as new.
+    /// The channel is closed at both engines, and so many chunks had arrived. Returns those of which that was not known, or that have
+    /// not; the lane is as new.
     ///
     /// # Errors
     /// As of [`OutLane::arrived`].
-    pub(super) fn lose(&mut self, chunks: u64, done: impl FnMut(Announced)) -> Result<VecDeque<Announced>> {
-        self.arrived(chunks, done)?;
-        Ok(std::mem::take(self).log)
+    pub(super) fn lose(&mut self, chunks: u64) -> Result<impl Iterator<Item = Fate>> {
+        self.check(chunks)?;
+        let OutLane { log, first, sent, .. } = std::mem::take(self);
+        let fate = move |(number, chunk)| Fate { chunk, sent: number < sent, arrived: number < chunks };
+        Ok((first..).zip(log).map(fate))
     }
 }
 
@@ -185,10 +200,10 @@ mod tests {
             lane.sent(|_| ()).unwrap();
         }
         lane.arrived(1, |_| ()).unwrap();
-        assert_eq!(ids(|unsent| lane.close(unsent)), [4, 5]);
-        let mut done = Vec::new();
-        let lost = lane.lose(2, |chunk| done.push(chunk.key.id)).unwrap();
-        assert_eq!((done, lost.iter().map(|chunk| chunk.key.id).collect::<Vec<_>>()), (vec![2], vec![3, 4, 5]));
+        assert_eq!(lane.unsent().map(|chunk| chunk.key.id).collect::<Vec<_>>(), [4, 5]);
+        assert!(lane.lose(6).is_err());
+        let fates = lane.lose(2).unwrap().map(|fate| (fate.chunk.key.id, fate.sent, fate.arrived));
+        assert_eq!(fates.collect::<Vec<_>>(), [(2, true, true), (3, true, false), (4, false, false), (5, false, false)]);
         assert_eq!(lane.unreported(), 0);
         assert!(lane.arrived(1, |_| ()).is_err(), "counts begin anew");
     }

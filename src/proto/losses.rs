@@ -71,6 +71,13 @@ pub(super) struct Back {
     pub after: Duration,
 }
 
+/// How long the peer's goodbye may be on its way once the last channel is lost: its cause is better than the end of a sound channel,
+/// which may arrive over another NIC first.
+const GOODBYE: Duration = Duration::from_millis(300);
+
+/// How a cause begins that the peer has given: it needs no answer.
+const BY_PEER: &str = "the peer has closed it: ";
+
 #[derive(Debug, Default)]
 pub(super) struct Losses {
     ends: Vec<Ends>,
@@ -80,11 +87,55 @@ pub(super) struct Losses {
     back: Vec<(u16, Duration)>,
     /// A channel may be set up again that could not before.
     news: bool,
+    /// Why and when the last channel was lost.
+    last: Option<(Error, Instant)>,
+}
+
+/// The cause of a loss that the peer gives as this text.
+pub(super) fn by_peer(text: &str) -> Error {
+    err!(RemoteDisconnect, "{BY_PEER}{text}")
+}
+
+/// What the peer must hear of a loss: nothing of what it said itself.
+pub(super) fn for_peer(why: &Error) -> &str {
+    if why.to_str().contains(BY_PEER) {
+        ""
+    } else {
+        why.to_str()
+    }
+}
+
+/// Why a channel was lost, from what each engine says.
+pub(super) fn cause(ours: &Error, theirs: &str) -> String {
+    if theirs.is_empty() || for_peer(ours).is_empty() {
+        ours.to_string()
+    } else {
+        format!("{ours}; the peer says: {theirs}")
+    }
 }
 
 impl Losses {
     fn of(&mut self, channel: u16) -> &mut Ends {
         lane(&mut self.ends, channel)
+    }
+
+    /// The last channel is lost: the connection ends soon.
+    pub(super) fn end(&mut self, why: Error, now: Instant) {
+        self.last.get_or_insert((why, now));
+    }
+
+    /// Why the connection ends soon.
+    pub(super) fn ending(&self) -> Option<&Error> {
+        self.last.as_ref().map(|(why, _)| why)
+    }
+
+    /// # Errors
+    /// Why the last channel was lost, if the peer has said nothing better for a while.
+    pub(super) fn check(&self, now: Instant) -> Result<()> {
+        match &self.last {
+            Some((why, at)) if now.saturating_duration_since(*at) >= GOODBYE => Err(why.clone()),
+            _ => Ok(()),
+        }
     }
 
     fn look(&self, channel: u16) -> Option<&Ends> {
@@ -324,5 +375,25 @@ mod tests {
         assert_eq!(losses.theirs(0, 0, String::new()).unwrap(), Next::Recover);
         assert!(losses.recover(0, now).unwrap().said.is_none() && !losses.is_theirs(1));
         assert!(losses.up_there(0, 2, now).unwrap() && losses.delivers(0));
+    }
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let (down, reset) = (err!(RemoteDisconnect, "eth2 is down"), err!(RemoteDisconnect, "reset"));
+        assert_eq!(cause(&down, ""), "eth2 is down");
+        assert_eq!(cause(&reset, "eth2 is down"), "reset; the peer says: eth2 is down");
+        let told = by_peer("eth2 is down");
+        assert_eq!((for_peer(&told), for_peer(&down)), ("", "eth2 is down"));
+        assert_eq!(cause(&told, "eth2 is down"), "the peer has closed it: eth2 is down");
+    }
+
+    #[test]
+    fn the_peers_goodbye_has_a_moment() {
+        let (mut losses, now) = (Losses::default(), Instant::now());
+        assert!(losses.check(now).is_ok() && losses.ending().is_none());
+        losses.end(err!(RemoteDisconnect, "first"), now);
+        losses.end(err!(RemoteDisconnect, "second"), now);
+        assert!(losses.check(now).is_ok());
+        assert_eq!(losses.check(now + GOODBYE).unwrap_err().to_str(), "first");
     }
 }

@@ -173,6 +173,9 @@ impl Machine {
     /// The error that ended the connection; `Resource` at a limit; `Unsupported` for places that no channel connects.
     pub(crate) fn admit(&self, segments: usize, pairs: &[(Place, Place)], channels: &Channels) -> Result<()> {
         self.alive()?;
+        if let Some(why) = self.state.losses.ending() {
+            return Err(why.clone());
+        }
         limits::admit(self.state.transfers.in_flight(), self.state.transfers.segments(), segments)?;
         match pairs.iter().find(|&&(local, peer)| channels.route(local, peer).is_none()) {
             Some((local, peer)) => Err(err!(Unsupported, "no channel connects {local:?} here with {peer:?} at the peer")),
@@ -311,7 +314,7 @@ impl Machine {
 
     /// Hands at most `limit` chunks to channels with room.
     pub(crate) fn schedule(&mut self, channels: &mut Channels, limit: usize, now: Instant) -> Result<Scheduled> {
-        if !self.state.outgoing.waiting() {
+        if !self.state.outgoing.waiting() || self.state.losses.ending().is_some() {
             return Ok(Scheduled::Blocked);
         }
         let State { outgoing, queue, .. } = &mut self.state;
@@ -371,12 +374,15 @@ impl Machine {
     /// Heartbeats and deadlines. An error means that the connection must end.
     pub(crate) fn tick(&mut self, channels: &mut Channels, now: Instant) -> Result<()> {
         let timeout = self.state.setting.transfer_timeout;
-        self.state.liveness.check(now)?;
+        let silence = |e: Error| Error::new(e.kind(), format_args!("{e}{}", channels.faults()));
+        self.state.liveness.check(now).map_err(silence)?;
         self.state.queue.check(timeout, now)?;
+        self.state.losses.check(now)?;
         // While nothing must move, a plugin with doorbells reports a failed channel by itself.
         if self.state.deadlines.must_look(timeout, now) && (self.state.deadlines.any() || !self.state.setting.doorbells) {
             self.note_network(channels, now)?;
-            channels.close_silent(self.state.setting.nic_timeout, self.state.liveness.received(), now)?;
+            let (nic_timeout, heard) = (self.state.setting.nic_timeout, self.state.liveness.received());
+            channels.close_silent([nic_timeout, nic_timeout.max(timeout / 2)], heard, now)?;
             if let Some(why) = channels.dead_nic(timeout, now) {
                 bail!(TimedOut, "{why}");
             }
@@ -392,7 +398,8 @@ impl Machine {
         }
         self.state.expire_matches(now);
         limits::withdrawn(self.state.matching.withdrawn())?;
-        let active = self.state.deadlines.any() || self.state.queue.backlog() > 0 || self.state.matching.waiting() > 0;
+        let waits = self.state.queue.backlog() > 0 || self.state.matching.waiting() > 0;
+        let active = waits || self.state.deadlines.any() || self.state.losses.ending().is_some();
         // A heartbeat needs another check only if it stays in the queue, see [`Machine::on_sent`].
         self.state.report(channels, now);
         self.state.liveness.plan(active, timeout.min(self.state.setting.match_timeout) / 3, now);

@@ -2,7 +2,7 @@
 //! blocked stream holds up only its own route. Every chunk handed to a channel is announced. Knows nothing of the bytes of frames
 //! and of sockets.
 
-use super::lanes::{lane, Announced, OutLane};
+use super::lanes::{lane, Announced, Fate, OutLane};
 use super::limits;
 use crate::channel::path::Departure;
 use crate::channel::plan::{Chunk, ChunkLimits, Walk};
@@ -104,6 +104,9 @@ pub(super) struct Undelivered {
     pub left: Vec<Left>,
     /// Refused transfers that the peer must not drain any further.
     pub cancelled: Vec<Key>,
+    /// Bytes that were counted as sent and are not in place, and bytes that are in place and were not counted.
+    pub unmoved: Vec<(Key, u64)>,
+    pub moved: Vec<(Key, u64)>,
     /// What is sent again.
     pub chunks: usize,
     pub bytes: u64,
@@ -326,13 +329,13 @@ impl Outgoing {
     pub(super) fn close(&mut self, channel: u16, all: &mut Vec<Left>) -> u64 {
         let Outgoing { streams, lanes, .. } = self;
         let (mut touched, mut bytes) = (Vec::new(), 0);
-        lane(lanes, channel).close(|chunk| {
+        for chunk in lane(lanes, channel).unsent() {
             bytes += chunk.len;
             if let Some(out) = streams.get_mut(&chunk.key) {
                 out.inflight -= chunk.len;
                 touched.push(chunk.key);
             }
-        });
+        }
         touched.dedup();
         all.extend(touched.into_iter().filter_map(|key| self.left(key)));
         bytes
@@ -343,19 +346,20 @@ impl Outgoing {
     /// # Errors
     /// `Protocol` for a number that cannot be; `RemoteDisconnect` when no channel is left for one of them.
     pub(super) fn lose(&mut self, channel: u16, chunks: u64, channels: &Channels) -> Result<Undelivered> {
-        let Outgoing { streams, lanes, unreported, .. } = self;
-        let (lane, mut touched) = (lane(lanes, channel), Vec::new());
-        *unreported -= lane.unreported();
-        let missing = lane.lose(chunks, |chunk| {
-            settle(streams, &chunk);
-            touched.push(chunk.key);
-        })?;
+        let (lane, mut touched) = (lane(&mut self.lanes, channel), Vec::new());
+        self.unreported -= lane.unreported();
         let mut found = Undelivered::default();
-        for Announced { key, offset, len } in missing {
+        for Fate { chunk: Announced { key, offset, len }, sent, arrived } in lane.lose(chunks)? {
             let Some(out) = self.streams.get_mut(&key) else { continue };
             out.unsettled -= len;
             touched.push(key);
+            match (sent, arrived) {
+                (true, false) => found.unmoved.push((key, len)),
+                (false, true) => found.moved.push((key, len)),
+                _ => {}
+            }
             match out.phase {
+                _ if arrived => {}
                 Phase::Sending => {
                     (found.chunks, found.bytes) = (found.chunks + 1, found.bytes + len);
                     self.bulk_left += if out.small { 0 } else { len };
@@ -439,6 +443,13 @@ impl Outgoing {
     #[cfg(any(test, fuzzing))]
     pub(super) fn keys(&self) -> Vec<(Key, usize)> {
         self.streams.iter().filter(|(_, out)| out.phase != Phase::Drained).map(|(&key, out)| (key, out.segments)).collect()
+    }
+
+    /// Bytes of streams that are still to be sent: no channel has them, or has sent them.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn open(&self) -> Vec<(Key, u64)> {
+        let sending = self.streams.iter().filter(|(_, out)| out.phase == Phase::Sending);
+        sending.map(|(&key, out)| (key, out.unsent() + out.inflight)).collect()
     }
 
     /// No channel reads from a stream, or will.

@@ -5,7 +5,7 @@ use super::direct::DirectTransfers;
 use super::eager;
 use super::incoming::Ending;
 use super::limits::MAX_INLINE_BACKLOG;
-use super::losses::Next;
+use super::losses::{self, Next};
 use super::matching::{Message, Pulled};
 use super::state::State;
 use super::transfers::Kind;
@@ -420,7 +420,7 @@ impl PeerFrames<'_> {
     fn on_lost(&mut self, channel: u16, chunks: u64, text: &str) -> Result<()> {
         self.check_channel(channel)?;
         let text = printable(text);
-        let why = err!(RemoteDisconnect, "the peer has closed channel {channel}: {text}");
+        let why = losses::by_peer(&text);
         match self.state.losses.theirs(channel, chunks, text)? {
             Next::Close => {
                 self.channels.close_channel(channel, why);

@@ -7,7 +7,7 @@ use super::incoming::{Ended, Ending, Incoming};
 use super::limits::PeerLoad;
 use super::listed::Pending;
 use super::liveness::Liveness;
-use super::losses::{Back, Closed, Losses};
+use super::losses::{cause, for_peer, Back, Closed, Losses};
 use super::matching::Matching;
 use super::outgoing::{Left, Outgoing, Undelivered};
 use super::queue::ControlQueue;
@@ -114,7 +114,8 @@ impl State {
 
     /// Whether anything waits for the network or the peer.
     pub(super) fn busy(&self) -> bool {
-        self.transfers.in_flight() > 0 || !self.incoming.is_empty() || !self.outgoing.is_empty()
+        let streams = !self.incoming.is_empty() || !self.outgoing.is_empty();
+        streams || self.transfers.in_flight() > 0 || self.losses.ending().is_some()
     }
 
     /// Whether a transfer of this connection uses a region of this engine.
@@ -150,6 +151,17 @@ impl State {
         if self.load.load() != (transfers, segments) {
             return Err(format!("the peer's load is {:?}, expected {:?}", self.load.load(), (transfers, segments)));
         }
+        for (key, open) in self.outgoing.open() {
+            if self.deadlines.left(key).is_some_and(|left| left < open) {
+                return Err(format!("{key:?} has {open} bytes to go, and its deadline counts fewer"));
+            }
+            match self.transfers.progress(key.id).filter(|_| key.mine) {
+                Some((moved, total)) if moved + open > total => {
+                    return Err(format!("{key:?} has moved {moved} of {total} bytes with {open} to go"));
+                }
+                _ => {}
+            }
+        }
         self.incoming.audit()
     }
 
@@ -161,11 +173,16 @@ impl State {
         }
     }
 
-    pub(super) fn chunk_sent(&mut self, channel: u16, key: Key, len: u64, now: Instant) -> Result<()> {
+    /// Bytes of a stream of this engine are sent.
+    fn moved(&mut self, key: Key, len: u64, now: Instant) {
         self.deadlines.moved(key, len, now);
         if key.mine {
             self.transfers.moved(key.id, len);
         }
+    }
+
+    pub(super) fn chunk_sent(&mut self, channel: u16, key: Key, len: u64, now: Instant) -> Result<()> {
+        self.moved(key, len, now);
         if let Some(left) = self.outgoing.sent(channel, key, len)? {
             self.stream_left(left);
         }
@@ -239,9 +256,11 @@ impl State {
         channels.lose(unsent + missing);
         self.losses.ours(channel, why.clone());
         if self.losses.left(channels.count()) == 0 {
-            return Err(why);
+            self.losses.end(why, now);
+            self.liveness.look_soon(now);
+            return Ok(());
         }
-        self.push(&Frame::Lost { channel, chunks, text: why.to_str() }, now);
+        self.push(&Frame::Lost { channel, chunks, text: for_peer(&why) }, now);
         self.recover(channel, channels, now)
     }
 
@@ -250,8 +269,19 @@ impl State {
     /// # Errors
     /// When the connection must end.
     pub(super) fn recover(&mut self, channel: u16, channels: &Channels, now: Instant) -> Result<()> {
+        if self.losses.ending().is_some() {
+            return Ok(());
+        }
         let Some(Closed { chunks, said }) = self.losses.recover(channel, now) else { return Ok(()) };
-        let Undelivered { left, cancelled, chunks, bytes } = self.outgoing.lose(channel, chunks, channels)?;
+        let lost = self.outgoing.lose(channel, chunks, channels)?;
+        let Undelivered { left, cancelled, unmoved, moved, chunks, bytes } = lost;
+        moved.into_iter().for_each(|(key, len)| self.moved(key, len, now));
+        for (key, len) in unmoved {
+            self.deadlines.unmoved(key, len);
+            if key.mine {
+                self.transfers.unmoved(key.id, len);
+            }
+        }
         left.into_iter().for_each(|left| self.stream_left(left));
         for key in cancelled {
             self.push(&Frame::Cancel { id: key.id }, now);
@@ -265,11 +295,12 @@ impl State {
         self.counts.lost_channels += 1;
         let open = self.losses.open(channels.count());
         self.log.log(
-            log::Level::Info,
+            log::Level::Warn,
             now,
             format_args!(
-                "{}: channel {channel} is lost: {ours} (the peer says: {theirs}); {chunks} chunks of {bytes} bytes go over the {open} channels that are left",
-                self.setting.peer
+                "{}: channel {channel} is lost: {}; {chunks} chunks of {bytes} bytes go over the {open} channels that are left",
+                self.setting.peer,
+                cause(&ours, &theirs)
             ),
         );
         Ok(())
@@ -339,7 +370,7 @@ impl State {
         let rest = if others_moved { ", while others moved" } else { "" };
         let on = channels.describe_busy(way, now);
         let on = if on.is_empty() { "nothing is in flight on the channels".to_owned() } else { format!("in flight: {on}") };
-        err!(TimedOut, "{whose} {} {direction} the peer has not moved for {still:.1?}{rest}; {on}", key.id)
+        err!(TimedOut, "{whose} {} {direction} the peer has not moved for {still:.1?}{rest}; {on}{}", key.id, channels.faults())
     }
 
     pub(super) fn expire_matches(&mut self, now: Instant) {

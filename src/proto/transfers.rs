@@ -189,6 +189,19 @@ impl Transfers {
         }
     }
 
+    /// Bytes that were counted as moved are lost.
+    pub(super) fn unmoved(&mut self, id: u64, bytes: u64) {
+        if let Some(running) = self.running.get_mut(&id) {
+            running.moved = running.moved.saturating_sub(bytes);
+        }
+    }
+
+    /// Bytes that a transfer in flight has moved, and all of its bytes.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn progress(&self, id: u64) -> Option<(u64, u64)> {
+        self.running.get(&id).map(|running| (running.moved, running.total))
+    }
+
     pub(super) fn set_total(&mut self, id: u64, total: u64) {
         if let Some(running) = self.running.get_mut(&id) {
             running.total = total;

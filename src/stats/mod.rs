@@ -87,6 +87,8 @@ pub struct Network {
 pub struct ChannelStats {
     /// Its NIC.
     pub nic: String,
+    /// The peer's NIC, if it has another name.
+    pub peer_nic: String,
     /// Its two ends, where the plugin tells. Filled only when statistics are read.
     pub route: String,
     /// Chunks and bytes sent.
@@ -121,6 +123,8 @@ pub struct ChannelStats {
     pub pack_us: u64,
     /// As `pack_us`, until it was unpacked.
     pub unpack_us: u64,
+    /// It was lost, and is closed.
+    pub lost: bool,
     /// It runs far below the others.
     pub slow: bool,
     /// Its NIC is so slow that it is hardly used.

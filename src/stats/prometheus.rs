@@ -112,6 +112,8 @@ impl Snapshot {
                 for (i, channel) in connection.channels.iter().enumerate() {
                     let mut labels = connection_labels(engine, connection);
                     labels.extend([("channel", i.to_string()), ("nic", channel.nic.clone())]);
+                    let joined = Some(&channel.peer_nic).filter(|nic| !nic.is_empty());
+                    labels.extend(joined.map(|nic| ("peer_nic", nic.clone())));
                     family.samples.extend(number(channel).map(|number| (labels, number)));
                 }
             }
@@ -176,6 +178,7 @@ impl Snapshot {
             gauge("window_in", "Places of the window in use for receiving", |c| f64::from(c.window_in)),
             gauge("window", "Places of the window", |c| f64::from(c.window)),
             gauge("slow", "1 while the channel runs far below the others", |c| f64::from(u8::from(c.slow))),
+            gauge("lost", "1 once the channel is lost", |c| f64::from(u8::from(c.lost))),
             network("segments", "TCP segments sent", |n| Counter(n.segments)),
             network("retransmits", "TCP segments sent again", |n| Counter(n.retransmits)),
             network("rtt_seconds", "Smoothed round trip", |n| Gauge(f64::from(n.rtt_us) / 1e6)),
@@ -216,7 +219,7 @@ mod tests {
     fn engine() -> EngineStats {
         let network = Some(Network { retransmits: 3, segments: 9, rtt_us: 1500, ..Network::default() });
         let channel = ChannelStats { nic: "eth1".into(), sent_bytes: 5, slow: true, network, ..ChannelStats::default() };
-        let unknown = ChannelStats { nic: "eth2".into(), ..ChannelStats::default() };
+        let unknown = ChannelStats { nic: "eth2".into(), peer_nic: "eth3".into(), ..ChannelStats::default() };
         let connection = ConnectionStats {
             id: 7,
             peer: "a\"b\n".into(),

@@ -62,7 +62,7 @@ impl fmt::Display for ConnectionStats {
         )?;
         writeln!(
             f,
-            "    control: {} out, {} in, {} waiting; inline {} out, {} in; notifications {} out, {} in; stalls {}, slow answers {}",
+            "    control: {} out, {} in, {} waiting; inline {} out, {} in; notifications {} out, {} in; stalls {}, slow answers {}, lost channels {}, chunks sent again {}",
             bytes(t.control_sent_bytes as f64),
             bytes(t.control_received_bytes as f64),
             bytes(self.backlog_bytes as f64),
@@ -71,7 +71,9 @@ impl fmt::Display for ConnectionStats {
             t.notifications_sent,
             t.notifications_received,
             t.stalls,
-            t.slow_answers
+            t.slow_answers,
+            t.lost_channels,
+            t.resent_chunks
         )?;
         self.channels.iter().enumerate().try_for_each(|(i, channel)| writeln!(f, "    channel {i} {channel}"))
     }
@@ -97,6 +99,6 @@ impl fmt::Display for ChannelStats {
             let (rtt, again, of) = (f64::from(network.rtt_us) / 1e3, network.retransmits, network.segments);
             write!(f, ", rtt {rtt:.2} ms, {again} of {of} segments sent again")?;
         }
-        write!(f, "{}", if self.slow { " SLOW" } else { "" })
+        write!(f, "{}{}", if self.slow { " SLOW" } else { "" }, if self.lost { " LOST" } else { "" })
     }
 }

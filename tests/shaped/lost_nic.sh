@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One of two NICs is lost in the middle of a transfer: packets dropped, link down, address removed, device deleted, connections reset; writes,
-# reads and messages; default settings. The transfer ends in OK over the other NIC with every byte right, and without a long pause: a loss that
+# One of two NICs is lost in the middle of a transfer: packets dropped, link down, address removed, device deleted, connections reset; or from
+# the start packets of full size are dropped (mtu); writes, reads and messages; default settings. The log names the NIC and the cause. The transfer ends in OK over the other NIC with every byte right, and without a long pause: a loss that
 # the kernel announces costs a moment, silence the time after which a NIC is given up. A NIC at a tenth of its rate is not given up.
 # Exit status 77: skipped.
 #
@@ -12,7 +12,7 @@ command -v ss >/dev/null || skip "$name needs ss"
 
 if [ $# -eq 1 ]; then
   status=0
-  for fault in drop down address delete reset rate; do
+  for fault in drop down address delete reset mtu rate; do
     pids=()
     for op in write read send; do
       "$here" "$perf" $fault $op >"$scratch/$fault-$op" 2>&1 &
@@ -37,12 +37,16 @@ wrong() { grep -aiE 'mismatch|wrong|differ' "$scratch/client" "$scratch/server";
 # Bytes that both hosts have received over both NICs.
 moved() { for host in $a $b; do ip netns exec $host sh -c 'cat /sys/class/net/eth*/statistics/rx_bytes'; done | paste -sd+ | bc; }
 
+case $fault in
+mtu) for host in $a $b; do ip netns exec $host iptables -A INPUT -i eth2 -m length --length 1000:65535 -j DROP; done ;;
+esac
 # Long enough to be in the middle of one transfer.
 client --total 64M --iters 1 --channels 4 &
 running=$!
 for _ in $(seq 100); do
   sent=$(ip netns exec $a sh -c 'cat /sys/class/net/eth2/statistics/tx_bytes /sys/class/net/eth2/statistics/rx_bytes' | paste -sd+ | bc)
   [ "$sent" -gt 4000000 ] && break
+  [ $fault = mtu ] && [ "$sent" -gt 4000 ] && break
   kill -0 $running 2>/dev/null || break
   sleep 0.05
 done
@@ -72,7 +76,7 @@ wait $running || rc=$?
 [ $rc = 0 ] && verdict=OK || { failed=1 verdict="FAILED: $(grep -aE 'ERROR|error' "$scratch/client" | head -1)"; }
 # A step takes longer than 50 ms on a busy machine, so limits are generous; without recovery the pause is 10 s.
 case $fault in
-drop) limit=70 ;;
+drop | mtu) limit=70 ;;
 rate) limit=40 ;;
 *) limit=20 ;;
 esac
@@ -85,6 +89,20 @@ rate-*) failed=1 verdict="$verdict, a slow NIC was given up" ;;
 *-0) failed=1 verdict="$verdict, no line says what was lost" ;;
 *) if grep -a ' is lost: ' "$scratch/client" "$scratch/server" | grep -a 'channel [0-9]* is lost: .*eth1'; then failed=1 verdict="$verdict, NAMES eth1"; fi ;;
 esac
+# At both engines, in the words of the one that knows.
+case $fault in
+drop) cause='eth2 is silent: the peer has acknowledged nothing for' ;;
+mtu) cause='no packet of [0-9]* bytes has passed yet: MTU?' ;;
+down) cause='eth2 is down on this host' ;;
+address) cause='eth2 has no address on this host' ;;
+delete) cause='eth2 was removed on this host' ;;
+reset) cause='Connection reset by peer\|the peer closed the connection' ;;
+*) cause= ;;
+esac
+for log in client server; do
+  [ -z "$cause" ] || grep -a ' is lost: channel 10\.78\.2\.[12]:.* -> 10\.78\.2\.[12]:.* on eth2' "$scratch/$log" | grep -aq "$cause" ||
+    { failed=1; verdict="$verdict, the $log's log does not say the cause"; }
+done
 kill -0 $server 2>/dev/null || { failed=1; verdict="$verdict, the server has ended"; }
 echo "$name: $fault, $op: $verdict; longest pause $((longest * 50)) ms, $lost lines of lost channels"
 [ $failed = 0 ] || { echo "$name: the client:"; tail -20 "$scratch/client"; echo "$name: the server:"; tail -20 "$scratch/server"; }

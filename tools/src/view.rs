@@ -18,6 +18,8 @@ pub struct Channel {
     pub number: u64,
     /// Its NIC.
     pub nic: String,
+    /// The peer's NIC, if it has another name.
+    pub peer_nic: String,
     /// Values by name.
     pub values: BTreeMap<String, f64>,
 }
@@ -55,7 +57,8 @@ impl View {
                 connection.peer = label("peer");
                 let wanted = number("channel");
                 let at = connection.channels.iter().position(|c| c.number == wanted).unwrap_or_else(|| {
-                    connection.channels.push(Channel { number: wanted, nic: label("nic"), values: BTreeMap::new() });
+                    let (nic, peer_nic) = (label("nic"), label("peer_nic"));
+                    connection.channels.push(Channel { number: wanted, nic, peer_nic, values: BTreeMap::new() });
                     connection.channels.len() - 1
                 });
                 connection.channels[at].values.insert(name.to_owned(), sample.value);
@@ -88,9 +91,19 @@ impl Channel {
         self.values.get(name).copied().unwrap_or(0.0)
     }
 
+    /// Its NIC, and the peer's if they are not the same.
+    fn nics(&self) -> String {
+        match self.peer_nic.is_empty() {
+            true => clean(&self.nic),
+            false => format!("{}>{}", clean(&self.nic), clean(&self.peer_nic)),
+        }
+    }
+
     /// A warning word; empty if all is well.
     fn mark(&self) -> &'static str {
-        if self.get("slow") > 0.0 {
+        if self.get("lost") > 0.0 {
+            "LOST"
+        } else if self.get("slow") > 0.0 {
             "SLOW"
         } else if self.get("window_out") > 0.0 && self.get("sent_bytes_per_second") == 0.0 {
             "STALLED"
@@ -128,11 +141,13 @@ fn lines(view: &View) -> Vec<([String; 11], bool)> {
         let state = if get("up") > 0.0 { String::new() } else { "ENDED".to_owned() };
         let silent = get("silent_seconds");
         let state = if state.is_empty() && silent > 4.0 { format!("silent {silent:.0} s") } else { state };
+        let (resent, lost) = (get("resent_chunks"), connection.channels.iter().filter(|c| c.get("lost") > 0.0).count());
+        let state = if state.is_empty() && lost > 0 { format!("{lost} lost") } else { state };
         let marked = !state.is_empty();
         out.push((
             [
                 format!("{id} {}", clean(&connection.peer)),
-                format!("{} open", connection.channels.len()),
+                format!("{} open", connection.channels.len() - lost),
                 String::new(),
                 rate(sum("sent_bytes_per_second")),
                 rate(sum("received_bytes_per_second")),
@@ -140,7 +155,10 @@ fn lines(view: &View) -> Vec<([String; 11], bool)> {
                 format!("{:.0} fly", get("transfers_in_flight")),
                 rate(sum("queued_bytes")).replace("/s", ""),
                 String::new(),
-                format!("{:.0}", sum("retransmits")),
+                match resent {
+                    n if n > 0.0 => format!("{:.0}, {n:.0} ch", sum("retransmits")),
+                    _ => format!("{:.0}", sum("retransmits")),
+                },
                 state,
             ],
             marked,
@@ -151,7 +169,7 @@ fn lines(view: &View) -> Vec<([String; 11], bool)> {
                 [
                     String::new(),
                     channel.number.to_string(),
-                    clean(&channel.nic),
+                    channel.nics(),
                     rate(channel.get("sent_bytes_per_second")),
                     rate(channel.get("received_bytes_per_second")),
                     if speed > 0.0 { rate(speed) } else { "-".to_owned() },
@@ -204,7 +222,8 @@ pub fn text(view: &View) -> String {
 }
 
 /// The help line of the interactive screen.
-pub const KEYS: &str = "q: quit, arrows: scroll; red: slower than the others, stalled, silent or ended";
+pub const KEYS: &str =
+    "q: quit, arrows: scroll; red: slower than the others, stalled, lost, silent or ended; ch: chunks sent again after a loss";
 
 /// A screen large enough for everything.
 pub fn screen(view: &View) -> io::Result<Buffer> {
@@ -271,6 +290,22 @@ mod tests {
         assert!(text.contains("eth1: 119.0 MB/s out") && text.contains("1 connections"), "{text}");
         let order: Vec<u64> = view().connections.values().flat_map(|c| c.channels.iter().map(|c| c.number)).collect();
         assert_eq!(order, [0, 2, 10]);
+    }
+
+    #[test]
+    fn lost_channels_are_marked_and_not_open() {
+        let labels = |channel: usize| {
+            format!("{{engine=\"e\",connection=\"1\",peer=\"p\",channel=\"{channel}\",nic=\"eth{channel}\",peer_nic=\"ib0\"}}")
+        };
+        let channel = |i: usize| format!("uccl_tcpx_channel_lost{} {}\n", labels(i), i % 2);
+        let of = "{engine=\"e\",connection=\"1\",peer=\"p\"}";
+        let all: String = (0..3).map(channel).collect();
+        let more = format!("uccl_tcpx_connection_up{of} 1\nuccl_tcpx_connection_resent_chunks_total{of} 5\n");
+        let text = text(&View::of(&parse(&format!("{all}{more}"))));
+        let lost: Vec<&str> = text.lines().filter(|line| line.ends_with(" LOST")).collect();
+        assert!(lost.len() == 1 && lost[0].contains("eth1>ib0"), "{text}");
+        let connection = text.lines().find(|line| line.starts_with("1 p")).expect("the connection");
+        assert!(connection.contains("2 open") && connection.contains("5 ch") && connection.ends_with("1 lost"), "{text}");
     }
 
     #[test]

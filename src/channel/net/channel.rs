@@ -21,8 +21,9 @@ pub(crate) struct Channel {
     // Field order is drop order: registrations of sends are dropped through the receive comm, so it goes last.
     sending: Sending,
     receiving: Receiving,
-    /// The name of its NIC here.
+    /// The names of its NICs here and at the peer.
     nic: String,
+    peer_nic: String,
 }
 
 // SAFETY: the raw pointers point to memory that this channel or a held region owns, and one thread at a time uses a channel.
@@ -30,7 +31,8 @@ unsafe impl Send for Channel {}
 
 impl Channel {
     pub(crate) fn new(pair: Pair) -> Channel {
-        Channel { sending: Sending::new(pair.send), receiving: Receiving::new(pair.recv), nic: pair.nic }
+        let Pair { send, recv, nic, peer_nic, .. } = pair;
+        Channel { sending: Sending::new(send), receiving: Receiving::new(recv), nic, peer_nic }
     }
 
     /// See [`SendComm::quiet`].
@@ -95,12 +97,27 @@ impl Channel {
         Ok(self.sending.is_quiet(copier)? && self.receiving.is_quiet(copier)?)
     }
 
+    /// Closes both comms. Nothing else may follow but its statistics.
+    ///
+    /// # Errors
+    /// `Plugin` when one stays open: memory of its chunks may still be read or written, and stays in use until the process ends.
+    pub(super) fn close(&mut self) -> Result<()> {
+        // Registrations are dropped while their comm is open. If requests may still use them, they are dropped after it.
+        if !self.busy() {
+            self.sending.drop_staging();
+            self.receiving.drop_staging();
+        }
+        let (sent, received) = (self.sending.close(), self.receiving.close());
+        sent.and(received)
+    }
+
     /// The network's progress on this channel.
     pub(super) fn network(&self) -> Result<Line<'_>> {
         let sent = self.sending.comm.network_bytes().map_err(|e| self.blame(Way::Out, &e))?;
         let received = self.receiving.comm.network_bytes().map_err(|e| self.blame(Way::In, &e))?;
         let under_way = (self.sending.outgoing.len(), self.receiving.under_way());
-        Ok(Line { nic: &self.nic, moved: sent.zip(received), under_way, posted: self.receiving.posted.len(), open: true })
+        let (outbound, posted) = (self.sending.outbound(sent), self.receiving.posted.len());
+        Ok(Line { nic: &self.nic, moved: sent.zip(received), outbound, under_way, posted, open: true })
     }
 
     /// Its statistics. `kernel`: including the kernel's, which takes a system call.
@@ -112,6 +129,7 @@ impl Channel {
         let delivered = network.as_ref().map(|n| n.delivery_rate as f64).filter(|&rate| rate > 0.0 && sent.bytes > 0);
         ChannelStats {
             nic: self.nic.clone(),
+            peer_nic: if self.peer_nic == self.nic { String::new() } else { self.peer_nic.clone() },
             route: if kernel { self.describe(Way::Out) } else { String::new() },
             sent_bytes: sent.bytes,
             sent_chunks: sent.chunks,
@@ -133,30 +151,36 @@ impl Channel {
 
     /// Its addresses in a direction and its NIC, for an error text.
     pub(super) fn describe(&self, way: Way) -> String {
-        self.ends(way).unwrap_or_else(|| format!("NIC {}", self.nic))
+        self.ends(way).unwrap_or_else(|| format!("NIC {}{}", self.nic, self.joined()))
+    }
+
+    /// The peer's NIC, if it has another name.
+    fn joined(&self) -> String {
+        match self.peer_nic == self.nic {
+            true => String::new(),
+            false => format!(", {} of the peer", self.peer_nic),
+        }
     }
 
     fn ends(&self, way: Way) -> Option<String> {
-        match way {
+        let ends = match way {
             Way::Out => self.sending.comm.describe(),
             Way::In => self.receiving.comm.describe(),
-        }
+        };
+        ends.map(|ends| format!("{ends}{}", self.joined()))
     }
 
     /// Adds the channel's description to an error.
     pub(super) fn blame(&self, way: Way, error: &Error) -> Error {
-        let ends = self.ends(way).unwrap_or_else(|| format!("on NIC {}", self.nic));
+        let ends = self.ends(way).unwrap_or_else(|| format!("on NIC {}{}", self.nic, self.joined()));
         Error::new(error.kind(), format_args!("channel {ends}: {error}"))
     }
 }
 
 impl Drop for Channel {
     fn drop(&mut self) {
-        // Registrations are dropped while their comm is open. If requests may still use them, they are dropped after it.
-        if !self.busy() {
-            self.sending.drop_staging();
-            self.receiving.drop_staging();
-        }
+        // The log has an error.
+        let _ = self.close();
     }
 }
 

@@ -186,7 +186,7 @@ impl Path for NetPath {
         };
         let slot = self.slot(channel)?;
         match change {
-            Change::Close(why) => slot.fail(why),
+            Change::Close(why) => slot.give_up(&why),
             Change::Restore(pair) => slot.restore(*pair)?,
             Change::Open => slot.released(),
         }

@@ -72,6 +72,19 @@ impl Receiving {
         (self.host_in, self.device_in) = (None, None);
     }
 
+    /// Closes the comm. Nothing else may follow.
+    ///
+    /// # Errors
+    /// The comm stays open: what it may write, with the regions of its chunks, stays in use until the process ends.
+    pub(super) fn close(&mut self) -> Result<()> {
+        let closed = self.comm.close();
+        if closed.is_err() {
+            let chunks = (std::mem::take(&mut self.posted), std::mem::take(&mut self.finishing));
+            std::mem::forget((chunks, self.host_in.take(), self.device_in.take(), self.discard.take()));
+        }
+        closed
+    }
+
     /// Whether no copy out of the bounce buffer is running.
     pub(super) fn is_quiet(&mut self, copier: &mut Copier) -> Result<bool> {
         for chunk in &mut self.finishing {
@@ -240,5 +253,12 @@ impl Receiving {
         let view = unsafe { device(copier)?.view(handle.handle, place) }?;
         self.view = Some(view);
         Ok(view)
+    }
+}
+
+impl Drop for Receiving {
+    fn drop(&mut self) {
+        // The log has an error.
+        let _ = self.close();
     }
 }

@@ -6,7 +6,7 @@ use super::staging::{Staging, STAGED_WINDOW};
 use super::usage::Usage;
 use crate::channel::device::gather;
 use crate::channel::memory::{HostBlock, PAGE};
-use crate::channel::path::{Copier, Departure};
+use crate::channel::path::{Copier, Departure, Outbound};
 use crate::channel::plan::Chunk;
 use crate::channel::stripe::{Load, Rate};
 use crate::direct::Event;
@@ -23,6 +23,9 @@ const BULK_WINDOW: usize = MAX_REQUESTS / 2;
 /// With this many bytes of large transfers in flight, a channel takes no more of them: a small transfer on it waits for all of
 /// these bytes.
 const BULK_BYTES: u64 = 2 << 20;
+
+/// Packets that were sent again so often do not get through.
+const IN_VAIN: u32 = 3;
 
 /// How many of the `free` window slots the next chunk may use. `bulk`: the chunk is part of a large transfer, and so many chunks
 /// and bytes of large transfers are in flight.
@@ -107,6 +110,22 @@ impl Sending {
             Some(flow) if flow.stale != 0 => None,
             Some(flow) => Some((flow.acknowledged, self.queued + flow.waiting, Duration::from_micros(flow.min_rtt_us.into()))),
             None => Some((self.counts.bytes, self.queued, Duration::ZERO)),
+        }
+    }
+
+    /// What the network has. `acknowledged`: as the plugin reports it.
+    pub(super) fn outbound(&self, acknowledged: Option<u64>) -> Outbound {
+        let (Some(acknowledged), Some(flow)) = (acknowledged, self.comm.flow()) else {
+            let due = acknowledged.is_none() && self.comm.inflight() > 0;
+            return Outbound { acknowledged: acknowledged.unwrap_or(self.counts.bytes), due, ..Outbound::default() };
+        };
+        // What set the connection up was small: where nothing of full size has passed since, the size may be the cause.
+        let blocked = flow.unanswered > 0 && flow.retries >= IN_VAIN && flow.acknowledged < u64::from(flow.packet);
+        Outbound {
+            acknowledged,
+            waiting: flow.waiting,
+            due: flow.unanswered > 0,
+            too_large: (blocked && flow.waiting >= u64::from(flow.packet)).then_some(flow.packet),
         }
     }
 
@@ -220,6 +239,19 @@ impl Sending {
         Ok(any)
     }
 
+    /// Closes the comm. Nothing else may follow.
+    ///
+    /// # Errors
+    /// The comm stays open: what it may read, with the regions of its chunks, stays in use until the process ends.
+    pub(super) fn close(&mut self) -> Result<()> {
+        let closed = self.comm.close();
+        if closed.is_err() {
+            let staging = (self.host_out.take(), std::mem::take(&mut self.device_out));
+            std::mem::forget((std::mem::take(&mut self.outgoing), staging));
+        }
+        closed
+    }
+
     /// Whether no copy into staging memory is running.
     pub(super) fn is_quiet(&mut self, copier: &mut Copier) -> Result<bool> {
         for next in &mut self.to_post {
@@ -254,6 +286,13 @@ impl Sending {
             any |= self.post_sends(copier, now)?;
         }
         Ok(any)
+    }
+}
+
+impl Drop for Sending {
+    fn drop(&mut self) {
+        // The log has an error.
+        let _ = self.close();
     }
 }
 

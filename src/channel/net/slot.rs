@@ -4,13 +4,13 @@
 
 use super::channel::Channel;
 use super::usage::{Resources, Usage};
-use crate::channel::path::{Arrival, Copier, Departure, Line};
+use crate::channel::path::{Arrival, Copier, Departure, Line, Outbound};
 use crate::channel::stripe::Load;
 use crate::direct::{Event, Way};
 use crate::net::setup::Pair;
 use crate::net::signals::Quiet;
 use crate::stats::ChannelStats;
-use crate::status::{bail, Error, ErrorKind, Result};
+use crate::status::{bail, err, Error, ErrorKind, Result};
 use crate::types::Place;
 use std::time::{Duration, Instant};
 
@@ -39,8 +39,9 @@ pub(super) struct Slot {
     waits: bool,
     /// The pair of NICs, as an index into the path's.
     pub nic: usize,
-    /// What the network had moved at the last look, what closed channels had moved, and their statistics.
+    /// What the network had moved and the peer acknowledged at the last look, what closed channels had moved, and their statistics.
     moved: Option<(u64, u64)>,
+    acknowledged: u64,
     before: (u64, u64),
     past: ChannelStats,
     name: String,
@@ -54,12 +55,12 @@ fn is_loss(error: &Error) -> bool {
 impl Slot {
     pub(super) fn new(seat: Seat, nic: usize) -> Slot {
         let name = seat.nics().0.to_owned();
-        let past = ChannelStats { nic: name.clone(), ..ChannelStats::default() };
+        let past = ChannelStats { nic: name.clone(), lost: true, ..ChannelStats::default() };
         let channel = match seat {
             Seat::Up(pair) => Some(Channel::new(*pair)),
             Seat::Lost(..) => None,
         };
-        Slot { channel, failed: None, waits: false, nic, moved: None, before: (0, 0), past, name }
+        Slot { channel, failed: None, waits: false, nic, moved: None, acknowledged: 0, before: (0, 0), past, name }
     }
 
     /// These comms take the place of the closed channel.
@@ -111,6 +112,12 @@ impl Slot {
         self.failed.get_or_insert(why);
     }
 
+    /// The same for a cause that does not name the channel.
+    pub(super) fn give_up(&mut self, why: &Error) {
+        let why = self.open().map(|channel| channel.blame(Way::Out, why));
+        why.into_iter().for_each(|why| self.fail(why));
+    }
+
     /// See [`Channel::quiet`].
     pub(super) fn quiet(&self) -> Option<Quiet> {
         self.channel.as_ref().and_then(Channel::quiet)
@@ -155,7 +162,12 @@ impl Slot {
             return Ok(false);
         }
         let last = channel.stats(false, now).and(&self.past);
-        self.past = ChannelStats { network: None, speed: 0.0, queued_bytes: 0, window_out: 0, window_in: 0, ..last };
+        let route = channel.describe(Way::Out);
+        let idle = ChannelStats { network: None, speed: 0.0, queued_bytes: 0, window_out: 0, window_in: 0, ..last };
+        self.past = ChannelStats { lost: true, route, ..idle };
+        // What the channel did not deliver must not be sent again while one of its comms may still read or write memory.
+        let stays = |e| err!(Plugin, "channel {number} on {} was lost ({why}), and cannot be closed: {e}", self.name);
+        channel.close().map_err(stays)?;
         self.channel = None;
         events.push(Event::Closed(number, why.clone()));
         Ok(true)
@@ -167,15 +179,18 @@ impl Slot {
             Some(Ok(line)) => {
                 let ((sent, received), open) = (self.before, !self.waits);
                 let moved = line.moved.map(|(a, b)| (a + sent, b + received));
+                let acknowledged = line.outbound.acknowledged;
                 each(Line { moved, open, ..line });
-                self.moved = moved;
+                (self.moved, self.acknowledged) = (moved, acknowledged);
                 return Ok(());
             }
             Some(Err(e)) => self.note(Err(e))?,
             None => {}
         }
         // What it moved stays moved.
-        each(Line { nic: &self.name, moved: self.moved.or(Some((0, 0))), under_way: (0, 0), posted: 0, open: false });
+        let outbound = Outbound { acknowledged: self.acknowledged, ..Outbound::default() };
+        let moved = self.moved.or(Some((0, 0)));
+        each(Line { nic: &self.name, moved, outbound, under_way: (0, 0), posted: 0, open: false });
         Ok(())
     }
 

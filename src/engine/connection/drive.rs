@@ -48,7 +48,7 @@ pub(crate) struct Driver<'a>(pub(super) &'a Shared);
 impl Driver<'_> {
     /// A round of the progress thread. With `must` it waits for the lock; otherwise it leaves the round to the lock's holder.
     pub(crate) fn progress(&self, must: bool) -> Progress {
-        if self.0.preparing.load(Ordering::SeqCst) > 0 {
+        if self.is_preparing() {
             return Progress { channels_busy: false, busy: false, preparing: true, ..Progress::driven_elsewhere() };
         }
         let held = if must { Some(self.0.core.lock()) } else { self.0.core.try_lock() };
@@ -67,10 +67,15 @@ impl Driver<'_> {
         }
     }
 
+    /// Whether another thread may hold the connection for long.
+    pub(crate) fn is_preparing(&self) -> bool {
+        self.0.preparing.load(Ordering::SeqCst) > 0
+    }
+
     /// Whether work is in progress or data waits to be sent.
     pub(crate) fn is_active(&self) -> bool {
         // The preparing thread requests a drive when it is done.
-        if self.0.preparing.load(Ordering::SeqCst) > 0 {
+        if self.is_preparing() {
             return false;
         }
         let core = self.0.lock();
@@ -91,25 +96,38 @@ impl Driver<'_> {
         (core.backlog() == 0 && !core.is_active()).then(|| core.machine.next_tick())
     }
 
-    /// NICs of the host have changed: channels over those with a fault are closed. Whether there were any.
-    pub(crate) fn close_faulty(&self, fault: &dyn Fn(&str) -> Option<String>) -> bool {
-        // A connection that waits for the GPU driver notices the silence later.
-        if self.0.preparing.load(Ordering::SeqCst) > 0 {
-            return false;
+    /// NICs of the host have changed: channels over those with a fault are closed. Whether there were any; `None`: a thread prepares
+    /// the connection, which was not checked.
+    pub(crate) fn close_faulty(&self, fault: &dyn Fn(&str) -> Option<String>) -> Option<bool> {
+        if self.is_preparing() {
+            return None;
         }
         let mut core = self.0.lock();
         if core.machine.dead().is_some() || core.closing {
-            return false;
+            return Some(false);
         }
         if let Err(e) = core.channels.close_faulty(fault) {
             self.0.fail_locked(&mut core, e);
         }
-        core.is_active()
+        Some(core.is_active())
+    }
+
+    /// The doorbell of an idle connection was armed: channels that failed before rang no bell. Whether work is in progress.
+    pub(crate) fn settle(&self) -> bool {
+        if self.0.slot.take_failure() {
+            self.look(None);
+        }
+        self.is_active()
     }
 
     /// A channel rang and nothing moved: checks whether it has failed. `false` when it is too early to check again.
     pub(crate) fn look_for_failure(&self) -> bool {
-        if self.0.preparing.load(Ordering::SeqCst) > 0 {
+        self.look(Some(LOOK))
+    }
+
+    /// Checks whether a channel has failed. `false` when the last check was less than `pause` ago.
+    fn look(&self, pause: Option<Duration>) -> bool {
+        if self.is_preparing() {
             return true;
         }
         let mut core = self.0.lock();
@@ -117,7 +135,7 @@ impl Driver<'_> {
         if core.machine.dead().is_some() || core.closing {
             return true;
         }
-        if now - core.looked < LOOK {
+        if pause.is_some_and(|pause| now - core.looked < pause) {
             return false;
         }
         core.looked = now;

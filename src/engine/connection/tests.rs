@@ -34,6 +34,8 @@ struct SimulatedDefect {
     hasty: bool,
     /// Direct transfers start, and fail.
     begins: bool,
+    /// Its channel has failed while nothing was in flight.
+    failed: bool,
 }
 
 impl Path for SimulatedDefect {
@@ -67,7 +69,10 @@ impl Path for SimulatedDefect {
         Ok(())
     }
     fn network(&mut self, _each: &mut dyn FnMut(Line<'_>)) -> Result<()> {
-        Ok(())
+        match self.failed {
+            true => Err(err!(RemoteDisconnect, "a simulated reset")),
+            false => Ok(()),
+        }
     }
     fn describe(&self, _channel: usize, _way: Way) -> String {
         String::new()
@@ -134,7 +139,7 @@ fn table() -> Arc<ConnectionTable> {
 
 /// A connection over such a path, and the peer's socket.
 fn connection(table: &Arc<ConnectionTable>, driven: bool, closed: bool) -> (Arc<Connection>, TcpStream) {
-    connection_over(table, SimulatedDefect { driven, closed, hasty: false, begins: false })
+    connection_over(table, SimulatedDefect { driven, closed, hasty: false, begins: false, failed: false })
 }
 
 fn connection_over(table: &Arc<ConnectionTable>, path: SimulatedDefect) -> (Arc<Connection>, TcpStream) {
@@ -270,7 +275,7 @@ fn an_application_thread_returns_from_transfers_that_never_end() {
     context.cores = Cores::Many;
     let table = Arc::new(ConnectionTable::new(context));
     let (connection, _theirs) =
-        connection_over(&table, SimulatedDefect { driven: true, closed: false, hasty: true, begins: false });
+        connection_over(&table, SimulatedDefect { driven: true, closed: false, hasty: true, begins: false, failed: false });
     let (sender, receiver) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         connection.drive_for_application();
@@ -281,7 +286,7 @@ fn an_application_thread_returns_from_transfers_that_never_end() {
 
 /// A path that does nothing.
 fn idle(table: &Arc<ConnectionTable>) -> (Arc<Connection>, TcpStream) {
-    connection_over(table, SimulatedDefect { driven: false, closed: false, hasty: true, begins: false })
+    connection_over(table, SimulatedDefect { driven: false, closed: false, hasty: true, begins: false, failed: false })
 }
 
 #[test]
@@ -370,7 +375,7 @@ impl Blocks for NoBlocks {
 #[test]
 fn a_direct_transfer_that_fails_as_it_starts_has_an_id() {
     let table = table();
-    let path = |begins| SimulatedDefect { driven: false, closed: false, hasty: true, begins };
+    let path = |begins| SimulatedDefect { driven: false, closed: false, hasty: true, begins, failed: false };
     let starts = |connection: &Connection| {
         let sketch = Sketch { pairings: Vec::new(), hold: Hold::new(Vec::new()), total: 64, count: 1 };
         Submission(&connection.shared).transfer_direct(Way::In, sketch, &mut NoBlocks)
@@ -401,4 +406,39 @@ fn a_notification_that_was_sent_is_no_error_though_its_connection_is_lost() {
     let (connection, _theirs) = idle(&table);
     assert_eq!(queued(&connection, &vec![0; 32 << 20]).unwrap_err().kind(), ErrorKind::RemoteDisconnect);
     assert_eq!(kind(&connection), Some(ErrorKind::RemoteDisconnect));
+}
+
+/// No bell rings for what happens between the last round and the arming, and nothing happens afterwards.
+#[test]
+fn a_channel_that_failed_before_its_doorbell_was_armed_is_noticed() {
+    for disarmed in [false, true] {
+        let table = table();
+        let path = SimulatedDefect { driven: false, closed: false, hasty: true, begins: false, failed: true };
+        let (connection, _theirs) = connection_over(&table, path);
+        connection.slot().doorbell().armed.fetch_or(nccl_net_abi::UCCL_DOORBELL_FAILED, Ordering::SeqCst);
+        if disarmed {
+            connection.arm(false);
+        }
+        std::thread::scope(|s| {
+            s.spawn(|| thread::run(&table, None));
+            let until = Instant::now() + Duration::from_secs(10);
+            while kind(&connection).is_none() && Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            table.end();
+            assert_eq!(kind(&connection), Some(ErrorKind::RemoteDisconnect));
+        });
+    }
+}
+
+/// The change of an interface is not lost while a thread waits for the GPU driver.
+#[test]
+fn a_connection_that_is_prepared_is_not_checked_for_lost_links() {
+    let table = table();
+    let (connection, _theirs) = idle(&table);
+    let preparing = Preparing::new(&connection.shared);
+    assert_eq!(connection.driver().close_faulty(&|_| None), None);
+    assert!(connection.driver().is_preparing());
+    drop(preparing);
+    assert_eq!(connection.driver().close_faulty(&|_| None), Some(false));
 }

@@ -6,11 +6,12 @@ use crate::engine::limits;
 use crate::host;
 use crate::net::comm::Doorbell;
 use crate::status::Result;
+use nccl_net_abi::UCCL_DOORBELL_FAILED;
 use process::Mutex;
 use reactor::{Events, Interest, Poller, Waker};
 use std::collections::BTreeSet;
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
-use std::sync::atomic::{fence, AtomicU32, Ordering};
+use std::sync::atomic::{fence, AtomicBool, AtomicU32, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -41,6 +42,8 @@ struct Groups {
 /// A connection's place in a group whose channels share a descriptor; freed when dropped.
 pub(crate) struct DoorbellSlot {
     armed: Arc<AtomicU32>,
+    /// A channel has failed since the last [`DoorbellSlot::take_failure`].
+    failed: AtomicBool,
     pub group: usize,
     fd: RawFd,
     rings: Arc<OwnedFd>,
@@ -60,7 +63,9 @@ impl DoorbellSlot {
 
     /// Arms the doorbell for one ring, or disarms it. What the caller reads afterwards is at least as new as the arming.
     pub(crate) fn arm(&self, on: bool) {
-        self.armed.store(u32::from(on), Ordering::SeqCst);
+        if self.armed.swap(u32::from(on), Ordering::SeqCst) & UCCL_DOORBELL_FAILED != 0 {
+            self.failed.store(true, Ordering::SeqCst);
+        }
         // A ringing thread publishes its result, passes a fence, and checks whether the doorbell is armed. With this fence one of
         // the two always sees the other's store.
         fence(Ordering::SeqCst);
@@ -68,7 +73,12 @@ impl DoorbellSlot {
 
     /// Whether the channels may have rung: the doorbell is disarmed.
     pub(crate) fn rang(&self) -> bool {
-        self.armed.load(Ordering::SeqCst) == 0
+        self.armed.load(Ordering::SeqCst) != 1
+    }
+
+    /// Whether a channel had failed when the doorbell was last armed or disarmed; said once.
+    pub(crate) fn take_failure(&self) -> bool {
+        self.failed.swap(false, Ordering::SeqCst)
     }
 }
 
@@ -213,7 +223,8 @@ impl Bell {
             groups.free.remove(&group);
         }
         let (fd, rings) = (groups.wakers[group].fd(), groups.rings[group].clone());
-        Ok(Arc::new(DoorbellSlot { armed: Arc::default(), group, fd, rings, groups: self.groups.clone() }))
+        let (armed, failed, groups) = (Arc::default(), AtomicBool::new(false), self.groups.clone());
+        Ok(Arc::new(DoorbellSlot { armed, failed, group, fd, rings, groups }))
     }
 
     pub(crate) fn arm(&self, sleeping: bool) {

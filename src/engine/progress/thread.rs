@@ -8,7 +8,7 @@ use super::pacing::{step, Round, Step};
 use super::table::Driven;
 use crate::engine::connection::{Connection, ConnectionTable};
 use crate::hash::Map;
-use crate::net::links::LinkWatch;
+use crate::net::links::{LinkWatch, Links};
 use process::thread::ask_for_short_turns;
 use reactor::Interest;
 use std::cmp::Reverse;
@@ -76,6 +76,8 @@ struct Driving<'a> {
     spin: Duration,
     /// `None` where the kernel does not announce changes.
     links: Option<LinkWatch>,
+    /// Connections that were being prepared when the host's interfaces changed, and what was there before.
+    unchecked: Map<u64, Links>,
 }
 
 impl<'a> Driving<'a> {
@@ -93,6 +95,7 @@ impl<'a> Driving<'a> {
             start: Instant::now(),
             spin,
             links: watched.ok(),
+            unchecked: Map::default(),
         }
     }
 
@@ -120,14 +123,29 @@ impl<'a> Driving<'a> {
     fn check_links(&mut self) {
         let Some(links) = &mut self.links else { return };
         let Ok(links) = links.changed() else { return };
-        let fault = |nic: &str| links.fault(nic).map(|why| format!("{why} on this host"));
-        let hit: Vec<u64> =
-            self.table.connections.all().iter().filter(|c| c.driver().close_faulty(&fault)).map(|c| c.id()).collect();
         if links.came_back {
             self.table.context.restoring.hurry();
         }
-        for id in hit {
-            self.activate(id);
+        for connection in self.table.connections.all() {
+            match close_faulty(&connection, &links) {
+                Some(true) => {
+                    self.activate(connection.id());
+                }
+                Some(false) => {}
+                None => self.unchecked.entry(connection.id()).or_default().add(&links),
+            }
+        }
+    }
+
+    /// Checks the interfaces for a connection that is prepared now.
+    fn check_missed(&mut self) {
+        let prepared = |id: &u64| self.table.connections.get(*id).is_none_or(|connection| !connection.driver().is_preparing());
+        let ids: Vec<u64> = self.unchecked.keys().copied().filter(prepared).collect();
+        for id in ids {
+            let (Some(missed), Some(connection)) = (self.unchecked.remove(&id), self.table.connections.get(id)) else { continue };
+            if missed.renewed().is_ok_and(|links| close_faulty(&connection, &links) == Some(true)) {
+                self.activate(id);
+            }
         }
     }
 
@@ -250,8 +268,8 @@ impl<'a> Driving<'a> {
         match (next, self.known.contains_key(&id)) {
             (Some(at), true) => {
                 active.connection.arm(true);
-                if active.connection.driver().is_active() {
-                    // Work was added after the last round; events before the arming rang no doorbell.
+                if active.connection.driver().settle() {
+                    // Work was added after the last round; events before the arming, and failures, rang no doorbell.
                     self.active.insert(id, active);
                     return;
                 }
@@ -301,6 +319,11 @@ impl<'a> Driving<'a> {
             }
         }
     }
+}
+
+/// Closes the channels of a connection over NICs with a fault; see [`crate::engine::connection::Driver::close_faulty`].
+fn close_faulty(connection: &Connection, links: &Links) -> Option<bool> {
+    connection.driver().close_faulty(&|nic| links.fault(nic).map(|why| format!("{why} on this host")))
 }
 
 fn watch(table: &ConnectionTable, active: &mut Active, interest: Interest) {
@@ -354,6 +377,8 @@ fn drive(table: &ConnectionTable, spin: Duration) {
         table.context.queue.asked(|id| {
             driving.activate(id);
         });
+        // The thread that prepared a connection has asked for a drive.
+        driving.check_missed();
         let now = Instant::now();
         driving.due(now);
         let round = driving.round(false, now);

@@ -15,6 +15,7 @@ use crate::engine::connection::{Connection, Core, Peer};
 use crate::engine::setup::quota::Counted;
 use crate::host::OneHost;
 use crate::net::comm::Doorbell;
+use crate::net::setup::Pair;
 use crate::notify::Inbox;
 use crate::proto::{heartbeat, Machine, Setting};
 use crate::status::Result;
@@ -82,7 +83,11 @@ fn describe(sets: &[Raised]) -> String {
             missed.push(format!("{} (not over {}: {why})", plan.purpose(), plan.plugin.name));
             continue;
         }
-        let mut nics: Vec<&str> = set.pairs.iter().map(|pair| pair.nic.as_str()).collect();
+        let named = |pair: &Pair| match pair.nic == pair.peer_nic {
+            true => pair.nic.clone(),
+            false => format!("{} ({} of the peer)", pair.nic, pair.peer_nic),
+        };
+        let mut nics: Vec<String> = set.pairs.iter().map(named).collect();
         nics.sort_unstable();
         nics.dedup();
         let purpose = match plan.gpus {

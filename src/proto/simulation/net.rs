@@ -2,7 +2,7 @@
 //! demand. Bytes are copied at the moment at which a real network would copy them.
 
 use super::direct::DirectNet;
-use crate::channel::path::{Arrival, Change, Copier, Departure, Dest, Line, Path};
+use crate::channel::path::{Arrival, Change, Copier, Departure, Dest, Line, Outbound, Path};
 use crate::channel::plan::{chunk_len, ChunkLimits, MAX_CROSSED, MAX_PARTS};
 use crate::channel::stripe::{Load, Loads};
 use crate::direct::{Event, Way};
@@ -42,6 +42,8 @@ pub(super) struct Wire {
     expected: VecDeque<Arrival>,
     arrived: VecDeque<(Key, u64)>,
     pub stalled: bool,
+    /// The sender's GPU is busy with what it is to send.
+    pub packing: bool,
     pub failed: bool,
     /// A message met a receive that it does not fit.
     misfit: bool,
@@ -134,7 +136,8 @@ impl Net {
             for channel in 0..self.ends.len() {
                 self.deliver(channel, side);
                 let wire = self.wire(channel, side);
-                let Some(posted) = wire.posted.front().filter(|_| !wire.stalled && wire.flying.is_empty()) else { continue };
+                let moves = !wire.stalled && !wire.packing && wire.flying.is_empty();
+                let Some(posted) = wire.posted.front().filter(|_| moves) else { continue };
                 let len: u64 = posted.parts.iter().map(|p| p.len).sum();
                 let n = (len - wire.moved).min(bytes).min(TURN);
                 (wire.moved, wire.taken, wire.brought, bytes) = (wire.moved + n, wire.taken + n, wire.brought + n, bytes - n);
@@ -391,6 +394,12 @@ impl Path for SimulatedPath {
             each(Line {
                 nic: ["net0", "net1"][channel % net.nics],
                 moved: net.reports_moved.then_some((out.taken, incoming.brought)),
+                outbound: Outbound {
+                    acknowledged: out.taken,
+                    waiting: out.posted.len() as u64,
+                    due: !out.posted.is_empty() && !out.packing,
+                    too_large: None,
+                },
                 under_way: (out.posted.len() + out.sent.len(), incoming.expected.len()),
                 posted: incoming.expected.len().min(WINDOW),
                 open: end.sends(),

@@ -227,6 +227,48 @@ fn a_dead_nic_is_given_up_and_another_carries_its_data() {
 }
 
 #[test]
+fn a_nic_whose_chunks_wait_for_the_peers_gpu_is_not_given_up() {
+    for direction in [Direction::Write, Direction::Read] {
+        let mut world = Paced::new(MIB as u64, MIB, DEFAULT);
+        world.net.lock().nics = 2;
+        (0..20).for_each(|_| world.step());
+        // One NIC's channels take everything, and the sender's GPU is busy.
+        world.net.lock().wires.iter_mut().for_each(|w| (w[0].packing, w[1].packing) = (true, true));
+        let transfer = world.transfer(0, direction, HOST, 64 * KIB);
+        let begun = world.now;
+        while world.now - begun < TRANSFER_TIMEOUT * 3 / 4 {
+            chatter(&mut world);
+            world.step();
+            world.alive();
+        }
+        world.net.lock().wires.iter_mut().for_each(|w| (w[0].packing, w[1].packing) = (false, false));
+        world.until_complete(vec![transfer], chatter);
+        for side in &world.sides {
+            assert_eq!(side.machine.counts().lost_channels, 0, "{direction:?}");
+        }
+    }
+}
+
+#[test]
+fn the_peers_cause_is_better_than_the_end_of_its_channels() {
+    let mut world = Paced::new(MIB as u64, MIB, DEFAULT);
+    (0..4).for_each(|_| {
+        world.transfer(0, Direction::Write, HOST, 2 * MIB);
+    });
+    (0..10).for_each(|_| world.step());
+    let now = world.now;
+    world.sides[0].fail(crate::status::err!(TimedOut, "eth2 is down"), now);
+    // The ends of the data channels come first.
+    world.now += Duration::from_secs(1);
+    let now = world.now;
+    (0..3).for_each(|_| world.sides[1].poll(now));
+    assert!(world.sides[1].machine.dead().is_none(), "{:?}", world.sides[1].machine.dead());
+    world.step();
+    let error = world.sides[1].machine.dead().expect("the goodbye has come").to_string();
+    assert!(error.contains("eth2 is down"), "{error}");
+}
+
+#[test]
 fn one_stuck_transfer_is_found_beside_busy_ones() {
     let mut world = Paced::new(4 * MIB as u64, MIB, DEFAULT);
     world.net.lock().wires[..DEVICE_CHANNELS].iter_mut().for_each(|w| w[0].stalled = true);
