@@ -200,6 +200,8 @@ typedef struct uccl_totals_t {
   uint64_t restored_channels;
   /** Chunks sent again after their channel was lost. */
   uint64_t resent_chunks;
+  /** Times that a control connection was made again over another socket. */
+  uint64_t control_moves;
   /** Chunks packed from GPU memory. */
   uint64_t packed_chunks;
   /** Chunks unpacked into GPU memory. */

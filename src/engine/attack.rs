@@ -85,7 +85,7 @@ impl Liar {
         let (victim, chunk_bytes) = (up.agreed.peer.engine, up.agreed.terms.chunk_bytes as usize);
         Ok(Liar {
             channels: up.sets.into_iter().flat_map(|set| set.pairs).map(Pair::new).collect(),
-            control: ControlStream::new(up.sock, up.sealed.session, up.sealed.plain, up.sealed.raw)?,
+            control: ControlStream::new(up.sock, up.sealed.session, up.sealed.raw)?,
             tx: TxQueue::default(),
             rx: RxBuffer::default(),
             data: vec![lie; MOST].leak(),
@@ -107,7 +107,7 @@ impl Liar {
         let deadline = now + SET_UP;
         let seats = channels.iter().map(|&channel| Seat { channel, set: 0, index: channel.into() }).collect();
         let Some(joining) = self.lineage.begin() else { bail!(Internal, "one at a time") };
-        let begun = Begun { joining, number: generation, seats };
+        let begun = Begun { joining, number: generation, seats, control: None };
         let addresses = [std::net::SocketAddr::from(([127, 0, 0, 1], self.port))];
         let (sock, address) = dial::connect(&addresses, deadline, &context.shutdown)?;
         let setup = Setup::new(context.joining_link()?, now, deadline, deadline);
@@ -140,6 +140,7 @@ impl Liar {
     /// As for [`Liar::say`].
     pub fn flush(&mut self) -> Result<usize> {
         self.control.flush(&mut self.tx, usize::MAX)?;
+        self.alive()?;
         Ok(self.tx.pending() + self.control.pending())
     }
 
@@ -149,11 +150,16 @@ impl Liar {
     /// As for [`Liar::say`].
     pub fn hear(&mut self, mut each: impl FnMut(&Frame<'_>)) -> Result<usize> {
         let (n, _) = self.control.read(&mut self.rx)?;
+        self.alive()?;
         while let Some((frame, len)) = self.rx.next()? {
             each(&frame);
             self.rx.consume(len);
         }
         Ok(n)
+    }
+
+    fn alive(&self) -> Result<()> {
+        self.control.lost().cloned().map_or(Ok(()), Err)
     }
 
     fn channel(&mut self, channel: usize) -> Result<&mut Pair> {

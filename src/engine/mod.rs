@@ -132,6 +132,7 @@ impl Engine {
             gpus,
             limits,
             allow: config.allow.clone(),
+            addresses: ports.addresses,
             outgoing: Gate::new(limits.outgoing),
             cores: std::thread::available_parallelism().map_or(2, usize::from),
             shutdown: shutdown::Shutdown::new()?,

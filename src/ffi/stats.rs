@@ -57,6 +57,8 @@ pub struct uccl_totals_t {
     pub restored_channels: u64,
     /// Chunks sent again after their channel was lost.
     pub resent_chunks: u64,
+    /// Times that a control connection was made again over another socket.
+    pub control_moves: u64,
     /// Chunks packed from GPU memory.
     pub packed_chunks: u64,
     /// Chunks unpacked into GPU memory.
@@ -68,7 +70,7 @@ pub struct uccl_totals_t {
 }
 
 // Members of later versions lie behind it and must not move.
-const _: () = assert!(size_of::<uccl_totals_t>() == 25 * size_of::<u64>());
+const _: () = assert!(size_of::<uccl_totals_t>() == 26 * size_of::<u64>());
 
 /// Statistics of an engine. Set `size` to sizeof(uccl_stats_t) before the call; the library fills no more than that. Later versions only
 /// append members. The library copies numbers into the structure and keeps no pointer to it. Counters start when the engine is created and
@@ -303,7 +305,7 @@ impl From<&Totals> for uccl_totals_t {
             sent_bytes sent_chunks received_bytes received_chunks eager_sent_bytes eager_received_bytes
             transfers_started transfers_completed transfers_failed peer_transfers refused refused_by_peer
             control_sent_bytes control_received_bytes notifications_sent notifications_received stalls slow_answers
-            lost_channels restored_channels resent_chunks packed_chunks unpacked_chunks pack_us unpack_us
+            lost_channels restored_channels resent_chunks control_moves packed_chunks unpacked_chunks pack_us unpack_us
         )
     }
 }

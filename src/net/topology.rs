@@ -21,6 +21,12 @@ pub(crate) fn usable(filter: Option<&str>) -> std::io::Result<Vec<IpAddr>> {
     Ok(interfaces::usable(filter)?.iter().map(|i| i.address).collect())
 }
 
+/// The interface that has an address, or the address itself.
+pub(crate) fn name_of(ip: IpAddr) -> String {
+    let found = interfaces::list().unwrap_or_default().into_iter().find(|i| i.addresses.iter().any(|address| address.ip == ip));
+    found.map_or_else(|| ip.to_string(), |interface| interface.name)
+}
+
 /// The interfaces that a filter could name, for an error text.
 pub(crate) fn others() -> String {
     let all = interfaces::usable(None).unwrap_or_default();
@@ -74,6 +80,7 @@ mod tests {
         assert!(!usable(None).unwrap().is_empty());
         assert!(usable(Some("=lo")).unwrap().iter().all(IpAddr::is_loopback));
         assert!(usable(Some("=no-such-interface")).unwrap().is_empty());
+        assert_eq!([name_of([127, 0, 0, 1].into()), name_of([192, 0, 2, 1].into())], ["lo", "192.0.2.1"]);
         assert!(is_local(IpAddr::from([127, 0, 0, 1])) && !is_local(IpAddr::from([192, 0, 2, 1])));
     }
 

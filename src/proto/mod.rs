@@ -366,6 +366,20 @@ impl Machine {
         }
     }
 
+    /// The control connection goes on over another socket. `leaving`: bytes that were taken from the queue and not by this socket.
+    pub(crate) fn on_moved(&mut self, leaving: usize, now: Instant) {
+        self.state.queue.on_moved(leaving, now);
+        // The peer has proved itself.
+        self.state.liveness.on_received(now);
+        self.state.liveness.look_soon(now);
+        self.state.counts.control_moves += 1;
+    }
+
+    /// How long a NIC may bring nothing that is due.
+    pub(crate) fn nic_timeout(&self) -> Duration {
+        self.state.setting.nic_timeout
+    }
+
     /// When to call [`Machine::tick`] next.
     pub(crate) fn next_tick(&self) -> Instant {
         self.state.liveness.next_tick

@@ -53,6 +53,11 @@ impl ControlQueue {
         }
     }
 
+    /// Another socket begins to take what waits, and of what was taken all that the peer did not get.
+    pub(super) fn on_moved(&mut self, leaving: usize, now: Instant) {
+        (self.leaving, self.drained, self.trickled) = (leaving, now, 0);
+    }
+
     /// # Errors
     /// `TimedOut` when the peer reads nothing for longer than `timeout`.
     pub(super) fn check(&self, timeout: Duration, now: Instant) -> Result<()> {

@@ -59,6 +59,7 @@ totals! {
     lost_channels: "Channels that were lost, and whose undelivered chunks were sent again on others",
     restored_channels: "Lost channels that came back",
     resent_chunks: "Chunks sent again after their channel was lost",
+    control_moves: "Times that a control connection was made again over another socket",
     packed_chunks: "Chunks packed from GPU memory",
     unpacked_chunks: "Chunks unpacked into GPU memory",
     pack_us: "Time from submitting a chunk until it was packed, summed over all chunks, microseconds",

@@ -14,6 +14,8 @@ pub(crate) struct Join {
     pub number: u32,
     /// The channels to set up, as Ready numbers them, rising.
     pub channels: Vec<u16>,
+    /// The control connection goes on over the socket of the set-up: how many records of the other side were opened.
+    pub opened: Option<u64>,
     /// Proves all that, for this session alone.
     pub proof: [u8; 32],
 }
@@ -40,19 +42,22 @@ impl Ticket {
     }
 
     /// What is proved: each engine proves it for what it sends, over the handshake of `new`.
-    fn statement(&self, new: &Exporter, direction: Direction, number: u32, channels: &[u16]) -> Result<Vec<u8>> {
+    fn statement(&self, new: &Exporter, direction: Direction, join: (u32, &[u16], Option<u64>)) -> Result<Vec<u8>> {
+        let (number, channels, opened) = join;
         let mut said = direction.label().to_vec();
         said.extend_from_slice(&new.binding()?);
         said.extend_from_slice(&self.connection);
         said.extend_from_slice(&number.to_le_bytes());
+        said.push(u8::from(opened.is_some()));
+        said.extend_from_slice(&opened.unwrap_or_default().to_le_bytes());
         channels.iter().for_each(|channel| said.extend_from_slice(&channel.to_le_bytes()));
         Ok(said)
     }
 
     /// What this engine says in the set-up over the session `new`.
-    pub(crate) fn join(&self, new: &Session, number: u32, channels: Vec<u16>) -> Result<Join> {
-        let proof = sign(&self.key, &self.statement(&new.exporter, new.ours, number, &channels)?)?;
-        Ok(Join { connection: self.connection, number, channels, proof })
+    pub(crate) fn join(&self, new: &Session, number: u32, channels: Vec<u16>, opened: Option<u64>) -> Result<Join> {
+        let proof = sign(&self.key, &self.statement(&new.exporter, new.ours, (number, &channels, opened))?)?;
+        Ok(Join { connection: self.connection, number, channels, opened, proof })
     }
 
     /// Checks what the peer says in the set-up over the session `new`.
@@ -60,7 +65,7 @@ impl Ticket {
     /// # Errors
     /// `Auth` when it is not the peer of this connection that says so, in this very set-up.
     pub(crate) fn check(&self, new: &Session, join: &Join) -> Result<()> {
-        let said = self.statement(&new.exporter, new.ours.other(), join.number, &join.channels)?;
+        let said = self.statement(&new.exporter, new.ours.other(), (join.number, &join.channels, join.opened))?;
         if join.connection != self.connection || !verify(&self.key, &said, &join.proof)? {
             bail!(Auth, "the proof that a set-up joins this connection is wrong");
         }
@@ -83,9 +88,9 @@ mod tests {
         let (old, new, other) = (sessions(1), sessions(2), sessions(3));
         let [ours, theirs] = old.each_ref().map(|session| Ticket::new(session).unwrap());
         assert_eq!(ours.connection(), theirs.connection());
-        let join = ours.join(&new[0], 7, vec![1, 64]).unwrap();
+        let join = ours.join(&new[0], 7, vec![1, 64], Some(3)).unwrap();
         assert!(theirs.check(&new[1], &join).is_ok());
-        let answer = theirs.join(&new[1], 7, vec![1, 64]).unwrap();
+        let answer = theirs.join(&new[1], 7, vec![1, 64], None).unwrap();
         assert!(ours.check(&new[0], &answer).is_ok());
         let refused = |what: &str, checked: Result<()>| assert_eq!(checked.unwrap_err().kind(), ErrorKind::Auth, "{what}");
         refused("replayed in another set-up", theirs.check(&other[1], &join));
@@ -93,6 +98,8 @@ mod tests {
         refused("an unknown connection", Ticket::new(&other[1]).unwrap().check(&new[1], &join));
         refused("another number", theirs.check(&new[1], &Join { number: 8, ..join.clone() }));
         refused("other channels", theirs.check(&new[1], &Join { channels: vec![1], ..join.clone() }));
+        refused("another number of records", theirs.check(&new[1], &Join { opened: Some(4), ..join.clone() }));
+        refused("no number of records", theirs.check(&new[1], &Join { opened: None, ..join.clone() }));
         refused("another name", theirs.check(&new[1], &Join { connection: [0; 16], ..join.clone() }));
         let mut proof = join.proof;
         proof[31] ^= 1;

@@ -1,12 +1,18 @@
 //! The two ends of a control connection as bytes in memory: frames that wait to be sent, and bytes that have arrived and are not
-//! yet decoded. Pure; sockets and sealing are in `control`, except for the room that a record's header needs.
+//! yet decoded. Pure; sockets and sealing are in `control`, except for the room that a record needs in front of them.
 
 use super::envelope::HEADER_BYTES;
 use super::frame::{self, Frame};
-use super::session::RECORD_HEADER;
+use super::session::{MAX_PLAIN, RECORD_HEADER};
 use crate::status::{bail, Result};
 use std::collections::VecDeque;
 
+/// Bytes in front of the frames of a record: how many records of the peer were opened.
+pub(crate) const OPENED: usize = 8;
+/// Room in front of a block's frames: the record's header, and that number.
+pub(crate) const ROOM: usize = RECORD_HEADER + OPENED;
+/// Most bytes of frames in a record.
+pub(crate) const MAX_FRAMES: usize = MAX_PLAIN - OPENED;
 /// A block takes more frames until it has this many bytes.
 const BLOCK: usize = 32 << 10;
 /// A buffer that grew beyond this is freed once it is empty.
@@ -35,7 +41,7 @@ pub(crate) struct TxQueue {
     spare: Vec<u8>,
 }
 
-/// Complete frames, behind the room for a record's header: a block that fits into one record is sealed in place.
+/// Complete frames, behind [`ROOM`]: a block that fits into one record is sealed in place.
 #[derive(Default)]
 pub(crate) struct Block {
     bytes: Vec<u8>,
@@ -48,13 +54,13 @@ impl Block {
     /// A block that uses the memory of `bytes`.
     fn new(mut bytes: Vec<u8>) -> Block {
         bytes.clear();
-        bytes.resize(RECORD_HEADER, 0);
+        bytes.resize(ROOM, 0);
         Block { bytes, answers: 0, reported: None }
     }
 
     /// The frames.
     pub(crate) fn frames(&self) -> &[u8] {
-        self.bytes.get(RECORD_HEADER..).unwrap_or_default()
+        self.bytes.get(ROOM..).unwrap_or_default()
     }
 
     /// The content of the last heartbeat among them.
@@ -62,7 +68,7 @@ impl Block {
         self.reported
     }
 
-    /// [`RECORD_HEADER`] bytes of room, then the frames.
+    /// [`ROOM`] bytes, then the frames.
     pub(crate) fn into_bytes(self) -> Vec<u8> {
         self.bytes
     }
@@ -89,7 +95,7 @@ impl TxQueue {
             Some(block) => make_room(&mut block.bytes, more),
             None => {
                 self.spare.clear();
-                make_room(&mut self.spare, RECORD_HEADER + more)
+                make_room(&mut self.spare, ROOM + more)
             }
         }
     }

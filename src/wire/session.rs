@@ -155,6 +155,11 @@ fn numbered(what: u32, number: u64) -> Nonce {
 pub(crate) struct Sealer(Numbered);
 
 impl Sealer {
+    /// The number of the next record.
+    pub(crate) fn number(&self) -> u64 {
+        self.0.next
+    }
+
     /// Appends `plain` to `out` as sealed records, each as long as possible. Appends nothing for no bytes.
     ///
     /// # Errors
@@ -239,6 +244,11 @@ pub(crate) struct Opener {
 }
 
 impl Opener {
+    /// The number of the next record: how many were opened.
+    pub(crate) fn number(&self) -> u64 {
+        self.numbered.next
+    }
+
     /// Opens the record at the front of `buf` and replaces it by its plaintext.
     ///
     /// # Errors

@@ -7,7 +7,9 @@ use super::envelope::{Envelope, Opened, Reader};
 use super::hello::MAX_CHANNELS;
 use super::join::Join;
 use super::text;
+use crate::addresses::plain;
 use crate::status::{bail, Error, ErrorKind, Result, StatusCode, UCCL_OK};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 const ENVELOPE: Envelope = Envelope { name: "set-up message", magic: 0xC8, limit: payload_limit };
 /// Bytes of a plugin's connect handle.
@@ -19,6 +21,8 @@ pub(crate) const MAX_ALL: usize = 3 * MAX_CHANNELS as usize;
 /// All channel numbers are below this.
 const NUMBERS: usize = MAX_SETS * MAX_CHANNELS as usize;
 const MAX_NIC: usize = 31;
+/// Most addresses of an engine that an offer names.
+pub(crate) const MAX_ADDRESSES: usize = 8;
 /// Most bytes of a text.
 pub(crate) const MAX_TEXT: usize = 512;
 
@@ -83,8 +87,9 @@ impl From<&Error> for Verdict {
 /// A message of the set-up.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Message {
-    /// The listen comms of the sender, by plugin set, where it waits for a peer on the same host, and the connection that the set-up joins.
-    Offer(Vec<Vec<Offered>>, Option<Invitation>, Option<Join>),
+    /// The listen comms of the sender, by plugin set, where it waits for a peer on the same host, where a peer on another host reaches it,
+    /// and the connection that the set-up joins.
+    Offer(Vec<Vec<Offered>>, Option<Invitation>, Vec<SocketAddr>, Option<Join>),
     /// The sender's part is done. With status OK: the numbers of the channels that are up at the sender, rising (64 times the
     /// number of the set plus the position in the set's offer), and whether it has met the peer on this host. The sender's last
     /// message.
@@ -100,7 +105,22 @@ const T_ABORT: u8 = 3;
 /// The largest payload of a message type; `None` for an unknown type.
 fn payload_limit(kind: u8) -> Option<usize> {
     Some(match kind {
-        T_OFFER => 1 + MAX_SETS * 2 + MAX_ALL * (1 + MAX_NIC + HANDLE_BYTES) + 1 + 32 + 1 + 16 + 4 + 2 + 2 * MAX_ALL + 32,
+        T_OFFER => {
+            1 + MAX_SETS * 2
+                + MAX_ALL * (1 + MAX_NIC + HANDLE_BYTES)
+                + 1
+                + 32
+                + 1
+                + MAX_ADDRESSES * 18
+                + 1
+                + 16
+                + 4
+                + 2
+                + 2 * MAX_ALL
+                + 1
+                + 8
+                + 32
+        }
         T_READY => 4 + 2 + MAX_TEXT + 2 + 2 * MAX_ALL + 1,
         T_ABORT => 4 + 2 + MAX_TEXT,
         _ => return None,
@@ -142,7 +162,7 @@ pub(crate) fn decode(buf: &[u8]) -> Result<Decoded> {
 
 fn offer(reader: &mut Reader<'_>) -> Result<Message> {
     let [sets] = reader.fixed()?;
-    if sets == 0 || usize::from(sets) > MAX_SETS {
+    if usize::from(sets) > MAX_SETS {
         bail!(Protocol, "an offer of {sets} plugin sets");
     }
     let mut all = 0;
@@ -159,13 +179,30 @@ fn offer(reader: &mut Reader<'_>) -> Result<Message> {
         true => Some(Invitation { host: reader.fixed()?, name: reader.fixed()? }),
         false => None,
     };
+    let addresses = addresses(reader)?;
     let join = match flag(reader)? {
-        true => {
-            Some(Join { connection: reader.fixed()?, number: reader.u32()?, channels: channels(reader)?, proof: reader.fixed()? })
-        }
+        true => Some(Join {
+            connection: reader.fixed()?,
+            number: reader.u32()?,
+            channels: channels(reader)?,
+            opened: match flag(reader)? {
+                true => Some(reader.u64()?),
+                false => None,
+            },
+            proof: reader.fixed()?,
+        }),
         false => None,
     };
-    Ok(Message::Offer(sets, invitation, join))
+    Ok(Message::Offer(sets, invitation, addresses, join))
+}
+
+fn addresses(reader: &mut Reader<'_>) -> Result<Vec<SocketAddr>> {
+    let [n] = reader.fixed()?;
+    if usize::from(n) > MAX_ADDRESSES {
+        bail!(Protocol, "an offer names {n} addresses");
+    }
+    let address = |_| Ok(SocketAddr::new(plain(Ipv6Addr::from(reader.fixed::<16>()?).into()), reader.u16()?));
+    (0..n).map(address).collect()
 }
 
 fn flag(reader: &mut Reader<'_>) -> Result<bool> {
@@ -223,7 +260,7 @@ fn put_channels(numbers: &[u16], out: &mut Vec<u8>) {
 /// limits.
 pub(crate) fn encode(message: &Message, out: &mut Vec<u8>) {
     ENVELOPE.seal(out, |out| match message {
-        Message::Offer(sets, invitation, join) => {
+        Message::Offer(sets, invitation, addresses, join) => {
             out.push(sets.len() as u8);
             for set in sets {
                 out.extend_from_slice(&(set.len() as u16).to_le_bytes());
@@ -239,11 +276,22 @@ pub(crate) fn encode(message: &Message, out: &mut Vec<u8>) {
                 out.extend_from_slice(host);
                 out.extend_from_slice(name);
             }
+            out.push(addresses.len() as u8);
+            for address in addresses {
+                let ip = match address.ip() {
+                    IpAddr::V4(ip) => ip.to_ipv6_mapped(),
+                    IpAddr::V6(ip) => ip,
+                };
+                out.extend_from_slice(&ip.octets());
+                out.extend_from_slice(&address.port().to_le_bytes());
+            }
             out.push(u8::from(join.is_some()));
-            if let Some(Join { connection, number, channels, proof }) = join {
+            if let Some(Join { connection, number, channels, opened, proof }) = join {
                 out.extend_from_slice(connection);
                 out.extend_from_slice(&number.to_le_bytes());
                 put_channels(channels, out);
+                out.push(u8::from(opened.is_some()));
+                opened.iter().for_each(|opened| out.extend_from_slice(&opened.to_le_bytes()));
                 out.extend_from_slice(proof);
             }
             T_OFFER
@@ -278,8 +326,9 @@ mod tests {
             let up: Vec<u16> = up.into_iter().collect();
             let verdict = Verdict { status, text };
             let invitation = (status % 2 == 0).then_some(Invitation { host: [1; 16], name: [2; 16] });
-            let join = (status % 3 == 0).then(|| Join { connection: [3; 16], number: status.unsigned_abs(), channels: up.clone(), proof: [4; 32] });
-            let all = [Message::Offer(offer, invitation, join), Message::Ready(Verdict::ok(), up, true), Message::Ready(verdict.clone(), Vec::new(), false), Message::Abort(verdict)];
+            let join = (status % 3 == 0).then(|| Join { connection: [3; 16], number: status.unsigned_abs(), channels: up.clone(), opened: (status % 2 == 0).then_some(7), proof: [4; 32] });
+            let addresses = vec!["10.0.0.1:7".parse().unwrap(), "[fd00::1]:65535".parse().unwrap()];
+            let all = [Message::Offer(offer, invitation, addresses, join), Message::Ready(Verdict::ok(), up, true), Message::Ready(verdict.clone(), Vec::new(), false), Message::Abort(verdict)];
             let mut buf = Vec::new();
             all.iter().for_each(|m| encode(m, &mut buf));
             let mut at = 0;
@@ -320,7 +369,14 @@ mod tests {
             Message::Offer(
                 (0..MAX_SETS).map(|set| vec![offered.clone(); if set < 3 { MAX_CHANNELS.into() } else { 0 }]).collect(),
                 Some(Invitation { host: [1; 16], name: [2; 16] }),
-                Some(Join { connection: [3; 16], number: 1, channels: (0..MAX_ALL as u16).collect(), proof: [4; 32] }),
+                vec!["[fd00::1]:65535".parse().unwrap(); MAX_ADDRESSES],
+                Some(Join {
+                    connection: [3; 16],
+                    number: 1,
+                    channels: (0..MAX_ALL as u16).collect(),
+                    opened: Some(1),
+                    proof: [4; 32],
+                }),
             ),
             Message::Ready(verdict.clone(), (0..MAX_ALL as u16).map(|i| i + 7).collect(), true),
             Message::Abort(verdict),
@@ -336,7 +392,7 @@ mod tests {
     fn more_channels_than_all_sets_may_have_are_refused() {
         let offered = Offered { nic: "n".into(), handle: [1; HANDLE_BYTES] };
         let mut buf = Vec::new();
-        encode(&Message::Offer(vec![vec![offered; 50]; 4], None, None), &mut buf);
+        encode(&Message::Offer(vec![vec![offered; 50]; 4], None, Vec::new(), None), &mut buf);
         assert!(decode(&buf).is_err());
     }
 
@@ -359,8 +415,8 @@ mod tests {
 
     #[test]
     fn contents_out_of_range_are_refused() {
-        let bad: [(&str, u8, &[u8]); 16] = [
-            ("no set", T_OFFER, &[0]),
+        let bad: [(&str, u8, &[u8]); 18] = [
+            ("nothing at all", T_OFFER, &[]),
             ("too many sets", T_OFFER, &[&[17][..], &[0; 34]].concat()),
             ("too many channels", T_OFFER, &[1, 65, 0]),
             ("a NIC without a name", T_OFFER, &[&[1, 1, 0, 0][..], &[0; HANDLE_BYTES]].concat()),
@@ -372,9 +428,11 @@ mod tests {
             ("neither met nor not", T_READY, &[0, 0, 0, 0, 0, 0, 0, 0, 2]),
             ("neither invited nor not", T_OFFER, &[1, 0, 0, 2]),
             ("half an invitation", T_OFFER, &[&[1, 0, 0, 1][..], &[0; 31]].concat()),
-            ("neither joining nor not", T_OFFER, &[1, 0, 0, 0, 2]),
-            ("half a join", T_OFFER, &[&[1, 0, 0, 0, 1][..], &[0; 53]].concat()),
-            ("a join of a channel twice", T_OFFER, &[&[1, 0, 0, 0, 1][..], &[0; 20], &[2, 0, 1, 0, 1, 0], &[0; 32]].concat()),
+            ("too many addresses", T_OFFER, &[&[1, 0, 0, 0, 9][..], &[0; 9 * 18 + 1]].concat()),
+            ("half an address", T_OFFER, &[&[1, 0, 0, 0, 1][..], &[0; 17]].concat()),
+            ("neither joining nor not", T_OFFER, &[1, 0, 0, 0, 0, 2]),
+            ("half a join", T_OFFER, &[&[1, 0, 0, 0, 0, 1][..], &[0; 54]].concat()),
+            ("a join of a channel twice", T_OFFER, &[&[1, 0, 0, 0, 0, 1][..], &[0; 20], &[2, 0, 1, 0, 1, 0], &[0; 33]].concat()),
             ("a channel beyond all", T_READY, &[0, 0, 0, 0, 0, 0, 1, 0, 0, 4]),
         ];
         for (what, kind, payload) in bad {

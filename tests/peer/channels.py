@@ -16,9 +16,9 @@ NO_HANDLE = bytes(128)  # of an engine that dials
 
 
 def offer(channels):
-    """An Offer of one set of channels, (name of the NIC, handle) each, without an invitation, for a new connection."""
+    """An Offer of one set of channels, (name of the NIC, handle) each, without an invitation and addresses, for a new connection."""
     parts = [bytes([len(nic)]) + nic + handle for nic, handle in channels]
-    return struct.pack("<BH", 1, len(parts)) + b"".join(parts) + b"\x00\x00"
+    return struct.pack("<BH", 1, len(parts)) + b"".join(parts) + b"\x00\x00\x00"
 
 
 def read_offer(payload):
@@ -29,6 +29,9 @@ def read_offer(payload):
     need(all(1 <= len(nic) <= 31 for nic, _ in channels), "the name of a NIC")
     if fields.unpack("B") == 1:
         fields.bytes(32)  # an invitation
+    addresses = fields.unpack("B")
+    need(addresses <= 8, "addresses of a listener")
+    fields.bytes(18 * addresses)
     need(fields.unpack("B") == 0, "an Offer that joins a connection")
     fields.end()
     return channels
@@ -96,17 +99,20 @@ def set_up_channels(session, records, agreed, nics, up):
         listener.close()
     records.send_message(READY, SETUP, ready(sorted(channels)))
     theirs = read_ready(expect_setup(records, READY))
+    records.begin_frames()
     return [channels.get(number) if number in theirs else None for number in range(len(joined))]
 
 
 # ---- A set-up that joins a connection ----
 
 
-def join_of(old, new, direction, generation, numbers):
-    """The join in the Offer that goes in this direction. `old`: the session of the connection."""
+def join_of(old, new, direction, generation, numbers, opened=None):
+    """The join in the Offer that goes in this direction. `old`: the session of the connection; `opened`: how many records of the other side
+    its sender has opened, where the control connection moves."""
     name, wanted = old.key(b"uccl connection", b"")[:16], struct.pack(f"<{len(numbers)}H", *numbers)
-    said = direction + new.key(b"uccl join binding", b"") + name + struct.pack("<I", generation) + wanted
-    return name + struct.pack("<IH", generation, len(numbers)) + wanted + mac(old.key(b"uccl join key", b""), said)
+    moves = b"\x00" if opened is None else struct.pack("<BQ", 1, opened)
+    said = direction + new.key(b"uccl join binding", b"") + name + struct.pack("<I", generation) + moves.ljust(9, b"\x00") + wanted
+    return name + struct.pack("<IH", generation, len(numbers)) + wanted + moves + mac(old.key(b"uccl join key", b""), said)
 
 
 def join_channels(old, session, records, agreed, nics, generation, numbers):
@@ -115,13 +121,26 @@ def join_channels(old, session, records, agreed, nics, generation, numbers):
     entries = [(nic, NO_HANDLE) for nic in nics]
     records.send_message(OFFER, SETUP, offer(entries)[:-1] + b"\x01" + join_of(old, session, ours, generation, numbers))
     answer, proof = expect_setup(records, OFFER), b"\x01" + join_of(old, session, theirs, generation, numbers)
-    need(answer.endswith(b"\x00" + proof), "an Offer for this join, without an invitation")
+    need(answer.endswith(b"\x00\x00" + proof), "an Offer for this join, without an invitation and addresses")
     offered = read_offer(answer[: -len(proof)] + b"\x00")
     need(len(offered) == len(numbers), "an entry for each wanted channel")
     dialled = {number: dial(session, number, handle) for number, (_, handle) in zip(numbers, offered)}
     channels = {number: Channel(session, number, agreed.protect, *socks) for number, socks in dialled.items()}
     records.send_message(READY, SETUP, ready(sorted(channels)))
     return {number: channels[number] for number in read_ready(expect_setup(records, READY))}
+
+
+def move_control(old, session, records, generation, opened):
+    """As join_channels, for the control connection. Returns how many records of this peer the library has opened."""
+    ours, theirs = session.directions()
+    records.send_message(OFFER, SETUP, b"\x00\x00\x00\x01" + join_of(old, session, ours, generation, [], opened))
+    answer = expect_setup(records, OFFER)
+    need(len(answer) == 4 + 16 + 6 + 9 + 32 and answer.startswith(b"\x00\x00\x00\x01"), "an Offer without channels")
+    known = struct.unpack_from("<Q", answer, 4 + 16 + 6 + 1)[0]
+    need(answer[4:] == join_of(old, session, theirs, generation, [], known), "the proof of a join")
+    records.send_message(READY, SETUP, ready([]))
+    need(not read_ready(expect_setup(records, READY)), "channels of a set-up without any")
+    return known
 
 
 # ---- Data channels ----

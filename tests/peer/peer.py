@@ -15,7 +15,7 @@ from copy import copy
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from channels import join_channels, set_up_channels
+from channels import join_channels, move_control, set_up_channels
 from session import (
     ERR_REMOTE_ACCESS,
     ERR_REMOTE_DISCONNECT,
@@ -548,6 +548,13 @@ class Connection:
             self.channels[number], self.ups[number] = channel, generation
             self.send(F_UP, struct.pack("<II", generation, number))
         self.until(lambda: not self.ups)
+
+    def move(self, address, generation, opened=None):
+        """The control connection goes on over another socket. `opened`: how many records this peer claims to have opened."""
+        sock = socket.create_connection(address, SECONDS)
+        session, records, _ = self.peer.handshake(sock, joins=1)
+        known = move_control(self.session, session, records, generation, self.records.into.number if opened is None else opened)
+        self.records.move(sock, known)
 
 
 class Peer:

@@ -331,11 +331,13 @@ class Sealing:
 
 
 class Records:
-    """The stream in the records, both ways. `largest`: plain bytes of a record that this peer sends."""
+    """The stream in the records, both ways. `largest`: bytes of the stream in a record that this peer sends. Once frames have begun it keeps
+    what the peer has not acknowledged."""
 
     def __init__(self, sock, session):
         out, into = session.directions()
-        self.sock, self.largest, self.plain = sock, 65_518, b""
+        self.sock, self.largest, self.plain, self.frames = sock, 65_510, b"", False
+        self.sent, self.acknowledged, self.news = {}, 0, 0
         self.out = Sealing(session.key(b"uccl control", out), 65_536, 1)
         self.into = Sealing(session.key(b"uccl control", into), 65_536, 1)
 
@@ -351,16 +353,48 @@ class Records:
         self.into.next()
         return plain
 
+    def begin_frames(self):
+        """The set-up is over: each record says how many of the other side's were opened."""
+        need(not self.plain, "frames in the record of the set-up's last message")
+        self.frames = True
+
     def send(self, data):
         for at in range(0, len(data), self.largest):
-            self.sock.sendall(self.seal(data[at : at + self.largest]))
+            self.send_record(data[at : at + self.largest])
+
+    def send_record(self, data):
+        number = self.out.number
+        record = self.seal(struct.pack("<Q", self.into.number) + data if self.frames else data)
+        if self.frames:
+            self.sent[number], self.news = record, 0
+        self.sock.sendall(record)
+
+    def stripped(self, plain):
+        """The bytes of the stream in a record."""
+        if not self.frames:
+            return plain
+        need(len(plain) >= 8, "the number in front of the frames")
+        said = struct.unpack_from("<Q", plain)[0]
+        need(self.acknowledged <= said <= self.out.number, "the number of opened records")
+        for number in range(self.acknowledged, said):
+            self.sent.pop(number, None)
+        self.acknowledged, self.news = said, self.news + len(plain)
+        if self.news >= 65_536:
+            self.send_record(b"")
+        return plain[8:]
+
+    def move(self, sock, known):
+        """Goes on over another socket. The other side has opened all records below `known`."""
+        self.sock, self.sent = sock, {number: record for number, record in self.sent.items() if number >= known}
+        for record in self.sent.values():
+            sock.sendall(record)
 
     def read(self, size):
         """The next bytes of the stream."""
         parts, have = [self.plain], len(self.plain)
         while have < size:
             length = read_exactly(self.sock, 2)
-            parts.append(self.open(length, read_exactly(self.sock, struct.unpack("<H", length)[0] + 16)))
+            parts.append(self.stripped(self.open(length, read_exactly(self.sock, struct.unpack("<H", length)[0] + 16))))
             have += len(parts[-1])
         data = b"".join(parts)
         self.plain = data[size:]

@@ -435,6 +435,37 @@ def restored_channels(library, connector, folder):
                 equal([lane.closed for lane in mine.lanes], [False] * 3, "lost channels")
 
 
+def moved_control(library, connector, folder):
+    """The control connection goes on over another socket, again and again. What was lost with the old one is sent again, both ways. A lie
+    about it ends the connection."""
+    if not connector:
+        return
+    with Pair(library, connector, Peer(channels=3, chunk=16_384), UCCL_TCPX_NUM_CHANNELS=3) as pair:
+        mine, address = pair.mine, pair.engine.address()
+        for generation in range(1, 4):
+            void, end = socket.socketpair()
+            old, mine.records.sock = mine.records.sock, void
+            mine.notify(b"lost", bytes([generation]))
+            for i in range(3):
+                pair.conn.notify(b"unread", bytes([generation, i]))
+            mine.move(address, generation)
+            eventually(lambda: pair.engine.notification() == (b"lost", bytes([generation])), "a notification sent again")
+            mine.until(lambda: len(mine.notifications) == 3)
+            equal(mine.notifications, [(b"unread", bytes([generation, i])) for i in range(3)], "notifications of the library")
+            mine.notifications.clear()
+            for part in (one_sided_by_peer, one_sided_by_library, messages, notifications):
+                part(pair)
+            fails(lambda: mine.move(address, generation), ERR_UNSUPPORTED)  # the generation was before
+            for sock in (old, void, end):
+                sock.close()
+    for lie in (0, 1 << 40):
+        with Pair(library, connector, Peer()) as pair:
+            one_sided_by_library(pair)
+            address = pair.engine.address()
+            pair.mine.move(address, 1, opened=lie)
+            fails(lambda: pair.mine.until(lambda: False), ERR_REMOTE_DISCONNECT)
+
+
 def all_channels_but_one(library, connector, folder):
     """The second loss is in the middle of what the first one left."""
     data = RANDOM.randbytes(MUCH)
@@ -607,7 +638,7 @@ def key_file(folder, contents):
 
 
 CASES = {f"{name}, {'a' if key else 'no'} key": exchange(level, key) for level, name in LEVELS.items() for key in (None, KEY)}
-LOSSES = (lost_channels, restored_channels, all_channels_but_one, lost_channels_of_refused_writes, lies_about_channels)
+LOSSES = (lost_channels, restored_channels, moved_control, all_channels_but_one, lost_channels_of_refused_writes, lies_about_channels)
 LOSSES += (idle_channels, losses_without_an_answer, reads_without_reports)
 OTHERS = (several_keys, handshakes_that_fail, other_nics, some_channels, many_segments, heartbeats, withdrawn, invited, violation, next_keys)
 for _case in LOSSES + OTHERS:

@@ -27,6 +27,11 @@ pub(crate) struct Core {
     pub(super) channels: Channels,
     pub(super) control: ControlStream,
     rx: RxBuffer,
+    /// Where its two ends are, and whether it may be made again elsewhere when it fails.
+    pub(super) at: String,
+    pub(super) movable: bool,
+    /// Since when it waits for that.
+    pub(super) suspended: Option<Instant>,
     /// When the control connection was last read.
     read: Instant,
     /// This engine has sent its goodbye: nothing is read or started any more.
@@ -40,10 +45,27 @@ pub(crate) struct Core {
 }
 
 impl Core {
-    pub(crate) fn new(machine: Machine, channels: Channels, control: ControlStream) -> Core {
+    /// `at`: where the two ends of the control connection are; `movable`: it may be made again elsewhere when it fails.
+    pub(crate) fn new(machine: Machine, channels: Channels, mut control: ControlStream, at: String, movable: bool) -> Core {
         let now = Instant::now();
-        let (rx, health) = (RxBuffer::default(), Health::new());
-        Core { machine, channels, control, rx, read: now, closing: false, looked: now, health, born: now, past: None }
+        if movable {
+            control.fail_after(machine.nic_timeout());
+        }
+        Core {
+            machine,
+            channels,
+            control,
+            rx: RxBuffer::default(),
+            at,
+            movable,
+            suspended: None,
+            read: now,
+            closing: false,
+            looked: now,
+            health: Health::new(),
+            born: now,
+            past: None,
+        }
     }
 
     /// One round: reads the control connection, advances the channels, schedules chunks, flushes, checks deadlines. `true` when
@@ -51,8 +73,27 @@ impl Core {
     pub(super) fn round(&mut self, now: Instant) -> Result<bool> {
         let hurries = self.channels.activity(now).wants_polling && now.saturating_duration_since(self.read) < READ_PAUSE;
         let heard = !hurries && self.read(now)?;
-        let moved = self.advance(now).map_err(|e| self.prefer_goodbye(e, now))?;
+        let moved = self.advance(now).map_err(|e| self.prefer_goodbye(e, now)).map_err(|e| self.say_suspended(e))?;
         Ok(heard || moved)
+    }
+
+    /// A control connection that has failed waits to be made again, if it can be. The silence of the peer goes on meanwhile, and ends the
+    /// connection as ever.
+    pub(super) fn check_control(&mut self, now: Instant) -> Result<()> {
+        match self.control.lost() {
+            Some(why) if !self.movable => return Err(why.clone()),
+            Some(_) => self.suspended = self.suspended.or(Some(now)),
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// Adds to the error that ends the connection that the control connection had failed before.
+    fn say_suspended(&self, error: Error) -> Error {
+        match (self.suspended, self.control.lost()) {
+            (Some(_), Some(why)) => Error::new(error.kind(), format_args!("{error}; before, {why}, and it was not made again")),
+            _ => error,
+        }
     }
 
     /// A round without the read.
@@ -75,7 +116,12 @@ impl Core {
 
     /// Whether work is in progress or data waits to be sent.
     pub(super) fn is_active(&self) -> bool {
-        self.machine.busy() || self.channels.is_active(Instant::now()) || self.backlog() > 0
+        self.machine.busy() || self.channels.is_active(Instant::now()) || self.wants_room()
+    }
+
+    /// Whether data waits for room in the control socket.
+    pub(super) fn wants_room(&self) -> bool {
+        self.backlog() > 0 && !self.control.is_stuck()
     }
 
     /// When a channel fails because the peer closed it, the peer's goodbye, which may have arrived, gives the better cause.
@@ -124,7 +170,12 @@ impl Core {
         loop {
             let scheduled = self.machine.schedule(&mut self.channels, BURST, now)?;
             room = room.saturating_sub(self.flush(now, room)?);
+            if self.control.is_failing() {
+                // What had arrived may say why.
+                self.read(now)?;
+            }
             if scheduled == Scheduled::Blocked {
+                self.check_control(now)?;
                 return Ok(room == 0 && self.backlog() > 0);
             }
         }

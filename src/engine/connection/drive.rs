@@ -3,6 +3,8 @@
 use super::core::Core;
 use super::shared::Shared;
 use crate::engine::progress::pacing::NAP_BYTES;
+use crate::status::err;
+use std::net::IpAddr;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -59,7 +61,7 @@ impl Driver<'_> {
             channels_busy: core.channels.busy(),
             large: core.channels.under_way() > NAP_BYTES,
             copying: core.channels.copies_pending(),
-            backlog: core.backlog() > 0,
+            backlog: core.wants_room(),
             busy: core.machine.busy() || core.channels.busy(),
             dead: core.machine.dead().is_some(),
             preparing: false,
@@ -96,9 +98,13 @@ impl Driver<'_> {
         (core.backlog() == 0 && !core.is_active()).then(|| core.machine.next_tick())
     }
 
-    /// NICs of the host have changed: channels over those with a fault are closed. Whether there were any; `None`: a thread prepares
-    /// the connection, which was not checked.
-    pub(crate) fn close_faulty(&self, fault: &dyn Fn(&str) -> Option<String>) -> Option<bool> {
+    /// NICs of the host have changed: channels over those with a fault are closed, and a control connection that may be made again is given
+    /// up if nothing can be sent from its `address`. Whether there were any; `None`: a thread prepares the connection, which was not checked.
+    pub(crate) fn close_faulty(
+        &self,
+        fault: &dyn Fn(&str) -> Option<String>,
+        address: &dyn Fn(IpAddr) -> Option<String>,
+    ) -> Option<bool> {
         if self.is_preparing() {
             return None;
         }
@@ -108,6 +114,12 @@ impl Driver<'_> {
         }
         if let Err(e) = core.channels.close_faulty(fault) {
             self.0.fail_locked(&mut core, e);
+        }
+        let movable = core.movable && core.control.lost().is_none();
+        if let Some(why) = core.control.local_ip().filter(|_| movable).and_then(address) {
+            core.control.suspend(err!(RemoteDisconnect, "control connection: {why}"));
+            let _ = core.check_control(Instant::now());
+            self.0.note_suspended(&core);
         }
         Some(core.is_active())
     }

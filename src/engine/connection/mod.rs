@@ -12,7 +12,7 @@ mod submit;
 
 pub(crate) use core::Core;
 pub(crate) use drive::Driver;
-pub(crate) use restore::{Begun, Restorer};
+pub(crate) use restore::{ends, Begun, Counts, Restorer, Socket};
 pub(crate) use shared::Peer;
 
 use crate::engine::fifo::FifoItem;
@@ -104,6 +104,11 @@ impl Connection {
     /// The control socket.
     pub(crate) fn fd(&self) -> RawFd {
         self.shared.fd
+    }
+
+    /// How often another socket has taken the place of the control socket, under the same number.
+    pub(crate) fn sockets(&self) -> u32 {
+        self.shared.moves.sockets.load(Ordering::SeqCst)
     }
 
     /// The peer's address.

@@ -58,6 +58,16 @@ pub(super) struct Shared {
     pub waits: AtomicBool,
     /// The connection has ended; read without the lock.
     pub gone: AtomicBool,
+    pub moves: Moves,
+}
+
+/// What other threads know of a control connection that is made again.
+#[derive(Default)]
+pub(super) struct Moves {
+    /// It waits to be.
+    pub suspended: AtomicBool,
+    /// How often its socket was replaced.
+    pub sockets: AtomicU32,
 }
 
 /// The locked core. If the holder panics, the connection ends before another thread gets the lock.
@@ -137,6 +147,7 @@ impl Shared {
             peer,
             waits: AtomicBool::new(false),
             gone: AtomicBool::new(false),
+            moves: Moves::default(),
         }
     }
 
@@ -179,10 +190,20 @@ impl Shared {
             }
         };
         self.wake_waiters(core, before);
+        self.note_suspended(core);
         if core.machine.has_lost() && self.peer.lineage.as_ref().is_some_and(|lineage| lineage.agreed.connecting) {
             self.context.restoring.ask(self.id);
         }
         any
+    }
+
+    /// The control connection has failed: its socket, which would wake the progress thread for ever, is not watched until it is made again.
+    pub(super) fn note_suspended(&self, core: &Core) {
+        if core.machine.dead().is_none() && core.suspended.is_some() && !self.moves.suspended.swap(true, Ordering::SeqCst) {
+            self.context.queue.bell.unwatch(self.fd);
+            self.context.restoring.ask_at_once(self.id);
+            log::debug!("{}: {}; it waits to be made again", self.peer.name, core.control.lost().map_or("", Error::to_str));
+        }
     }
 
     /// Wakes waiters if a transfer has ended since the count was `before`.

@@ -146,7 +146,7 @@ fn connection_over(table: &Arc<ConnectionTable>, path: SimulatedDefect) -> (Arc<
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let theirs = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let session = Session::new(Direction::ToListening, &[7; 32], b"test").unwrap();
-    let control = ControlStream::new(listener.accept().unwrap().0, session, Vec::new(), Vec::new()).unwrap();
+    let control = ControlStream::new(listener.accept().unwrap().0, session, Vec::new()).unwrap();
     let timeout = Duration::from_secs(60);
     let account = Pool::endless().account([127, 0, 0, 1].into());
     let setting = Setting {
@@ -165,7 +165,7 @@ fn connection_over(table: &Arc<ConnectionTable>, path: SimulatedDefect) -> (Arc<
     };
     let haste = path.hasty.then(|| Box::new(SimulatedHaste { begins: path.begins }) as Box<dyn Direct>);
     let channels = Channels::new(haste, vec![Box::new(path)], None);
-    let core = Core::new(Machine::new(setting, Instant::now()), channels, control);
+    let core = Core::new(Machine::new(setting, Instant::now()), channels, control, String::new(), false);
     let peer = Peer {
         ip: [127, 0, 0, 1].into(),
         name: "a peer".to_owned(),
@@ -437,8 +437,8 @@ fn a_connection_that_is_prepared_is_not_checked_for_lost_links() {
     let table = table();
     let (connection, _theirs) = idle(&table);
     let preparing = Preparing::new(&connection.shared);
-    assert_eq!(connection.driver().close_faulty(&|_| None), None);
+    assert_eq!(connection.driver().close_faulty(&|_| None, &|_| None), None);
     assert!(connection.driver().is_preparing());
     drop(preparing);
-    assert_eq!(connection.driver().close_faulty(&|_| None), Some(false));
+    assert_eq!(connection.driver().close_faulty(&|_| None, &|_| None), Some(false));
 }

@@ -12,6 +12,8 @@ use std::sync::OnceLock;
 pub(crate) struct Asked {
     /// Connections that have lost channels.
     pub connections: BTreeSet<u64>,
+    /// Connections whose control connection has failed.
+    pub urgent: BTreeSet<u64>,
     /// An interface of this host has come back: attempts need not wait.
     pub hurry: bool,
 }
@@ -37,6 +39,12 @@ impl Restoring {
     /// A connection has lost channels.
     pub(crate) fn ask(&self, id: u64) {
         self.asked.lock().connections.insert(id);
+        self.wake();
+    }
+
+    /// The control connection of a connection has failed.
+    pub(crate) fn ask_at_once(&self, id: u64) {
+        self.asked.lock().urgent.insert(id);
         self.wake();
     }
 

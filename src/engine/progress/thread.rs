@@ -43,6 +43,8 @@ struct Active {
     connection: Arc<Connection>,
     /// The socket events that wake this thread.
     interest: Interest,
+    /// How often its socket had been replaced by then.
+    sockets: u32,
     /// An application thread currently drives it.
     driven: bool,
     /// A channel rang; if nothing moves, it may have failed.
@@ -114,7 +116,9 @@ impl<'a> Driving<'a> {
                     self.groups.entry(slot.group).or_default().push(id);
                     unknown.insert(Known { slot, timed: false, next: self.start });
                 }
-                Some(vacant.insert(Active { connection, interest: Interest::READ, driven: false, rang: false, moved: None }))
+                let sockets = connection.sockets();
+                let interest = Interest::READ;
+                Some(vacant.insert(Active { connection, interest, sockets, driven: false, rang: false, moved: None }))
             }
         }
     }
@@ -321,14 +325,17 @@ impl<'a> Driving<'a> {
     }
 }
 
-/// Closes the channels of a connection over NICs with a fault; see [`crate::engine::connection::Driver::close_faulty`].
+/// Gives up what a connection has on NICs with a fault; see [`crate::engine::connection::Driver::close_faulty`].
 fn close_faulty(connection: &Connection, links: &Links) -> Option<bool> {
-    connection.driver().close_faulty(&|nic| links.fault(nic).map(|why| format!("{why} on this host")))
+    let fault = |nic: &str| links.fault(nic).map(|why| format!("{why} on this host"));
+    let address = |ip| links.fault_of(ip).map(|why| format!("{why} on this host"));
+    connection.driver().close_faulty(&fault, &address)
 }
 
 fn watch(table: &ConnectionTable, active: &mut Active, interest: Interest) {
-    if active.interest != interest {
-        active.interest = interest;
+    let sockets = active.connection.sockets();
+    if (active.interest, active.sockets) != (interest, sockets) {
+        (active.interest, active.sockets) = (interest, sockets);
         table.context.queue.bell.change(active.connection.fd(), active.connection.id(), interest);
     }
 }

@@ -8,7 +8,7 @@ use super::context::SetupContext;
 use super::driver::{Finished, Progress, SetupDriver};
 use super::listener::BACKLOG;
 use super::machine::Setup;
-use super::restorer::Restorer;
+use super::restorer::{Answer, Restorer};
 use super::shutdown::canceled;
 use crate::engine::connection::Connection;
 use crate::engine::limits;
@@ -490,7 +490,7 @@ impl Acceptor {
                 self.pauses.sweep_at.get_or_insert(now + SWEEP);
             }
             Err(e) => match entry.role {
-                Role::Outgoing(connection) => self.not_restored(connection, address, &e, now),
+                Role::Outgoing(connection) => self.not_restored(connection, &e, now),
                 _ => self.set_up_failed(address, joins, &e, now),
             },
         }
@@ -502,6 +502,7 @@ impl Acceptor {
     fn restore(&mut self, now: Instant) {
         let asked = self.context.table.context.restoring.take();
         asked.connections.into_iter().for_each(|id| self.restorer.lost(id, now));
+        asked.urgent.into_iter().for_each(|id| self.restorer.suspended(id, now));
         if asked.hurry {
             self.restorer.hurry(now);
         }
@@ -514,10 +515,7 @@ impl Acceptor {
                     // Without an event its time runs out.
                     let _ = self.poller.add(fd, number, Interest::WRITE);
                 }
-                Err(e) => {
-                    log::debug!("lost channels of connection {id} stay lost for now: {e}");
-                    self.restorer.ended(id, now);
-                }
+                Err(e) => self.not_restored(id, &e, now),
             }
         }
         while let Some(number) = self.restorer.late(now) {
@@ -527,13 +525,14 @@ impl Acceptor {
 
     /// The peer has answered a dial, or has not in time.
     fn dialled(&mut self, id: u64, now: Instant) {
-        let Some((connection, made)) = self.restorer.answered(&self.context, id, now) else { return };
-        let driver = match made {
-            Ok(driver) => driver,
-            Err(e) => {
-                log::debug!("lost channels of connection {connection} stay lost for now: {e}");
-                return self.restorer.ended(connection, now);
+        let (connection, driver) = match self.restorer.answered(&self.context, id, now) {
+            None => return,
+            Some(Answer::Dials(fd)) => {
+                let _ = self.poller.add(fd, id, Interest::WRITE);
+                return;
             }
+            Some(Answer::SetUp(connection, Err(e))) => return self.not_restored(connection, &e, now),
+            Some(Answer::SetUp(connection, Ok(driver))) => (connection, driver),
         };
         let (fd, interest) = (driver.fd(), Interest::READ | Interest::WRITE);
         let timer = driver.wake_at();
@@ -546,17 +545,21 @@ impl Acceptor {
         }
     }
 
-    /// A set-up of lost channels has failed.
-    fn not_restored(&mut self, connection: u64, address: SocketAddr, error: &Error, now: Instant) {
-        log::debug!("{address}: lost channels of connection {connection} stay lost for now: {error}");
-        self.restorer.ended(connection, now);
+    /// A set-up that was to join a connection has failed.
+    fn not_restored(&mut self, id: u64, error: &Error, now: Instant) {
+        log::debug!("connection {id} stays as it is for now: {error}");
+        if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Auth) {
+            // Its peer is not there any more. That ends it only where its control connection has failed.
+            self.context.table.connections.get(id).into_iter().for_each(|c| c.restorer().give_up_control(error));
+        }
+        self.restorer.ended(id, now);
     }
 
     fn fail(&mut self, id: u64, error: &Error, now: Instant) {
         let Some(entry) = self.take(id) else { return };
         let (address, role) = (entry.driver.address, entry.role);
         if let Role::Outgoing(connection) = role {
-            self.not_restored(connection, address, error, now);
+            self.not_restored(connection, error, now);
             return drop(entry.driver.give_up(error));
         }
         if role == Role::Unauthenticated && error.kind() != ErrorKind::Auth {

@@ -5,13 +5,14 @@ use super::context::SetupContext;
 use super::control::{Agreed, Sealed};
 use super::lineage::{Lineage, Members, Seat as Member};
 use super::local::Local;
+use crate::addresses::plain;
 use crate::channel::cuda::CudaDevice;
 use crate::channel::device::EmulatedDevice;
 use crate::channel::net::{NetPath, Seat, Usage};
 use crate::channel::path::{Copier, Path};
 use crate::channel::router::Channels;
 use crate::direct::Direct;
-use crate::engine::connection::{Connection, Core, Peer};
+use crate::engine::connection::{ends, Connection, Core, Peer};
 use crate::engine::setup::quota::Counted;
 use crate::host::OneHost;
 use crate::net::comm::Doorbell;
@@ -31,6 +32,8 @@ use std::time::Instant;
 pub(crate) struct Up {
     pub sock: TcpStream,
     pub address: SocketAddr,
+    /// Where the connector finds the listener later.
+    pub addresses: Vec<SocketAddr>,
     pub agreed: Agreed,
     /// The control connection from here on.
     pub sealed: Sealed,
@@ -109,10 +112,21 @@ fn describe(sets: &[Raised]) -> String {
 pub(crate) fn lineage(up: &Up) -> Result<(Lineage, Vec<u16>)> {
     let members = |set: &Raised| Members { plan: set.plan.clone(), nics: set.names.clone() };
     let ticket = Ticket::new(&up.sealed.session)?;
-    let lineage = Lineage::new(ticket, up.address, up.agreed.clone(), up.sets.iter().map(members).collect());
+    let lineage =
+        Lineage::new(ticket, up.address, up.addresses.clone(), up.agreed.clone(), up.sets.iter().map(members).collect());
     let is_up = |seat: &Member| up.sets[seat.set].pairs.iter().any(|pair| pair.index == seat.index);
     let missing = lineage.seats().filter(|seat| !is_up(seat)).map(|seat| seat.channel).collect();
     Ok((lineage, missing))
+}
+
+/// Whether a control connection can be made again elsewhere: the listener has more addresses than the one that it uses.
+fn movable(sock: &TcpStream, peer: SocketAddr, addresses: &[SocketAddr], connecting: bool) -> bool {
+    let listener = match (connecting, sock.local_addr()) {
+        (true, _) => peer.ip(),
+        (false, Ok(here)) => plain(here.ip()),
+        (false, Err(_)) => return false,
+    };
+    !listener.is_loopback() && addresses.iter().any(|address| address.ip() != listener)
 }
 
 /// This many connections of an engine allocate everything that chunks of GPU memory need from the start. A process with more
@@ -193,7 +207,8 @@ pub(crate) fn connection(context: &SetupContext, up: Up, counted: Option<Counted
     let now = Instant::now();
     let mut machine = Machine::new(setting, now);
     missing.into_iter().for_each(|channel| machine.leave_out(channel, now));
-    let core = Core::new(machine, channels, ControlStream::new(up.sock, up.sealed.session, up.sealed.plain, up.sealed.raw)?);
+    let (at, movable) = (ends(&up.sock, up.address), movable(&up.sock, up.address, &up.addresses, up.agreed.connecting));
+    let core = Core::new(machine, channels, ControlStream::new(up.sock, up.sealed.session, up.sealed.raw)?, at, movable);
     let key = theirs.proof.name().map(str::to_owned);
     let peer = Peer {
         ip: up.address.ip(),

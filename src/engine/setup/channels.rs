@@ -103,10 +103,15 @@ impl Opened {
         }
     }
 
+    /// A set-up without channels.
+    pub(crate) fn none() -> Opened {
+        Opened { sets: Vec::new(), local: Err(err!(Unsupported, "the connection has met its peer")), until: None }
+    }
+
     /// The offers to send to the peer, by set.
     pub(crate) fn offers(&self) -> Offers {
         let sets = self.sets.iter().map(|(_, set)| set.as_ref().map_or_else(|_| Vec::new(), Listening::offers)).collect();
-        Offers { sets, local: self.local.as_ref().ok().map(Opening::invitation), join: None }
+        Offers { sets, local: self.local.as_ref().ok().map(Opening::invitation), ..Offers::default() }
     }
 
     /// Connects to the peer's offers and accepts its connects. `keys` returns the keys of a channel by set and number, `proof`

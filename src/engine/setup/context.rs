@@ -19,6 +19,7 @@ use crate::wire::handshake::{self, Handshake};
 use crate::wire::hello::Hello;
 use crate::wire::keys::KeyStore;
 use process::{Condvar, Mutex};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -78,6 +79,8 @@ pub(crate) struct SetupContext {
     pub gpus: Gpus,
     pub limits: Limits,
     pub allow: AllowList,
+    /// Where peers on other hosts reach this engine.
+    pub addresses: Vec<SocketAddr>,
     pub outgoing: Gate,
     /// Cores of this process; read once, since it takes several files.
     pub cores: usize,

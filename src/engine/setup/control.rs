@@ -14,6 +14,7 @@ use crate::wire::secret::apart;
 use crate::wire::session::{Opened, Session, MAX_RECORD};
 use crate::wire::setup::{self, Decoded, Invitation, Offered, Verdict};
 use std::collections::VecDeque;
+use std::net::SocketAddr;
 
 /// Most channels of a set.
 pub(crate) const PER_SET: usize = crate::wire::hello::MAX_CHANNELS as usize;
@@ -30,6 +31,8 @@ pub(crate) fn number(set: usize, index: usize) -> u16 {
 pub(crate) struct Offers {
     pub sets: Vec<Vec<Offer>>,
     pub local: Option<Invitation>,
+    /// Where a connector may look for this engine once it has lost it.
+    pub addresses: Vec<SocketAddr>,
     /// The connection that the set-up joins.
     pub join: Option<Join>,
 }
@@ -85,8 +88,6 @@ pub(crate) trait Link {
 /// The encrypted connection after the last message of a set-up.
 pub(crate) struct Sealed {
     pub session: Session,
-    /// Decrypted bytes after the last message.
-    pub plain: Vec<u8>,
     /// Received bytes that are not decrypted yet.
     pub raw: Vec<u8>,
 }
@@ -144,6 +145,9 @@ impl SealedLink {
                 Decoded::Message(message, n) => {
                     self.plain.drain(..n);
                     self.received_all = !matches!(message, setup::Message::Offer(..));
+                    if self.received_all && !self.plain.is_empty() {
+                        bail!(Protocol, "{} bytes in the record of the set-up's last message", self.plain.len());
+                    }
                     self.messages.push_back(from_wire(message)?);
                 }
                 Decoded::Need(_) => match session.open(&mut self.raw)? {
@@ -200,8 +204,8 @@ impl SealedLink {
     ///
     /// # Errors
     /// Before authentication.
-    pub(crate) fn join(&self, ticket: &Ticket, number: u32, channels: Vec<u16>) -> Result<Join> {
-        ticket.join(self.session()?, number, channels)
+    pub(crate) fn join(&self, ticket: &Ticket, number: u32, channels: Vec<u16>, opened: Option<u64>) -> Result<Join> {
+        ticket.join(self.session()?, number, channels, opened)
     }
 
     /// Checks what the peer says of it.
@@ -214,15 +218,16 @@ impl SealedLink {
 
     /// The parts that the connection takes over.
     pub(crate) fn finish(self) -> Option<(Agreed, Sealed)> {
-        Some((self.agreed?, Sealed { session: self.session?, plain: self.plain, raw: self.raw }))
+        Some((self.agreed?, Sealed { session: self.session?, raw: self.raw }))
     }
 }
 
 fn from_wire(message: setup::Message) -> Result<Message> {
     let offer = |o: Offered| Offer { nic: o.nic, handle: o.handle };
     Ok(match message {
-        setup::Message::Offer(sets, local, join) => {
-            Message::Offer(Offers { sets: sets.into_iter().map(|s| s.into_iter().map(offer).collect()).collect(), local, join })
+        setup::Message::Offer(sets, local, addresses, join) => {
+            let sets = sets.into_iter().map(|s| s.into_iter().map(offer).collect()).collect();
+            Message::Offer(Offers { sets, local, addresses, join })
         }
         setup::Message::Ready(verdict, numbers, local) => match verdict.result() {
             Ok(()) => Message::Ready(Ready { numbers, local }),
@@ -238,8 +243,9 @@ fn from_wire(message: setup::Message) -> Result<Message> {
 fn to_wire(message: &Message) -> setup::Message {
     let offered = |o: &Offer| Offered { nic: o.nic.clone(), handle: o.handle };
     match message {
-        Message::Offer(Offers { sets, local, join }) => {
-            setup::Message::Offer(sets.iter().map(|s| s.iter().map(offered).collect()).collect(), *local, join.clone())
+        Message::Offer(Offers { sets, local, addresses, join }) => {
+            let sets = sets.iter().map(|s| s.iter().map(offered).collect()).collect();
+            setup::Message::Offer(sets, *local, addresses.clone(), join.clone())
         }
         Message::Ready(Ready { numbers, local }) => setup::Message::Ready(Verdict::ok(), numbers.clone(), *local),
         Message::Abort(e) => setup::Message::Abort(Verdict::from(e)),
@@ -345,7 +351,7 @@ mod tests {
     fn offers(n: usize) -> Offers {
         let offer = |i| Offer { nic: format!("eth{i}"), handle: [i as u8; 128] };
         let local = Some(Invitation { host: [7; 16], name: [8; 16] });
-        Offers { sets: vec![(0..n).map(offer).collect(), Vec::new()], local, join: None }
+        Offers { sets: vec![(0..n).map(offer).collect(), Vec::new()], local, ..Offers::default() }
     }
 
     #[test]
@@ -368,7 +374,7 @@ mod tests {
             assert_eq!(link.wants(), 0);
             let mut rest = link.finish().unwrap().1;
             assert!(matches!(rest.session.open(&mut rest.raw), Ok(Opened::Record { plain: 7, .. })));
-            assert!(rest.plain.is_empty() && rest.raw.starts_with(b"a frame"));
+            assert!(rest.raw.starts_with(b"a frame"));
         }
     }
 

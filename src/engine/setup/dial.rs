@@ -3,7 +3,7 @@
 
 use super::shutdown::{canceled, Shutdown};
 use crate::engine::limits;
-use crate::status::{bail, err, Result};
+use crate::status::{bail, err, Error, Result};
 use socket2::{Domain, Protocol, Socket, Type};
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsRawFd, RawFd};
@@ -109,6 +109,11 @@ pub(super) fn begin(address: SocketAddr) -> Result<Socket> {
         Err(e) if limits::is_exhaustion(&e) => Err(limits::system("connect", &e)),
         Err(e) => bail!(Unreachable, "connect to {address}: {e}"),
     }
+}
+
+/// Whether a connect ended because no engine listens there.
+pub(super) fn is_refusal(error: &Error) -> bool {
+    error.to_str().ends_with(&std::io::Error::from_raw_os_error(libc::ECONNREFUSED).to_string())
 }
 
 /// Ends a connect once its socket is writable.

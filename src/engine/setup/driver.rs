@@ -6,12 +6,14 @@ use super::channels::plan::Plan;
 use super::channels::{self, Opened, Raising};
 use super::context::SetupContext;
 use super::control::{Agreed, Link, Offers, SealedLink};
+use super::listener::is_reachable;
 use super::machine::{Next, Setup, JOINED};
 use crate::addresses::{plain, AllowList};
-use crate::engine::connection::{Begun, Connection};
+use crate::engine::connection::{Begun, Connection, Counts, Socket};
 use crate::engine::limits;
 use crate::engine::setup::quota::Counted;
 use crate::status::{err, Error, ErrorKind, Result};
+use crate::wire::control::reset_at_close;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -74,6 +76,8 @@ pub(crate) struct SetupDriver {
     channels: Channels,
     /// Addresses that may be dialled.
     allowed: AllowList,
+    /// Where the connector finds the listener later.
+    addresses: Vec<SocketAddr>,
     out: Vec<u8>,
     sent: usize,
     /// The peer has closed the connection; what it sent before still counts.
@@ -97,6 +101,7 @@ impl SetupDriver {
             purpose: Purpose::Connection,
             channels: Channels::None,
             allowed: AllowList::default(),
+            addresses: Vec::new(),
             out: Vec::new(),
             sent: 0,
             ended: None,
@@ -185,6 +190,7 @@ impl SetupDriver {
                 }
                 Ok(Next::Raise(offers)) => {
                     self.check_joined(&offers)?;
+                    self.keep_addresses(&offers);
                     self.trace(format_args!("the peer offers {} channels", offers.sets.iter().map(Vec::len).sum::<usize>()));
                     if let Channels::Opened(opened) = std::mem::replace(&mut self.channels, Channels::None) {
                         let link = &self.setup.link;
@@ -299,7 +305,8 @@ impl SetupDriver {
         let later = channels::later(&plans);
         let opened = Opened::open(context, plans, connecting).map_err(|e| limits::explain(e, self.sock.as_fd()))?;
         self.promise = Some(limits::Promise::new(later));
-        let offers = opened.offers();
+        self.addresses = if connecting { Vec::new() } else { context.addresses.clone() };
+        let offers = Offers { addresses: self.addresses.clone(), ..opened.offers() };
         self.trace(format_args!("the peer is proved"));
         self.trace(format_args!("this engine offers {} channels", offers.sets.iter().map(Vec::len).sum::<usize>()));
         self.setup.offer(offers);
@@ -318,7 +325,12 @@ impl SetupDriver {
         };
         lineage.admits(agreed)?;
         self.setup.link.check_join(&lineage.ticket, join)?;
-        let begun = connection.restorer().begin(lineage.seats_of(&join.channels)?, Some(join.number))?;
+        let seats = lineage.seats_of(&join.channels)?;
+        let begun = match join.opened {
+            None => connection.restorer().begin(seats, Some(join.number))?,
+            Some(_) if !seats.is_empty() => return Err(err!(Protocol, "a control connection moves without channels")),
+            Some(opened) => connection.restorer().begin_move(Some(join.number), Some(opened))?,
+        };
         Ok(Purpose::Joins(connection.id(), begun))
     }
 
@@ -331,10 +343,13 @@ impl SetupDriver {
         let sets = begun.joining.sets.iter().enumerate();
         let plans: Vec<_> = sets.map(|(set, members)| Plan { channels: wanted(set), ..members.plan.clone() }).collect();
         limits::room_for(&context.limits, self.sock.as_fd(), channels::cost(&plans))?;
-        let opened = Opened::reopen(context, &begun.joining, &begun.seats, now)?;
+        let opened = match begun.control {
+            Some(_) => Opened::none(),
+            None => Opened::reopen(context, &begun.joining, &begun.seats, now)?,
+        };
         self.promise = Some(limits::Promise::new(channels::later(&plans)));
         let numbers = begun.seats.iter().map(|seat| seat.number()).collect();
-        let join = self.setup.link.join(&begun.joining.ticket, begun.number, numbers)?;
+        let join = self.setup.link.join(&begun.joining.ticket, begun.number, numbers, begun.control.map(|counts| counts.ours))?;
         self.setup.end_by(now + JOINED);
         self.setup.offer(Offers { join: Some(join), ..opened.offers() });
         self.channels = Channels::Opened(opened);
@@ -343,13 +358,25 @@ impl SetupDriver {
     }
 
     /// Checks that the peer's offer is for the same connection as this set-up.
-    fn check_joined(&self, offers: &Offers) -> Result<()> {
-        match (&self.purpose, &offers.join) {
+    fn check_joined(&mut self, offers: &Offers) -> Result<()> {
+        match (&mut self.purpose, &offers.join) {
             (Purpose::Connection, None) => Ok(()),
-            (Purpose::Joins(_, begun), Some(join)) if join.number == begun.number => {
+            (Purpose::Joins(_, begun), Some(join))
+                if join.number == begun.number && join.opened.is_some() == begun.control.is_some() =>
+            {
+                begun.control = begun.control.map(|counts| Counts { theirs: join.opened, ..counts });
                 self.setup.link.check_join(&begun.joining.ticket, join)
             }
             _ => Err(err!(Protocol, "the engines do not agree on what the set-up joins")),
+        }
+    }
+
+    /// A connector keeps the addresses of the listener that may be dialled.
+    fn keep_addresses(&mut self, offers: &Offers) {
+        if self.setup.link.proved().is_some_and(|agreed| agreed.connecting) {
+            let usable =
+                |address: &&SocketAddr| is_reachable(address.ip()) && self.allowed.admits(address.ip()) && address.port() > 0;
+            self.addresses = offers.addresses.iter().filter(usable).copied().collect();
         }
     }
 
@@ -357,6 +384,7 @@ impl SetupDriver {
     pub(crate) fn still_joins(&self, context: &SetupContext) -> bool {
         match &self.purpose {
             Purpose::Connection => true,
+            Purpose::Joins(_, begun) if !begun.joining.holds() => false,
             Purpose::Joins(id, _) => context.table.connections.get(*id).is_some_and(|connection| connection.is_up()),
         }
     }
@@ -365,6 +393,11 @@ impl SetupDriver {
     /// read it.
     pub(crate) fn give_up(mut self, error: &Error) -> TcpStream {
         self.channels = Channels::None;
+        if let Purpose::Joins(_, Begun { control: Some(_), .. }) = &self.purpose {
+            // The peer may go on over it already: a message or an end of the set-up would end the connection there.
+            reset_at_close(&self.sock);
+            return self.sock;
+        }
         self.setup.fail(error);
         let _ = self.flush();
         // Closing a socket with unread bytes resets it, and the peer could lose the reason.
@@ -380,17 +413,18 @@ impl SetupDriver {
         match std::mem::replace(&mut self.purpose, Purpose::Connection) {
             Purpose::Connection => build::connection(context, self.parts()?, counted).map(Finished::Connection),
             Purpose::Joins(id, begun) => {
-                let Up { sets, .. } = self.parts()?;
+                let Up { sock, address, sealed, sets, .. } = self.parts()?;
                 let pairs =
                     sets.into_iter().enumerate().flat_map(|(set, raised)| raised.pairs.into_iter().map(move |pair| (set, pair)));
                 let pairs: Vec<_> = pairs.collect();
-                if pairs.is_empty() {
-                    return Err(err!(Unreachable, "no channel is up in both engines"));
-                }
                 let Some(connection) = context.table.connections.get(id) else {
                     return Err(err!(Canceled, "the connection has ended"));
                 };
-                connection.restorer().finish(&begun, pairs)?;
+                match begun.control {
+                    Some(_) => connection.restorer().finish_move(&begun, Socket { sock, address, raw: sealed.raw })?,
+                    None if pairs.is_empty() => return Err(err!(Unreachable, "no channel is up in both engines")),
+                    None => connection.restorer().finish(&begun, pairs)?,
+                }
                 Ok(Finished::Joined)
             }
         }
@@ -405,6 +439,6 @@ impl SetupDriver {
         else {
             return Err(err!(Internal, "finished before its end"));
         };
-        Ok(Up { sock: self.sock, address: self.address, agreed, sealed, sets, local })
+        Ok(Up { sock: self.sock, address: self.address, addresses: self.addresses, agreed, sealed, sets, local })
     }
 }

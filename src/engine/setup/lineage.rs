@@ -4,9 +4,13 @@ use super::channels::plan::Plan;
 use super::control::{number, Agreed, PER_SET};
 use crate::status::{bail, Result};
 use crate::wire::join::Ticket;
+use process::Mutex;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
+
+/// Marks the number of a set-up that makes the control connection again.
+const MOVES: u64 = 1 << 63;
 
 /// A set of a connection's channels.
 pub(crate) struct Members {
@@ -18,12 +22,14 @@ pub(crate) struct Members {
 /// Where a connection comes from.
 pub(crate) struct Lineage {
     pub ticket: Ticket,
-    /// The peer's end of the control connection.
-    pub address: SocketAddr,
+    /// The peer's end of the control connection, which may move; and where the connector finds the listener.
+    address: Mutex<SocketAddr>,
+    pub addresses: Vec<SocketAddr>,
     pub agreed: Agreed,
     pub sets: Vec<Members>,
-    /// A set-up that joins the connection is under way.
-    joining: AtomicBool,
+    /// The set-up that joins the connection, if one is under way, and how many there were.
+    joining: AtomicU64,
+    begun: AtomicU64,
 }
 
 /// A channel of a connection.
@@ -44,8 +50,32 @@ impl Seat {
 }
 
 impl Lineage {
-    pub(crate) fn new(ticket: Ticket, address: SocketAddr, agreed: Agreed, sets: Vec<Members>) -> Lineage {
-        Lineage { ticket, address, agreed, sets, joining: AtomicBool::new(false) }
+    /// `address`: the peer's end of the control connection; `addresses`: where the connector finds the listener.
+    pub(crate) fn new(
+        ticket: Ticket,
+        address: SocketAddr,
+        addresses: Vec<SocketAddr>,
+        agreed: Agreed,
+        sets: Vec<Members>,
+    ) -> Lineage {
+        let (joining, begun) = (AtomicU64::new(0), AtomicU64::new(0));
+        Lineage { ticket, address: Mutex::new(address), addresses, agreed, sets, joining, begun }
+    }
+
+    /// The peer's end of the control connection.
+    pub(crate) fn address(&self) -> SocketAddr {
+        *self.address.lock()
+    }
+
+    /// The control connection has moved.
+    pub(crate) fn moved(&self, address: SocketAddr) {
+        *self.address.lock() = address;
+    }
+
+    /// Where to look for the listener once the control connection has failed: at the other addresses, then where it was.
+    pub(crate) fn elsewhere(&self) -> Vec<SocketAddr> {
+        let now = self.address();
+        self.addresses.iter().copied().filter(|&address| address != now).chain([now]).collect()
     }
 
     /// All channels, in the order of their numbers in frames.
@@ -87,23 +117,47 @@ impl Lineage {
 
     /// Begins a set-up that joins the connection; `None` while another is under way.
     pub(crate) fn begin(self: &Arc<Lineage>) -> Option<Joining> {
-        (!self.joining.swap(true, Ordering::AcqRel)).then(|| Joining(self.clone()))
+        let number = self.begun.fetch_add(1, Ordering::AcqRel) + 1;
+        let begun = self.joining.compare_exchange(0, number, Ordering::AcqRel, Ordering::Acquire);
+        begun.is_ok().then(|| Joining { lineage: self.clone(), number })
+    }
+
+    /// Begins one that cannot wait for another.
+    pub(crate) fn begin_instead(self: &Arc<Lineage>) -> Joining {
+        let number = (self.begun.fetch_add(1, Ordering::AcqRel) + 1) | MOVES;
+        self.joining.store(number, Ordering::Release);
+        Joining { lineage: self.clone(), number }
+    }
+
+    /// Whether one that cannot wait is under way.
+    pub(crate) fn is_moving(&self) -> bool {
+        self.joining.load(Ordering::Acquire) & MOVES != 0
     }
 }
 
-/// The one set-up that joins a connection at a time, until this is dropped.
-pub(crate) struct Joining(Arc<Lineage>);
+/// The one set-up that joins a connection at a time, until this is dropped or another takes its place.
+pub(crate) struct Joining {
+    lineage: Arc<Lineage>,
+    number: u64,
+}
+
+impl Joining {
+    /// Whether none has taken its place.
+    pub(crate) fn holds(&self) -> bool {
+        self.lineage.joining.load(Ordering::Acquire) == self.number
+    }
+}
 
 impl std::ops::Deref for Joining {
     type Target = Arc<Lineage>;
     fn deref(&self) -> &Arc<Lineage> {
-        &self.0
+        &self.lineage
     }
 }
 
 impl Drop for Joining {
     fn drop(&mut self) {
-        self.0.joining.store(false, Ordering::Release);
+        let _ = self.lineage.joining.compare_exchange(self.number, 0, Ordering::AcqRel, Ordering::Acquire);
     }
 }
 
@@ -129,7 +183,8 @@ mod tests {
             nics: vec![("eth1".to_owned(), "eth2".to_owned()); n],
         };
         let address = ([127, 0, 0, 1], 1).into();
-        Arc::new(Lineage::new(ticket, address, agreed(1, Proof::Key), vec![set(2), set(0), set(3)]))
+        let addresses = vec!["10.0.0.1:1".parse().unwrap(), "10.0.0.2:1".parse().unwrap()];
+        Arc::new(Lineage::new(ticket, address, addresses, agreed(1, Proof::Key), vec![set(2), set(0), set(3)]))
     }
 
     #[test]
@@ -155,7 +210,23 @@ mod tests {
         assert_eq!(lineage.admits(&reversed).unwrap_err().kind(), ErrorKind::Unsupported);
         let joining = lineage.begin().unwrap();
         assert!(lineage.begin().is_none());
+        let instead = lineage.begin_instead();
+        assert!(!joining.holds() && instead.holds() && lineage.is_moving());
         drop(joining);
-        assert!(lineage.begin().is_some());
+        assert!(lineage.begin().is_none() && instead.holds());
+        drop(instead);
+        assert!(lineage.begin().is_some() && !lineage.is_moving());
+    }
+
+    #[test]
+    fn a_lost_listener_is_looked_for_elsewhere_first() {
+        let lineage = lineage();
+        let all = || lineage.elsewhere().iter().map(ToString::to_string).collect::<Vec<_>>();
+        assert_eq!(all(), ["10.0.0.1:1", "10.0.0.2:1", "127.0.0.1:1"]);
+        lineage.moved("10.0.0.1:1".parse().unwrap());
+        assert_eq!(
+            (all(), lineage.address().to_string()),
+            (vec!["10.0.0.2:1".to_owned(), "10.0.0.1:1".to_owned()], "10.0.0.1:1".to_owned())
+        );
     }
 }

@@ -20,6 +20,29 @@ pub(crate) struct Listeners {
     pub sockets: Vec<TcpListener>,
     /// The address announced to peers.
     pub address: SocketAddr,
+    /// Where peers on other hosts can reach the engine, the announced address first.
+    pub addresses: Vec<SocketAddr>,
+}
+
+/// Most addresses that an engine tells a peer.
+pub(crate) const MAX_ADDRESSES: usize = crate::wire::setup::MAX_ADDRESSES;
+
+/// Whether a peer on another host may find this engine there, without knowing an interface of its own.
+pub(crate) fn is_reachable(ip: IpAddr) -> bool {
+    !ip.is_loopback() && !ip.is_unspecified() && !ip.is_multicast() && !is_link_local(ip)
+}
+
+fn is_link_local(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => v6.segments()[0] & 0xFFC0 == 0xFE80,
+    }
+}
+
+/// The announced address, then the other usable ones that peers may find.
+fn reachable(announced: IpAddr, usable: &[IpAddr]) -> Vec<IpAddr> {
+    let others = usable.iter().copied().filter(|&ip| ip != announced && is_reachable(ip));
+    std::iter::once(announced).filter(|&ip| is_reachable(ip)).chain(others).take(MAX_ADDRESSES).collect()
 }
 
 /// "ip:port?gpu", with brackets around an IPv6 address.
@@ -30,16 +53,7 @@ pub(crate) fn metadata(address: SocketAddr, gpu: &str) -> String {
 /// The address of the control interface among the usable ones: IPv4 if there is one, else IPv6. A link-local IPv6 address does
 /// not do, since metadata has no place for its scope.
 fn control_address(usable: &[IpAddr]) -> Option<IpAddr> {
-    let link_local = |ip: IpAddr| matches!(ip, IpAddr::V6(v6) if v6.segments()[0] & 0xFFC0 == 0xFE80);
-    usable.iter().copied().filter(|&ip| !link_local(ip)).min_by_key(IpAddr::is_ipv6)
-}
-
-/// The address announced to peers.
-///
-/// # Errors
-/// `InvalidArgument` when the requested interfaces have none.
-fn announced_address(filter: Option<&str>) -> Result<IpAddr> {
-    announced_of(&topology::usable(filter).map_err(|e| limits::system("network interfaces", &e))?, filter)
+    usable.iter().copied().filter(|&ip| ip.is_ipv4() || !is_link_local(ip)).min_by_key(IpAddr::is_ipv6)
 }
 
 /// The one of these addresses to announce.
@@ -62,9 +76,10 @@ fn announced_of(usable: &[IpAddr], filter: Option<&str>) -> Result<IpAddr> {
 /// # Errors
 /// `InvalidArgument` when no interface fits, `System` (port taken, address not of this host), `Resource`.
 pub(crate) fn open(bind: Bind, filter: Option<&str>, port: u16) -> Result<Listeners> {
-    let announced = match bind {
-        Bind::Address(ip) => ip,
-        Bind::Interface | Bind::Any => announced_address(filter)?,
+    let usable = topology::usable(filter).map_err(|e| limits::system("network interfaces", &e));
+    let (announced, usable) = match bind {
+        Bind::Address(ip) => (ip, Vec::new()),
+        Bind::Interface | Bind::Any => usable.and_then(|usable| Ok((announced_of(&usable, filter)?, usable)))?,
     };
     let loopback: IpAddr = if announced.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
     for attempt in 0.. {
@@ -74,23 +89,39 @@ pub(crate) fn open(bind: Bind, filter: Option<&str>, port: u16) -> Result<Listen
         };
         let local = main.local_addr().map_err(|e| limits::system("listening socket", &e))?;
         let address = SocketAddr::new(announced, local.port());
+        let addresses = reachable(announced, &usable).into_iter().map(|ip| SocketAddr::new(ip, local.port())).collect();
+        let ports = Listeners { sockets: vec![main], address, addresses };
         if bind != Bind::Interface || announced.is_loopback() {
-            return Ok(Listeners { sockets: vec![main], address });
+            return Ok(ports);
         }
         // Peers on this host may connect to the loopback address.
         match listen(SocketAddr::new(loopback, local.port()), true) {
-            Ok(local) => return Ok(Listeners { sockets: vec![main, local], address }),
+            Ok(local) => return Ok(everywhere(ports, Some(local))),
             Err(_) if port == 0 && attempt < TRIES => {}
             Err(e) => {
                 log::info!(
                     "port {} is not available on {loopback}: {e}; peers on this host connect to {announced}",
                     local.port()
                 );
-                return Ok(Listeners { sockets: vec![main], address });
+                return Ok(everywhere(ports, None));
             }
         }
     }
     bail!(Internal, "no port")
+}
+
+/// Listens at the other addresses too, where peers look for the engine when they have lost it at the announced one.
+fn everywhere(mut ports: Listeners, loopback: Option<TcpListener>) -> Listeners {
+    ports.sockets.extend(loopback);
+    let Listeners { sockets, address, addresses } = &mut ports;
+    addresses.retain(|other| {
+        let listens = other == address || listen(*other, true).map(|socket| sockets.push(socket)).is_ok();
+        if !listens {
+            log::info!("port {} is not available on {}: no control connection can move there", other.port(), other.ip());
+        }
+        listens
+    });
+    ports
 }
 
 fn failed(address: SocketAddr, e: &std::io::Error) -> Error {
@@ -135,7 +166,8 @@ mod tests {
         assert_eq!(announced(&["10.0.0.1"], None), "10.0.0.1");
         assert_eq!(announced(&["127.0.0.2"], Some("lo")), "127.0.0.2");
         assert_eq!(announced(&["fe80::1"], None), "127.0.0.1", "peers on this host can connect still");
-        assert_eq!(announced_address(Some("=no-such-interface")).unwrap_err().kind(), crate::status::ErrorKind::InvalidArgument);
+        let none = open(Bind::Interface, Some("=no-such-interface"), 0).unwrap_err();
+        assert_eq!(none.kind(), crate::status::ErrorKind::InvalidArgument);
     }
 
     #[test]
@@ -155,6 +187,28 @@ mod tests {
             open(Bind::Address("192.0.2.1".parse().unwrap()), None, 0).unwrap_err().kind(),
             crate::status::ErrorKind::System
         );
+    }
+
+    #[test]
+    fn peers_learn_of_addresses_that_they_can_reach() {
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let found = |announced: &str, all: &[&str]| {
+            reachable(ip(announced), &all.iter().map(|a| ip(a)).collect::<Vec<_>>())
+                .iter()
+                .map(ToString::to_string)
+                .collect::<Vec<_>>()
+        };
+        let all = ["10.0.1.1", "10.0.0.1", "fe80::1", "169.254.0.7", "127.0.0.1", "fd00::7", "::1"];
+        assert_eq!(found("10.0.0.1", &all), ["10.0.0.1", "10.0.1.1", "fd00::7"]);
+        assert_eq!(found("127.0.0.1", &["127.0.0.1"]), [""; 0]);
+        let many: Vec<String> = (1..20).map(|i| format!("10.0.{i}.1")).collect();
+        let many: Vec<&str> = many.iter().map(String::as_str).collect();
+        assert_eq!(found("10.0.9.1", &many)[..2], ["10.0.9.1", "10.0.1.1"]);
+        assert_eq!(found("10.0.9.1", &many).len(), MAX_ADDRESSES);
+        let ports = open(Bind::Address(ip("127.0.0.2")), None, 0).unwrap();
+        assert_eq!((ports.sockets.len(), ports.addresses.len()), (1, 0));
+        let ports = open(Bind::Interface, None, 0).unwrap();
+        assert!(ports.addresses.iter().all(|&address| TcpStream::connect(address).is_ok()), "{:?}", ports.addresses);
     }
 
     #[test]

@@ -287,7 +287,7 @@ mod tests {
     }
 
     fn offer(n: u8) -> Offers {
-        Offers { sets: vec![vec![Offer { nic: "eth0".into(), handle: [n; 128] }]], local: None, join: None }
+        Offers { sets: vec![vec![Offer { nic: "eth0".into(), handle: [n; 128] }]], ..Offers::default() }
     }
 
     /// The variant's name.

@@ -1,5 +1,5 @@
-//! When lost channels are set up again: soon after a loss, then less and less often, at once when an interface comes back. Dials the peer;
-//! what follows is an ordinary set-up. Knows nothing about epoll.
+//! When lost channels are set up again: soon after a loss, then less and less often, at once when an interface comes back. A control
+//! connection that has failed is made again first, and at once. Dials the peer; what follows is an ordinary set-up. Knows nothing about epoll.
 
 use super::context::SetupContext;
 use super::dial;
@@ -9,8 +9,8 @@ use crate::engine::connection::Begun;
 use crate::net::topology::has_carrier;
 use crate::status::{bail, err, Result};
 use socket2::Socket;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::SocketAddr;
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -23,8 +23,9 @@ const SHORT_LIFE: Duration = Duration::from_secs(10);
 const LONGEST_OF_SHORT: Duration = Duration::from_secs(60);
 /// How soon an attempt follows the return of an interface: addresses come a little after the link.
 const SOON: Duration = Duration::from_millis(50);
-/// How long a dial may take.
+/// How long a dial may take, and one for a control connection, which has other addresses.
 const DIAL: Duration = Duration::from_secs(2);
+const NEXT: Duration = Duration::from_millis(500);
 
 /// The attempts for one connection.
 #[derive(Debug)]
@@ -45,8 +46,25 @@ struct Dial {
     connection: u64,
     socket: Socket,
     address: SocketAddr,
-    begun: Begun,
+    purpose: Purpose,
     until: Instant,
+}
+
+enum Purpose {
+    Channels(Begun),
+    /// The control connection. `rest`: the addresses to dial if this one does not answer; `refused`: all that were dialled have refused.
+    Control {
+        rest: VecDeque<SocketAddr>,
+        refused: bool,
+    },
+}
+
+/// What follows from a dial that has ended.
+pub(super) enum Answer {
+    /// The set-up of a connection, or why there is none.
+    SetUp(u64, Result<SetupDriver>),
+    /// Another dial under the same number: the socket to wait for.
+    Dials(RawFd),
 }
 
 /// The attempts of an engine.
@@ -92,6 +110,12 @@ impl Restorer {
         let short = backoff.restored.is_some_and(|at| now.saturating_duration_since(at) < SHORT_LIFE.max(2 * backoff.pause));
         backoff.pause = if short { (4 * backoff.pause).clamp(5 * FIRST, LONGEST_OF_SHORT) } else { FIRST };
         self.plan(id, now + about(self.pause(id)));
+    }
+
+    /// The control connection of a connection has failed.
+    pub(super) fn suspended(&mut self, id: u64, now: Instant) {
+        self.lost(id, now);
+        self.plan(id, now);
     }
 
     fn pause(&self, id: u64) -> Duration {
@@ -157,14 +181,21 @@ impl Restorer {
         }
     }
 
-    /// Begins an attempt: dials the peer, for the channels whose NIC can be used here. `None` when nothing is lost. Returns the socket to
-    /// wait for under `number`.
+    /// Begins an attempt: dials the peer, for its control connection or else for the channels whose NIC can be used here. Returns the socket
+    /// to wait for under `number`; `None` when nothing is lost.
     ///
     /// # Errors
     /// Why there is nothing to try now.
     pub(super) fn dial(&mut self, context: &SetupContext, id: u64, number: u64, now: Instant) -> Result<Option<RawFd>> {
         let Some(connection) = context.table.connections.get(id) else { return Ok(None) };
         let Some(lineage) = connection.lineage().filter(|_| connection.is_up()) else { return Ok(None) };
+        if connection.restorer().is_suspended() {
+            let dials = |dial: &Dial| dial.connection == id && matches!(dial.purpose, Purpose::Control { .. });
+            if lineage.is_moving() || self.dials.values().any(dials) {
+                bail!(Resource, "the control connection is being made again");
+            }
+            return self.dial_next(id, number, (lineage.elsewhere().into(), true), now).map(Some);
+        }
         let lost = connection.restorer().lost()?;
         if lost.is_empty() {
             return Ok(None);
@@ -186,11 +217,40 @@ impl Restorer {
             bail!(Unreachable, "the NICs of the lost channels cannot be used here");
         }
         let begun = connection.restorer().begin(usable, None)?;
-        let socket = dial::begin(lineage.address)?;
+        let address = lineage.address();
+        let socket = dial::begin(address)?;
         let fd = socket.as_raw_fd();
-        let dial = Dial { connection: id, socket, address: lineage.address, begun, until: now + DIAL };
-        self.dials.insert(number, dial);
+        self.dials.insert(number, Dial { connection: id, socket, address, purpose: Purpose::Channels(begun), until: now + DIAL });
         Ok(Some(fd))
+    }
+
+    /// Dials the next of these addresses for a control connection. `refused`: all before have refused.
+    ///
+    /// # Errors
+    /// `NotFound` when all have refused; why none is left.
+    fn dial_next(
+        &mut self,
+        id: u64,
+        number: u64,
+        (mut rest, mut refused): (VecDeque<SocketAddr>, bool),
+        now: Instant,
+    ) -> Result<RawFd> {
+        let mut last = err!(NotFound, "no engine listens at the addresses of the peer any more");
+        while let Some(address) = rest.pop_front() {
+            match dial::begin(address) {
+                Ok(socket) => {
+                    let fd = socket.as_raw_fd();
+                    let purpose = Purpose::Control { rest, refused };
+                    self.dials.insert(number, Dial { connection: id, socket, address, purpose, until: now + NEXT });
+                    return Ok(fd);
+                }
+                Err(e) => (last, refused) = (e, false),
+            }
+        }
+        match refused {
+            true => Err(last),
+            false => Err(err!(Unreachable, "no address of the peer answers: {last}")),
+        }
     }
 
     /// A dial that takes too long: its number.
@@ -203,19 +263,45 @@ impl Restorer {
         self.dials.contains_key(&number)
     }
 
-    /// The socket of a dial is ready, or its time is over. Returns the connection, and the set-up that follows.
-    pub(super) fn answered(&mut self, context: &SetupContext, number: u64, now: Instant) -> Option<(u64, Result<SetupDriver>)> {
-        let Dial { connection, socket, address, begun, until } = self.dials.remove(&number)?;
-        let made = || -> Result<SetupDriver> {
-            if until <= now {
-                return Err(err!(TimedOut, "connect to {address}: no answer in time"));
+    /// Ends a dial whose socket is ready, or whose time is over. Returns its connection, and the socket for what it is for; or what follows.
+    fn settle(
+        &mut self,
+        number: u64,
+        now: Instant,
+    ) -> Option<std::result::Result<(u64, TcpStream, SocketAddr, Purpose), Answer>> {
+        let Dial { connection, socket, address, purpose, until } = self.dials.remove(&number)?;
+        let late = || err!(TimedOut, "connect to {address}: no answer in time");
+        let ended = if until <= now { Err(late()) } else { dial::end(socket, address) };
+        Some(match (ended, purpose) {
+            (Ok(sock), purpose) => Ok((connection, sock, address, purpose)),
+            (Err(e), Purpose::Channels(_)) => Err(Answer::SetUp(connection, Err(e))),
+            (Err(e), Purpose::Control { rest, refused }) => {
+                log::debug!("connection {connection}: {e}");
+                let next = self.dial_next(connection, number, (rest, refused && dial::is_refusal(&e)), now);
+                Err(next.map_or_else(|e| Answer::SetUp(connection, Err(e)), Answer::Dials))
             }
-            let sock = dial::end(socket, address)?;
+        })
+    }
+
+    /// The socket of a dial is ready, or its time is over.
+    pub(super) fn answered(&mut self, context: &SetupContext, number: u64, now: Instant) -> Option<Answer> {
+        let (connection, sock, address, purpose) = match self.settle(number, now)? {
+            Ok(settled) => settled,
+            Err(answer) => return Some(answer),
+        };
+        let made = || -> Result<SetupDriver> {
             let deadline = now + JOINED;
+            let begun = match purpose {
+                Purpose::Channels(begun) => begun,
+                Purpose::Control { .. } => match context.table.connections.get(connection) {
+                    Some(connection) => connection.restorer().begin_move(None, None)?,
+                    None => bail!(Canceled, "the connection has ended"),
+                },
+            };
             let setup = Setup::new(context.joining_link()?, now, deadline, deadline);
             Ok(SetupDriver::joining(sock, address, setup, connection, begun, now))
         };
-        Some((connection, made()))
+        Some(Answer::SetUp(connection, made()))
     }
 
     /// Ends all dials.
@@ -227,6 +313,8 @@ impl Restorer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::status::ErrorKind;
+    use std::net::TcpListener;
 
     /// The time until the next attempt.
     fn pause(restorer: &Restorer, now: Instant) -> Duration {
@@ -278,5 +366,43 @@ mod tests {
         restorer.next(now + FIRST * 2);
         restorer.rests(1);
         assert!(restorer.connections.is_empty() && restorer.wake_at().is_none());
+    }
+
+    /// Dials these addresses until one answers; returns it, or why none does.
+    fn look_for(addresses: &[SocketAddr]) -> std::result::Result<SocketAddr, ErrorKind> {
+        let (mut restorer, now) = (Restorer::default(), Instant::now());
+        let mut dialled = restorer.dial_next(1, 7, (addresses.iter().copied().collect(), true), now);
+        loop {
+            let fd = dialled.map_err(|e| e.kind())?;
+            assert!(restorer.dials(7) && restorer.late(now).is_none());
+            assert_eq!(dial::poll(&[(fd, libc::POLLOUT)], Duration::from_secs(10)).unwrap(), [true]);
+            dialled = match restorer.settle(7, now).unwrap() {
+                Ok((1, _, address, Purpose::Control { .. })) => return Ok(address),
+                Err(Answer::Dials(fd)) => Ok(fd),
+                Err(Answer::SetUp(1, Err(e))) => Err(e),
+                _ => panic!("another connection"),
+            };
+        }
+    }
+
+    #[test]
+    fn a_control_connection_is_looked_for_at_one_address_after_the_other() {
+        let open = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+        let [first, second] = open.each_ref().map(|listener| listener.local_addr().unwrap());
+        let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        assert_eq!(look_for(&[closed, first, second]), Ok(first));
+        assert!(
+            matches!(open[1].set_nonblocking(true).and_then(|()| open[1].accept()), Err(e) if e.kind() == std::io::ErrorKind::WouldBlock)
+        );
+        // The peer's process has ended.
+        assert_eq!(look_for(&[closed, closed]), Err(ErrorKind::NotFound));
+        // An address that does not answer says nothing about the peer.
+        let mut restorer = Restorer::default();
+        let now = Instant::now();
+        restorer.dial_next(1, 7, ([first].into(), true), now).unwrap();
+        assert_eq!(restorer.late(now + NEXT), Some(7));
+        assert!(
+            matches!(restorer.settle(7, now + NEXT), Some(Err(Answer::SetUp(1, Err(e)))) if e.kind() == ErrorKind::Unreachable)
+        );
     }
 }

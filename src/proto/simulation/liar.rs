@@ -58,7 +58,7 @@ pub(super) fn recite(seed: u64, bytes: &[u8]) -> Result<(), String> {
     }
     for piece in bytes.chunks(1 + seed as usize * 16) {
         let now = world.now;
-        world.victim.hear(piece, now);
+        world.victim.hear_frames(piece, now);
         world.victim.poll(now);
         world.check()?;
     }
@@ -236,7 +236,7 @@ impl World {
         let mut bytes = Vec::new();
         frame::encode(frame, &mut bytes);
         let now = self.now;
-        self.victim.hear(&bytes, now);
+        self.victim.hear_frames(&bytes, now);
     }
 
     /// Announces a chunk of some stream, and sends what mostly fits it.

@@ -53,7 +53,8 @@ enum Play {
     Healthy,
     /// Two honest sides, with faults.
     Faulty,
-    /// Two honest sides that lose channels, but never the last one, and get them back: everything succeeds.
+    /// Two honest sides that lose channels, but never the last one, and get them back, and whose control connection fails and is made
+    /// again: everything succeeds.
     Lossy,
     /// A machine against a liar.
     Liar,
@@ -172,7 +173,8 @@ fn the_simulation_finds_a_network_that_reorders() {
 fn lost_channels_had_chunks_in_flight() {
     let lossy = (0..5000u64).filter(|&seed| play_of(seed) == Play::Lossy);
     let all = lossy.map(|seed| pair::losses(seed, &script_of(seed)));
-    let [resent, restored, carried] = all.fold([0; 3], |sum, run| std::array::from_fn(|i| sum[i] + run[i]));
+    let [resent, restored, carried, again] = all.fold([0; 4], |sum, run| std::array::from_fn(|i| sum[i] + run[i]));
     assert!(resent > 1000, "only {resent} chunks were sent again");
-    assert!(restored > 500 && carried > 500, "only {restored} channels came back, and carried {carried} chunks");
+    assert!(restored > 300 && carried > 500, "only {restored} channels came back, and carried {carried} chunks");
+    assert!(again > 100, "only {again} times were records of the control connection sent again");
 }

@@ -48,6 +48,19 @@ struct World {
     lossy: bool,
     reorders: bool,
     join: Option<Join>,
+    cut: Option<Cut>,
+    /// Times that a side has sent records again over another control connection.
+    again: usize,
+}
+
+/// The control connection has failed, and is being made again.
+#[derive(Default)]
+struct Cut {
+    /// Sides that have given up the old one, and how many records of the other they have opened.
+    frozen: [bool; 2],
+    opened: [u64; 2],
+    /// Sides that go on over the new one.
+    resumed: [bool; 2],
 }
 
 /// A set-up of a lost channel that is under way.
@@ -72,15 +85,17 @@ pub(super) fn play(seed: u64, script: &[Action], faults: Faults) -> Result<(), S
     World::new(seed, faults).run(script)
 }
 
-/// Chunks that both sides send again in a run that loses channels, channels that come back at a side, and chunks that those carry.
+/// Chunks that both sides send again in a run that loses channels, channels that come back at a side, chunks that those carry, and times
+/// that a side sends records of the control connection again.
 #[cfg(test)]
-pub(super) fn losses(seed: u64, script: &[Action]) -> [u64; 3] {
+pub(super) fn losses(seed: u64, script: &[Action]) -> [u64; 4] {
     let mut world = World::new(seed, Faults::Channels);
     script.iter().for_each(|&action| world.step(action));
+    world.mend();
     world.busy(20);
     let counts: Vec<_> = world.sides.iter().map(|side| side.machine.counts()).collect();
     let carried = world.net.lock().restored_chunks();
-    [counts.iter().map(|c| c.resent_chunks).sum(), counts.iter().map(|c| c.restored_channels).sum(), carried]
+    [counts.iter().map(|c| c.resent_chunks).sum(), counts.iter().map(|c| c.restored_channels).sum(), carried, world.again as u64]
 }
 
 /// A run without faults, but over a network that reorders.
@@ -119,6 +134,8 @@ impl World {
             lossy: faults == Faults::Channels,
             reorders: false,
             join: None,
+            cut: None,
+            again: 0,
         }
     }
 
@@ -162,6 +179,7 @@ impl World {
                     }
                 }
             }
+            23 if self.cut.is_some() => self.cut(side, a),
             23..=26 => self.sides[side].poll(self.now),
             27 => self.busy(20),
             28 => self.now += Duration::from_millis(u64::from(b % 400)),
@@ -205,8 +223,10 @@ impl World {
 
     /// The next use of a channel fails, or a side gives it up; or a lost one is set up again.
     fn lose(&mut self, side: usize, channel: usize, a: u32) {
-        if self.rng.below(2) == 0 {
-            return self.set_up_again(side, channel, a);
+        match self.rng.below(8) {
+            0..=3 => return self.set_up_again(side, channel, a),
+            4 => return self.cut(side, a),
+            _ => {}
         }
         if channel + 1 == DEVICE_CHANNELS + HOST_CHANNELS {
             return self.busy(1);
@@ -215,6 +235,40 @@ impl World {
             0 => self.net.lock().wire(channel, side).failed = true,
             1 => [0, 1].into_iter().for_each(|side| self.net.lock().wire(channel, side).failed = true),
             _ => self.sides[side].channels.close_channel(channel as u16, err!(RemoteDisconnect, "simulated: given up")),
+        }
+    }
+
+    /// A step of a control connection that fails and is made again. The sides notice, and go on, one after the other; an attempt to make it
+    /// again may come to nothing in between.
+    fn cut(&mut self, side: usize, a: u32) {
+        let now = self.now;
+        let cut = self.cut.get_or_insert_default();
+        if cut.frozen != [true; 2] {
+            let side = if cut.frozen[side] { 1 - side } else { side };
+            (cut.frozen[side], cut.opened[side]) = (true, self.sides[side].suspend());
+            if cut.frozen == [true; 2] {
+                self.sides.iter_mut().for_each(|side| side.out.clear());
+            }
+        } else if a % 4 == 0 {
+            for side in [0, 1] {
+                cut.opened[side] = self.sides[side].suspend();
+                self.sides[side].out.clear();
+            }
+            cut.resumed = [false; 2];
+        } else if !std::mem::replace(&mut cut.resumed[side], true) {
+            self.again += self.sides[side].resume(cut.opened[1 - side], now);
+            if cut.resumed == [true; 2] {
+                self.cut = None;
+            }
+        }
+    }
+
+    /// A control connection that is being made again comes up.
+    fn mend(&mut self) {
+        for side in [0, 1, 0, 1] {
+            if self.cut.is_some() {
+                self.cut(side, 1);
+            }
         }
     }
 
@@ -397,8 +451,16 @@ impl World {
     /// Moves some bytes of a side's control connection to the other side.
     fn deliver_control(&mut self, side: usize, limit: usize) {
         self.sides[side].flush(self.now);
+        if self.cut.as_ref().is_some_and(|cut| cut.frozen == [true; 2] && !cut.resumed[1 - side]) {
+            // It waits in the new socket.
+            return;
+        }
         let n = self.sides[side].out.len().min(1 + limit % 20_000);
         let bytes: Vec<u8> = self.sides[side].out.drain(..n).collect();
+        if self.sides[1 - side].suspended {
+            // The old socket is not read any more.
+            return;
+        }
         if !bytes.is_empty() {
             let now = self.now;
             self.sides[1 - side].hear(&bytes, now);
@@ -520,6 +582,7 @@ impl World {
 
     /// Runs until all transfers have ended: at once without faults, by their deadlines with them.
     fn finish(mut self) -> Result<(), String> {
+        self.mend();
         for _ in 0..12 {
             if self.transfers.iter().any(|t| !t.ended) {
                 self.busy(5);

@@ -13,7 +13,8 @@ use crate::proto::{Machine, Scheduled, Setting};
 use crate::registry::{Registry, Retired};
 use crate::status::{Error, Result};
 use crate::types::Place;
-use crate::wire::queue::RxBuffer;
+use crate::wire::queue::{RxBuffer, MAX_FRAMES};
+use crate::wire::sent::SentRecords;
 use process::Mutex;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -24,6 +25,11 @@ pub(super) const PEER_TIMEOUT: Duration = Duration::from_secs(12);
 pub(super) const MATCH_TIMEOUT: Duration = Duration::from_secs(30);
 /// Fills memory that was given back to its owner.
 const FREED: u8 = 0xDD;
+
+/// Bytes in front of the frames of a record: their number, and how many records of the peer were opened.
+const RECORD: usize = 16;
+/// So many bytes of the peer are acknowledged at once.
+const ACKNOWLEDGE: usize = 4 << 10;
 
 /// A piece of memory, registered until it is given back.
 pub(super) struct Memory {
@@ -60,8 +66,14 @@ pub(super) struct Side {
     pub engine: [u8; 16],
     pub memory: Vec<Memory>,
     rx: RxBuffer,
-    /// Bytes of frames that were taken from the queue and not by the socket.
-    leaving: VecDeque<u8>,
+    /// Records that the socket has yet to take, or that the peer has not acknowledged.
+    pub sent: SentRecords,
+    /// The record of the peer that arrives, how many were opened, and how many bytes of them the peer does not know of.
+    partial: Vec<u8>,
+    opened: u64,
+    news: usize,
+    /// Its control connection has failed.
+    pub suspended: bool,
     /// Bytes of its control connection that the socket has taken and that have not reached the peer, and how many the socket
     /// takes.
     pub out: VecDeque<u8>,
@@ -117,7 +129,11 @@ impl Side {
             engine: [side as u8 + 1; 16],
             memory: Vec::new(),
             rx: RxBuffer::default(),
-            leaving: VecDeque::new(),
+            sent: SentRecords::new(0),
+            partial: Vec::new(),
+            opened: 0,
+            news: 0,
+            suspended: false,
             out: VecDeque::new(),
             room: 64 << 10,
             mute: false,
@@ -180,6 +196,52 @@ impl Side {
 
     /// Bytes of the peer's control connection arrive.
     pub(super) fn hear(&mut self, bytes: &[u8], now: Instant) {
+        self.partial.extend_from_slice(bytes);
+        while let Some(&header) = self.partial.first_chunk::<RECORD>() {
+            let number = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| header[at + i]));
+            let len = RECORD + number(0) as usize;
+            if self.partial.len() < len {
+                break;
+            }
+            let record: Vec<u8> = self.partial.drain(..len).collect();
+            (self.opened, self.news) = (self.opened + 1, self.news + len);
+            if let Err(e) = self.sent.acknowledged(number(8)) {
+                return self.fail(e, now);
+            }
+            self.hear_frames(&record[RECORD..], now);
+        }
+    }
+
+    /// Seals a record without hiding anything.
+    fn seal(&mut self, frames: &[u8]) {
+        let mut record = (frames.len() as u64).to_le_bytes().to_vec();
+        record.extend_from_slice(&self.opened.to_le_bytes());
+        record.extend_from_slice(frames);
+        self.news = 0;
+        self.sent.push(record);
+    }
+
+    /// Its control connection has failed. Returns how many records of the peer were opened.
+    pub(super) fn suspend(&mut self) -> u64 {
+        self.partial.clear();
+        self.suspended = true;
+        self.opened
+    }
+
+    /// It goes on over another one, of which nothing has arrived. Returns how many records are sent again.
+    pub(super) fn resume(&mut self, opened: u64, now: Instant) -> usize {
+        let before = self.sent.unwritten();
+        if let Err(e) = self.sent.resume(opened) {
+            self.fail(e, now);
+            return 0;
+        }
+        self.suspended = false;
+        self.machine.on_moved(self.sent.unwritten(), now);
+        usize::from(self.sent.unwritten() > before)
+    }
+
+    /// Frames of the peer arrive, without the records in which they come.
+    pub(super) fn hear_frames(&mut self, bytes: &[u8], now: Instant) {
         let kept = self.rx.extend(bytes);
         if self.machine.dead().is_some() {
             return;
@@ -220,33 +282,38 @@ impl Side {
 
     /// Bytes of its control connection that have not reached the peer.
     pub(super) fn unheard(&self) -> usize {
-        self.machine.unsent() + self.leaving.len() + self.out.len()
+        self.machine.unsent() + self.sent.unwritten() + self.out.len()
     }
 
     /// The socket takes as much of the queue as it has room for.
     pub(super) fn flush(&mut self, now: Instant) {
-        if self.machine.unsent() + self.leaving.len() == 0 {
+        let owes = self.news > ACKNOWLEDGE;
+        if self.suspended || (!owes && self.machine.unsent() + self.sent.unwritten() == 0) {
             return;
         }
         let mut took = 0;
         loop {
-            if self.leaving.is_empty() {
-                let Some(block) = self.machine.tx().take() else { break };
-                self.leaving.extend(block.frames());
-                self.machine.tx().recycle(block.into_bytes());
-            }
-            let n = self.leaving.len().min(self.room.saturating_sub(self.out.len()));
+            let Some(bytes) = self.sent.next() else {
+                match self.machine.tx().take() {
+                    Some(block) => {
+                        block.frames().chunks(MAX_FRAMES).for_each(|frames| self.seal(frames));
+                        self.machine.tx().recycle(block.into_bytes());
+                    }
+                    None if self.news > ACKNOWLEDGE => self.seal(&[]),
+                    None => break,
+                }
+                continue;
+            };
+            let n = bytes.len().min(self.room.saturating_sub(self.out.len()));
             if n == 0 {
                 break;
             }
-            let taken = self.leaving.drain(..n);
-            if self.mute {
-                drop(taken);
-            } else {
-                self.out.extend(taken);
+            if !self.mute {
+                self.out.extend(&bytes[..n]);
             }
+            self.sent.wrote(n);
             took += n;
         }
-        self.machine.on_sent(took, self.leaving.len(), now);
+        self.machine.on_sent(took, self.sent.unwritten(), now);
     }
 }

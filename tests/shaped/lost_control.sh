@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# The NIC of the control connection is lost in the middle of a transfer, and another NIC is left: packets dropped both ways, link down at
+# either host, address removed, the connection reset; writes, reads and messages over channels, and small ones inside of the control
+# connection. The control connection is made again over the other NIC, and everything ends in OK with every byte right, and without a long
+# pause. A peer that is killed is noticed at once all the same. Exit status 77: skipped.
+#
+# usage: lost_control.sh TCPX_PERF [FAULT OP]
+here=$0
+CONTROL_NIC=eth
+. "$(dirname "$0")/lib.sh"
+command -v iptables >/dev/null || skip "$name needs iptables"
+command -v ss >/dev/null || skip "$name needs ss"
+
+if [ $# -eq 1 ]; then
+  status=0
+  for fault in drop down near address reset kill; do
+    pids=()
+    for op in write read send small; do
+      "$here" "$perf" $fault $op >"$scratch/$fault-$op" 2>&1 &
+      pids+=($!)
+    done
+    for i in 0 1 2 3; do
+      wait "${pids[$i]}" || { rc=$?; [ $rc = 77 ] && [ $status = 0 ] && status=77 || status=1; }
+    done
+    cat "$scratch/$fault"-*
+  done
+  exit $status
+fi
+
+fault=$2 op=$3
+export UCCL_P2P_LOG_LEVEL=info
+hosts
+nics 100 100
+serve '10\.78\.1\.2:[0-9]+'
+port=${address##*:}
+
+client() { timeout 60 ip netns exec $a "$perf" client "$address" --verify --warmup 0 "$@" >"$scratch/client" 2>&1; }
+wrong() { grep -aiE 'mismatch|wrong|differ' "$scratch/client" "$scratch/server"; }
+# Bytes that both hosts have received over both NICs.
+moved() { for host in $a $b; do ip netns exec $host sh -c 'cat /sys/class/net/eth*/statistics/rx_bytes'; done | paste -sd+ | bc; }
+
+# Long enough to be in the middle of it.
+case $op in
+small) client --op write --total 16K --inflight 16 --iters 400 --channels 4 & ;;
+*) client --op "$op" --total 48M --iters 1 --channels 4 & ;;
+esac
+running=$!
+for _ in $(seq 100); do
+  sent=$(ip netns exec $a sh -c 'cat /sys/class/net/eth*/statistics/tx_bytes /sys/class/net/eth*/statistics/rx_bytes' | paste -sd+ | bc)
+  [ "$sent" -gt 4000000 ] && break
+  kill -0 $running 2>/dev/null || break
+  sleep 0.05
+done
+kill -0 $running 2>/dev/null || { echo "$name: $fault, $op: the transfer did not begin:"; cat "$scratch/client"; exit 1; }
+case $fault in
+drop) for host in $a $b; do ip netns exec $host iptables -A INPUT -i eth1 -j DROP; done ;;
+down) ip -n $b link set eth1 down ;;
+near) ip -n $a link set eth1 down ;;
+address) ip -n $b addr flush dev eth1 ;;
+reset) ip netns exec $b ss -K -t state established sport = ":$port" >"$scratch/ss" 2>&1 ;;
+kill) kill -KILL $server ;;
+esac
+if [ $fault = kill ]; then
+  began=$(date +%s%N) rc=0
+  wait $running || rc=$?
+  took=$((($(date +%s%N) - began) / 1000000))
+  [ $rc != 0 ] && [ $took -lt 2500 ] || failed=1
+  echo "$name: $fault, $op: the client ended with status $rc after $took ms"
+  [ $failed = 0 ] || tail -20 "$scratch/client"
+  exit $failed
+fi
+# The longest time in which less than 50 KB moved, in steps of 50 ms.
+pause=0 longest=0 before=$(moved)
+while kill -0 $running 2>/dev/null; do
+  sleep 0.05
+  now=$(moved)
+  if [ $((now - before)) -lt 50000 ]; then
+    pause=$((pause + 1))
+    [ $pause -le $longest ] || longest=$pause
+  else
+    pause=0 before=$now
+  fi
+done
+rc=0
+wait $running || rc=$?
+[ $rc = 0 ] && verdict=OK || { failed=1 verdict="FAILED: $(grep -aE 'ERROR|error' "$scratch/client" | head -1)"; }
+# A step takes longer than 50 ms on a busy machine, so limits are generous; without a move the connection ends. After a reset both NICs do.
+case $fault in
+reset) limit=30 to='10\.78\.[12]\.' ;;
+near) limit=30 to='10\.78\.2\.' ;;
+*) limit=100 to='10\.78\.2\.' ;;
+esac
+[ $longest -le $limit ] || { failed=1; verdict="$verdict, too long a pause"; }
+wrong && { failed=1; verdict="$verdict, WRONG BYTES"; }
+for side in client server; do
+  lines=$(grep -ac "the control connection with .* moved from .* to $to" "$scratch/$side" || true)
+  [ "$lines" = 1 ] || { failed=1 verdict="$verdict, $lines lines of the $side say that the control connection moved"; }
+done
+kill -0 $server 2>/dev/null || { failed=1; verdict="$verdict, the server has ended"; }
+echo "$name: $fault, $op: $verdict; longest pause $((longest * 50)) ms; $(grep -ao 'moved from .*' "$scratch/client" | head -1)"
+[ $failed = 0 ] || { echo "$name: the client:"; tail -20 "$scratch/client"; echo "$name: the server:"; tail -20 "$scratch/server"; }
+exit $failed
