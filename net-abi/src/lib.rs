@@ -379,6 +379,13 @@ pub struct ucclFlow {
     pub packet: u32,
     /// 0.
     pub reserved: u32,
+    /// Time in which it had bytes to send or to be acknowledged, microseconds, and the part of it in which the peer's receive window
+    /// held them up.
+    pub busy_us: u64,
+    /// See `busy_us`.
+    pub limited_us: u64,
+    /// Bytes of the oldest unfinished request that the kernel has: `waiting` or `acknowledged` counts them.
+    pub begun: u64,
 }
 
 /// The kernel's statistics of a comm's connection. Unknown values are 0.
@@ -448,6 +455,6 @@ const _: () = {
     assert!(offset_of!(ucclNetExt_v2, info) == 7 * 8);
     assert!(offset_of!(ucclNetExt_v2, protect) == 10 * 8);
     assert!(offset_of!(ucclNetExt_v2, connectRecv) == 14 * 8);
-    assert!(size_of::<ucclFlow>() == 48);
+    assert!(size_of::<ucclFlow>() == 72);
     assert!(size_of::<ucclCommInfo>() == 56);
 };

@@ -256,6 +256,11 @@ impl Comm {
         if let Some(io) = self.io.try_lock() {
             let socket = io.socket.as_ref().ok_or(NCCL_INVALID_ARGUMENT)?;
             let flow = tcp::flow(socket.as_raw_fd()).ok_or(NCCL_INTERNAL_ERROR)?;
+            let begun = match &io.side {
+                Side::Send(send) => send.begun() as u64,
+                Side::Recv(_) => 0,
+            };
+            let flow = ucclFlow { begun, ..flow };
             *self.flow.lock() = flow;
             return Ok(flow);
         }

@@ -2,7 +2,7 @@
 //! FIFO completion, bounce buffers with descriptors for device memory, `irecvConsumed`.
 //!
 //! - `abi`: the entries of the C tables; `state`, `config`, `logger`: per-process state
-//! - `interfaces`, `rendezvous`, `tcp`, `congestion`: devices, and connecting two of them
+//! - `interfaces`, `rendezvous`, `tcp`, `congestion`, `unsent`: devices, connecting two of them, and their sockets
 //! - `slot`, `ledger`: requests and their states; `send`, `recv`, `quantum`, `fragment`: moving their bytes; `pool`,
 //!   `adaptive_spin`: the I/O threads; `comm` combines them
 //! - `protect`: checksums and encryption of messages
@@ -35,6 +35,7 @@ mod send;
 mod slot;
 mod state;
 mod tcp;
+mod unsent;
 
 pub use config::{default_number, Kind, Variable, VARIABLES};
 

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use libc::iovec;
 use nccl_net_abi::{MAX_REQUESTS, NCCL_INTERNAL_ERROR, NCCL_SYSTEM_ERROR, NCCL_UNHANDLED_CUDA_ERROR};
@@ -14,6 +15,7 @@ use crate::ledger::{Failure, Ledger};
 use crate::protect::{Guard, Outgoing};
 use crate::quantum::{DataSocket, Turn, IOV_MAX, TURN_BYTES};
 use crate::slot::Cursor;
+use crate::unsent::Unsent;
 
 /// The source of device sends, once built.
 pub type Source = OnceLock<Arc<dyn SendSource>>;
@@ -26,6 +28,7 @@ pub struct SendIo {
     sent: usize,
     batch: Vec<iovec>,
     congestion: Rule,
+    unsent: Unsent,
     guard: Option<Box<Outgoing>>,
 }
 
@@ -41,6 +44,11 @@ impl SendIo {
     /// Protects all messages; none has been posted.
     pub fn protect(&mut self, guard: Guard) {
         self.guard = Some(Box::new(Outgoing::new(guard)));
+    }
+
+    /// Bytes of the oldest unfinished message that are in the kernel.
+    pub fn begun(&self) -> usize {
+        self.sent
     }
 
     /// One turn.
@@ -74,10 +82,14 @@ impl SendIo {
                     budget = budget.saturating_sub(sent);
                     // A short write means that the socket buffer is full; the kernel reports when it is not.
                     if sent < bytes {
+                        self.unsent.full(socket.fd, Instant::now());
                         return Ok(Turn::Wait);
                     }
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Turn::Wait),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.unsent.full(socket.fd, Instant::now());
+                    return Ok(Turn::Wait);
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(Failure::new(NCCL_SYSTEM_ERROR, error.to_string())),
             }

@@ -21,6 +21,10 @@ const RTT: usize = 68;
 const RETRANSMITS: usize = 100;
 const SEGMENTS: usize = 136;
 const DELIVERY_RATE: usize = 160;
+/// The time with bytes to send or to be acknowledged, and the part of it in which the peer's window held them up (both u64, microseconds,
+/// Linux 4.9).
+const BUSY: usize = 168;
+const WINDOW_LIMITED: usize = 176;
 
 /// The part of tcp_info that the kernel filled.
 struct Info {
@@ -53,6 +57,25 @@ pub fn min_rtt(fd: i32) -> Option<u32> {
     Info::read(fd)?.field(MIN_RTT).map(u32::from_ne_bytes).filter(|&us| us > 0 && us < u32::MAX)
 }
 
+/// Bytes a second that the peer acknowledged recently.
+pub fn delivery_rate(fd: i32) -> Option<u64> {
+    Info::read(fd)?.field(DELIVERY_RATE).map(u64::from_ne_bytes).filter(|&rate| rate > 0)
+}
+
+/// Limits how many bytes the kernel takes that it cannot send yet; 0: as many as the buffer holds. It matters little, so failure is ignored.
+pub fn limit_unsent(fd: i32, bytes: u32) {
+    // SAFETY: a buffer and its length.
+    unsafe {
+        libc::setsockopt(
+            fd,
+            libc::IPPROTO_TCP,
+            libc::TCP_NOTSENT_LOWAT,
+            (&raw const bytes).cast(),
+            size_of::<u32>() as libc::socklen_t,
+        )
+    };
+}
+
 /// Progress of a socket's bytes; 0 for values that an old kernel lacks.
 pub fn flow(fd: i32) -> Option<ucclFlow> {
     let info = Info::read(fd)?;
@@ -69,6 +92,9 @@ pub fn flow(fd: i32) -> Option<ucclFlow> {
         retries: info.field(RETRIES).map_or(0, u8::from_ne_bytes).into(),
         packet: info.field(PACKET).map_or(0, u32::from_ne_bytes),
         reserved: 0,
+        busy_us: info.field(BUSY).map_or(0, u64::from_ne_bytes),
+        limited_us: info.field(WINDOW_LIMITED).map_or(0, u64::from_ne_bytes),
+        begun: 0,
     })
 }
 

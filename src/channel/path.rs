@@ -102,11 +102,8 @@ pub(crate) trait Path: Send {
     /// The number of its channels.
     fn channels(&self) -> usize;
 
-    /// The limits of its chunks.
-    fn limits(&self) -> ChunkLimits;
-
-    /// The chunk length for a transfer of `total` bytes.
-    fn chunk_len(&self, total: u64) -> usize;
+    /// The limits of the chunks of a transfer of `total` bytes. Those of the largest are the limits of all.
+    fn limits(&self, total: u64) -> ChunkLimits;
 
     /// Whether one of its open channels carries memory between the place `local` here and the place `peer` at the peer.
     fn carries(&self, local: Place, peer: Place) -> bool;
@@ -142,6 +139,12 @@ pub(crate) trait Path: Send {
     /// # Errors
     /// When the connection must end.
     fn network(&mut self, each: &mut dyn FnMut(Line<'_>)) -> Result<()>;
+
+    /// Closes the channels of a NIC that has become so slow that others deliver sooner what it holds. Returns whether several NICs have
+    /// something to deliver, so that it must be called again soon.
+    fn relieve(&mut self, _now: Instant) -> bool {
+        false
+    }
 
     /// The two addresses of a channel in a direction, for an error text.
     fn describe(&self, channel: usize, way: Way) -> String;

@@ -97,7 +97,7 @@ impl Channels {
     pub(crate) fn limits(&self, channel: u16) -> Option<ChunkLimits> {
         let mut index = usize::from(channel);
         self.paths.iter().find_map(|path| match index.checked_sub(path.channels()) {
-            None => Some(path.limits()),
+            None => Some(path.limits(u64::MAX)),
             Some(rest) => {
                 index = rest;
                 None
@@ -108,10 +108,7 @@ impl Channels {
     /// The limits for the next chunk of a transfer of `total` bytes on a route.
     pub(crate) fn cut(&self, route: usize, total: u64) -> ChunkLimits {
         match self.paths.get(route) {
-            Some(path) => {
-                let limits = path.limits();
-                ChunkLimits { bytes: path.chunk_len(total).min(limits.bytes), ..limits }
-            }
+            Some(path) => path.limits(total),
             None => ChunkLimits { bytes: 0, pieces: 0, crossed: 0 },
         }
     }
@@ -346,6 +343,11 @@ impl Channels {
         self.close_nics(&|name| (name == nic).then(|| why.clone()))
     }
 
+    /// Closes channels of NICs that have become slow, if others deliver sooner what they hold. Returns whether to call it again soon.
+    pub(crate) fn relieve(&mut self, now: Instant) -> bool {
+        self.paths.iter_mut().fold(false, |again, path| path.relieve(now) | again)
+    }
+
     /// Describes a NIC that has received nothing for `timeout` although chunks are announced on it, even if other NICs receive.
     pub(crate) fn dead_nic(&self, timeout: Duration, now: Instant) -> Option<String> {
         let (nic, still, channels) = self.stillness.dead_nic(timeout, now)?;
@@ -515,11 +517,8 @@ mod tests {
         fn channels(&self) -> usize {
             self.channels
         }
-        fn limits(&self) -> ChunkLimits {
-            ChunkLimits { bytes: 100 * self.channels, pieces: 1, crossed: 1 }
-        }
-        fn chunk_len(&self, total: u64) -> usize {
-            total as usize
+        fn limits(&self, total: u64) -> ChunkLimits {
+            ChunkLimits { bytes: (100 * self.channels).min(total as usize), pieces: 1, crossed: 1 }
         }
         fn carries(&self, local: Place, peer: Place) -> bool {
             !self.device || (local.is_device() && peer.is_device())

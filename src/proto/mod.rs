@@ -413,7 +413,7 @@ impl Machine {
         self.state.expire_matches(now);
         limits::withdrawn(self.state.matching.withdrawn())?;
         let waits = self.state.queue.backlog() > 0 || self.state.matching.waiting() > 0;
-        let active = waits || self.state.deadlines.any() || self.state.losses.ending().is_some();
+        let active = channels.relieve(now) || waits || self.state.deadlines.any() || self.state.losses.ending().is_some();
         // A heartbeat needs another check only if it stays in the queue, see [`Machine::on_sent`].
         self.state.report(channels, now);
         self.state.liveness.plan(active, timeout.min(self.state.setting.match_timeout) / 3, now);

@@ -186,6 +186,16 @@ pub(crate) enum Scheduled {
     Blocked,
 }
 
+/// How the turn of a stream ended.
+enum Step {
+    /// A chunk was sent, or the stream has nothing to send.
+    Went,
+    /// No channel takes a chunk now.
+    Blocked,
+    /// The stream goes on over another route, maybe after a chunk.
+    Moved(usize),
+}
+
 impl Outgoing {
     /// Starts a stream; its places must have routes.
     pub(super) fn start(&mut self, key: Key, segments: Vec<Segment>, hold: Hold, channels: &Channels) -> Result<()> {
@@ -226,8 +236,9 @@ impl Outgoing {
     ) -> Result<Scheduled> {
         let mut announcing = Announcing::default();
         let may = limits::may_announce(self.unreported);
-        for route in 0..self.routes.len() {
-            let mut blocked = [false; 2];
+        let mut route = 0;
+        while route < self.routes.len() {
+            let (mut blocked, mut next_route) = ([false; 2], route + 1);
             while let Some(small) = self.routes[route].next(blocked) {
                 if announcing.chunks == limit {
                     announcing.flush(tx);
@@ -236,16 +247,20 @@ impl Outgoing {
                 if announcing.chunks >= may {
                     break;
                 }
-                if !self.chunk(route, small, channels, &mut announcing, tx, now)? {
-                    blocked[usize::from(small)] = true;
+                match self.chunk(route, small, channels, &mut announcing, tx, now)? {
+                    Step::Blocked => blocked[usize::from(small)] = true,
+                    Step::Went => {}
+                    // A route that was visited before is visited again.
+                    Step::Moved(to) => next_route = next_route.min(to),
                 }
             }
+            route = next_route;
         }
         announcing.flush(tx);
         Ok(Scheduled::Blocked)
     }
 
-    /// Sends the next chunk of a class on a route; `false` when no channel takes it now.
+    /// Sends the next chunk of a class on a route.
     fn chunk(
         &mut self,
         route: usize,
@@ -254,26 +269,26 @@ impl Outgoing {
         announcing: &mut Announcing,
         tx: &mut TxQueue,
         now: Instant,
-    ) -> Result<bool> {
-        let Some(&key) = self.routes[route].queue(small).front() else { return Ok(false) };
+    ) -> Result<Step> {
+        let Some(&key) = self.routes[route].queue(small).front() else { return Ok(Step::Blocked) };
         let next = self.streams.get_mut(&key).and_then(|out| out.next_places().map(|places| (out, places)));
         let Some((out, (place, peer))) = next else {
             // It was cancelled, or is in place.
             self.routes[route].took(small, 0, false);
             self.streams.get_mut(&key).into_iter().for_each(|out| out.queued = false);
-            return Ok(true);
+            return Ok(Step::Went);
         };
         let best = route_of((place, peer), channels)?;
         if best != route {
             // Channels were lost: what is next goes over another route.
             self.routes[route].took(small, 0, false);
             self.routes[best].queue(small).push_back(key);
-            return Ok(true);
+            return Ok(Step::Moved(best));
         }
         let limits = channels.cut(route, out.total);
         let rest = if small { out.unsent() } else { self.bulk_left };
         let want = Want { len: limits.bytes as u64, rest, total: out.total };
-        let Some((channel, most)) = channels.pick(route, place, want, !small, now) else { return Ok(false) };
+        let Some((channel, most)) = channels.pick(route, place, want, !small, now) else { return Ok(Step::Blocked) };
         let limits = ChunkLimits { bytes: most.min(limits.bytes), ..limits };
         let Some((offset, chunk)) = out.cut(limits) else { bail!(Internal, "a stream ended early") };
         debug_assert_eq!((chunk.place, chunk.peer), (place, peer));
@@ -287,10 +302,9 @@ impl Outgoing {
         let next_route = out.next_places().map(|places| route_of(places, channels)).transpose()?;
         out.queued = next_route.is_some();
         self.routes[route].took(small, len, next_route == Some(route));
-        if let Some(other) = next_route.filter(|&next| next != route) {
-            self.routes[other].queue(small).push_back(key);
-        }
-        Ok(true)
+        let Some(other) = next_route.filter(|&next| next != route) else { return Ok(Step::Went) };
+        self.routes[other].queue(small).push_back(key);
+        Ok(Step::Moved(other))
     }
 
     /// A channel has sent a chunk. Returns its stream if no channel reads from it any more.

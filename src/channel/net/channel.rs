@@ -6,7 +6,7 @@ use super::receiving::Receiving;
 use super::sending::Sending;
 use super::usage::{Resources, Usage};
 use crate::channel::path::{Arrival, Copier, Departure, Line};
-use crate::channel::stripe::Load;
+use crate::channel::stripe::{Flow, Load};
 use crate::direct::{Event, Way};
 use crate::net::setup::Pair;
 use crate::net::signals::Quiet;
@@ -14,7 +14,7 @@ use crate::stats::{ChannelStats, Network};
 use crate::status::{Error, Result};
 use crate::types::Place;
 use nccl_net_abi::{ucclCommInfo, MAX_REQUESTS};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// One channel.
 pub(crate) struct Channel {
@@ -45,9 +45,8 @@ impl Channel {
         !self.sending.outgoing.is_empty() || self.receiving.under_way() > 0
     }
 
-    /// Bytes that the peer has acknowledged, bytes in flight, and the round trip, as far as the plugin reports them; `None` if it
-    /// cannot report now.
-    pub(super) fn flow(&self) -> Option<(u64, u64, Duration)> {
+    /// See [`Sending::flow`].
+    pub(super) fn flow(&self) -> Option<Flow> {
         self.sending.flow()
     }
 

@@ -13,13 +13,13 @@ pub(crate) use usage::Usage;
 
 use super::path::{Arrival, Change, Copier, Departure, Dest, Line, Path};
 use super::plan::{chunk_len, ChunkLimits, MAX_CROSSED, MAX_PARTS};
-use super::stripe::{Loads, Nic, LEFT_ALONE};
+use super::stripe::{self, Flow, Loads, Nic, LEFT_ALONE};
 use crate::direct::{Event, Way};
 use crate::stats::ChannelStats;
 use crate::status::{bail, Result};
 use crate::types::Place;
 use slot::Slot;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use usage::Resources;
 
 /// Channels over one plugin.
@@ -58,15 +58,15 @@ impl NetPath {
     /// Samples the progress of each NIC, when due.
     fn look(&mut self, now: Instant) {
         for (number, nic) in self.nics.iter_mut().enumerate().filter(|(_, nic)| nic.due(now)) {
-            let mine = self.slots.iter().filter(|slot| slot.nic == number && slot.is_open());
-            let sum = mine.map(Slot::flow).try_fold((0, 0, Duration::ZERO), |(a, b, r), flow| {
-                let (acknowledged, backlog, round_trip) = flow?;
-                Some((a + acknowledged, b + backlog, r.max(round_trip)))
-            });
-            match sum {
-                Some((acknowledged, backlog, round_trip)) => nic.look(acknowledged, backlog, round_trip, now),
-                None => nic.postpone(now),
-            }
+            let mine = |slot: &&mut Slot| slot.nic == number && slot.is_open();
+            let (mut flows, none) = (self.slots.iter_mut().filter(mine), Flow { measured: true, ..Flow::default() });
+            let Some(flow) = flows.try_fold(none, |sum, slot| Some(sum.and(slot.flow()?))) else {
+                nic.postpone(now);
+                continue;
+            };
+            // Channels of a NIC are busy at the same time.
+            let busy = self.slots.iter_mut().filter(mine).map(Slot::busy_time).max().unwrap_or_default();
+            nic.look(flow, busy, now);
         }
     }
 
@@ -95,14 +95,11 @@ impl Path for NetPath {
         self.slots.len()
     }
 
-    fn limits(&self) -> ChunkLimits {
-        ChunkLimits { bytes: self.usage.chunk_bytes, pieces: MAX_PARTS, crossed: MAX_CROSSED }
-    }
-
-    fn chunk_len(&self, total: u64) -> usize {
+    fn limits(&self, total: u64) -> ChunkLimits {
         let open = self.slots.iter().filter(|slot| slot.is_open()).count();
         let share = if total <= self.usage.alone && !self.compares() { 1 } else { open };
-        chunk_len(total, share, self.usage.chunk_bytes)
+        let bytes = chunk_len(total, share, self.usage.chunk_bytes);
+        ChunkLimits { bytes, pieces: MAX_PARTS, crossed: MAX_CROSSED }
     }
 
     fn carries(&self, local: Place, peer: Place) -> bool {
@@ -184,17 +181,33 @@ impl Path for NetPath {
             Change::Restore(pair) => Some(self.nic((&pair.nic, &pair.peer_nic))),
             _ => None,
         };
-        let slot = self.slot(channel)?;
+        let (slot, closes) = (self.slot(channel)?, matches!(change, Change::Close(_)));
         match change {
             Change::Close(why) => slot.give_up(&why),
             Change::Restore(pair) => slot.restore(*pair)?,
             Change::Open => slot.released(),
         }
         slot.nic = nic.unwrap_or(slot.nic);
-        // Measurements span the channels that are open.
+        // Measurements span the channels that are open. A NIC that was slow before its channels came back may be so still.
         let nic = slot.nic;
-        self.nics[nic] = Nic::default();
+        match closes {
+            true => self.nics[nic] = Nic::default(),
+            false => self.nics[nic].restart(),
+        }
         Ok(())
+    }
+
+    fn relieve(&mut self, now: Instant) -> bool {
+        if !self.compares() {
+            return false;
+        }
+        self.look(now);
+        let open = |nic: usize| self.slots.iter().any(|slot| slot.nic == nic && slot.is_open());
+        if let Some((nic, stuck)) = stripe::stuck(&self.nics, open, now) {
+            self.slots.iter_mut().filter(|slot| slot.nic == nic && slot.holds()).for_each(|slot| slot.fail_slow(stuck));
+            self.nics[nic].emptied(now);
+        }
+        self.nics.iter().any(|nic| nic.backlog() > 0)
     }
 
     fn busy(&self) -> bool {
@@ -216,7 +229,7 @@ impl Path for NetPath {
             return;
         }
         // Short chunks pass a slow NIC in bursts: the long-term speed is measured here.
-        let fastest = self.nics.iter().map(Nic::speed).fold(0.0, f64::max);
+        let fastest = self.nics.iter().map(Nic::floor).fold(0.0, f64::max);
         for (stats, slot) in out[first..].iter_mut().zip(&self.slots) {
             let speed = self.nics[slot.nic].speed();
             stats.avoided = speed > 0.0 && speed < LEFT_ALONE * fastest;

@@ -8,7 +8,7 @@ use crate::channel::device::gather;
 use crate::channel::memory::{HostBlock, PAGE};
 use crate::channel::path::{Copier, Departure, Outbound};
 use crate::channel::plan::Chunk;
-use crate::channel::stripe::{Load, Rate};
+use crate::channel::stripe::{Flow, Load, Rate};
 use crate::direct::Event;
 use crate::net::comm::{MHandle, SendComm};
 use crate::region::Hold;
@@ -103,13 +103,20 @@ impl Sending {
         self.outgoing.front().map_or(0, |o| o.len as u64)
     }
 
-    /// Bytes that the peer has acknowledged, bytes in flight, and the round trip, as far as the plugin reports them; `None` if it
-    /// cannot report now.
-    pub(super) fn flow(&self) -> Option<(u64, u64, Duration)> {
+    /// What the network has done with its bytes, as far as the plugin reports it; `None` if it cannot report now.
+    pub(super) fn flow(&self) -> Option<Flow> {
         match self.comm.flow() {
             Some(flow) if flow.stale != 0 => None,
-            Some(flow) => Some((flow.acknowledged, self.queued + flow.waiting, Duration::from_micros(flow.min_rtt_us.into()))),
-            None => Some((self.counts.bytes, self.queued, Duration::ZERO)),
+            Some(flow) => Some(Flow {
+                acknowledged: flow.acknowledged,
+                backlog: self.queued.saturating_sub(flow.begun.min(self.oldest())) + flow.waiting,
+                in_flight: u64::from(flow.unanswered) * u64::from(flow.packet),
+                busy: Duration::from_micros(flow.busy_us),
+                limited: Duration::from_micros(flow.limited_us),
+                round_trip: Duration::from_micros(flow.min_rtt_us.into()),
+                measured: flow.busy_us > 0 || flow.acknowledged == 0,
+            }),
+            None => Some(Flow { acknowledged: self.counts.bytes, backlog: self.queued, ..Flow::default() }),
         }
     }
 

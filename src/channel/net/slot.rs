@@ -5,7 +5,7 @@
 use super::channel::Channel;
 use super::usage::{Resources, Usage};
 use crate::channel::path::{Arrival, Copier, Departure, Line, Outbound};
-use crate::channel::stripe::Load;
+use crate::channel::stripe::{Flow, Load, Stuck};
 use crate::direct::{Event, Way};
 use crate::net::setup::Pair;
 use crate::net::signals::Quiet;
@@ -45,6 +45,8 @@ pub(super) struct Slot {
     before: (u64, u64),
     past: ChannelStats,
     name: String,
+    /// The busy time of the flow at the last sample of its NIC, and of the last flow.
+    busy: (Duration, Duration),
 }
 
 /// Whether an error costs the channel, and not the connection: the network or the peer's end of the channel has failed.
@@ -60,7 +62,8 @@ impl Slot {
             Seat::Up(pair) => Some(Channel::new(*pair)),
             Seat::Lost(..) => None,
         };
-        Slot { channel, failed: None, waits: false, nic, moved: None, acknowledged: 0, before: (0, 0), past, name }
+        let (before, busy) = ((0, 0), Default::default());
+        Slot { channel, failed: None, waits: false, nic, moved: None, acknowledged: 0, before, past, name, busy }
     }
 
     /// These comms take the place of the closed channel.
@@ -72,7 +75,7 @@ impl Slot {
             bail!(Internal, "a channel on {} is restored that was not closed", self.name);
         }
         self.name.clone_from(&pair.nic);
-        self.before = self.moved.unwrap_or_default();
+        (self.before, self.busy) = (self.moved.unwrap_or_default(), Default::default());
         (self.channel, self.failed, self.waits) = (Some(Channel::new(pair)), None, true);
         Ok(())
     }
@@ -118,6 +121,17 @@ impl Slot {
         why.into_iter().for_each(|why| self.fail(why));
     }
 
+    /// Its NIC has become slow, while others are fast.
+    pub(super) fn fail_slow(&mut self, Stuck { bytes, seconds }: Stuck) {
+        let (name, mb) = (&self.name, bytes as f64 / 1e6);
+        self.give_up(&err!(RemoteDisconnect, "{name} has become slow: it would need {seconds:.1} s for {mb:.1} MB"));
+    }
+
+    /// Whether it is open and holds bytes that the peer has not acknowledged.
+    pub(super) fn holds(&self) -> bool {
+        self.open().and_then(Channel::flow).is_some_and(|flow| flow.backlog > 0)
+    }
+
     /// See [`Channel::quiet`].
     pub(super) fn quiet(&self) -> Option<Quiet> {
         self.channel.as_ref().and_then(Channel::quiet)
@@ -129,8 +143,17 @@ impl Slot {
     }
 
     /// See [`Channel::flow`]; `None` if the plugin cannot report now.
-    pub(super) fn flow(&self) -> Option<(u64, u64, Duration)> {
-        self.channel.as_ref().and_then(Channel::flow)
+    pub(super) fn flow(&mut self) -> Option<Flow> {
+        let flow = self.channel.as_ref().and_then(Channel::flow)?;
+        self.busy.1 = flow.busy;
+        Some(flow)
+    }
+
+    /// How long the network had something to do for it between the flows that were last told and this call before.
+    pub(super) fn busy_time(&mut self) -> Duration {
+        let (before, now) = self.busy;
+        self.busy.0 = now;
+        now.saturating_sub(before)
     }
 
     /// Its load for a chunk from `place`; `nic`: the index of its NIC among those with open channels.

@@ -6,7 +6,7 @@ mod nic;
 #[cfg(test)]
 mod simulation;
 
-pub(crate) use nic::Nic;
+pub(crate) use nic::{Flow, Nic, Stuck};
 
 use std::time::{Duration, Instant};
 
@@ -30,6 +30,8 @@ pub(crate) struct NicLoad {
     pub backlog: u64,
     /// Measured speed, bytes per second; 0 while unknown.
     pub speed: f64,
+    /// Bytes per second that it moves at least, even while its speed is unknown.
+    pub floor: f64,
     /// While its speed is unknown: the bytes that it may have in flight.
     pub trust: u64,
     /// Bytes that have been acknowledged so far.
@@ -100,6 +102,8 @@ const PAGE: u64 = nccl_net_abi::PAGE as u64;
 /// Less for a slow one.
 const BACKLOG: Duration = Duration::from_millis(50);
 const SLOW_BACKLOG: Duration = Duration::from_millis(20);
+/// A NIC is relieved of what it holds if others would deliver that in this fraction of the time.
+const SOONER: f64 = 0.125;
 /// Estimates of slow NICs may be wrong by this factor before a transfer waits for one.
 const CAUTION: f64 = 1.5;
 /// Only transfers of at least this size probe a slow NIC.
@@ -146,7 +150,7 @@ fn pick_nic(loads: &Loads, want: Want) -> Option<Pick> {
         free[load.nic] = true;
     }
     let backlog = |nic: usize| loads.nics[nic].backlog;
-    let fastest = loads.nics.iter().map(|nic| nic.speed).fold(0.0, f64::max);
+    let fastest = loads.nics.iter().map(|nic| nic.floor).fold(0.0, f64::max);
     let share = |nic: usize| match loads.nics[nic].speed {
         speed if speed > 0.0 && speed < SLOW_NIC * fastest => speed / fastest,
         _ => 1.0,
@@ -180,7 +184,7 @@ fn pick_nic(loads: &Loads, want: Want) -> Option<Pick> {
             loads.nics[c.nic].probe.filter(|_| c.share < LEFT_ALONE && backlog(c.nic) == 0 && want.rest >= WORTH_A_PROBE)?;
         let harmless = HARMLESS * without(c.nic, n, &backlog, &share, want.rest) * c.share;
         let len = if probe.at_any_cost { probe.len.max(harmless as u64) } else { harmless as u64 / PAGE * PAGE };
-        (len >= SHORTEST).then(|| within(c.nic, len.min(want.len)))?
+        (probe.at_any_cost || len >= SHORTEST).then(|| within(c.nic, len.min(want.len)))?
     };
     if let Some(pick) = candidates().find_map(probe) {
         return Some(pick);
@@ -197,6 +201,19 @@ fn pick_nic(loads: &Loads, want: Want) -> Option<Pick> {
         merit(a).cmp(&merit(b)).then(by_finish(b, a))
     };
     candidates().max_by(by_merit).and_then(|c| within(c.nic, c.len))
+}
+
+/// A NIC that has become too slow for what it holds, if others would deliver that in a fraction of the time. Not where the receiver holds
+/// bytes up: it may be the cause everywhere. `open`: which NICs have open channels.
+pub(crate) fn stuck(nics: &[Nic], open: impl Fn(usize) -> bool, now: Instant) -> Option<(usize, Stuck)> {
+    let slow = nics.iter().enumerate().filter(|&(nic, _)| open(nic)).filter_map(|(nic, state)| Some((nic, state.stuck(now)?)));
+    let (nic, stuck) = slow.max_by(|a, b| a.1.seconds.total_cmp(&b.1.seconds))?;
+    let mut others = nics.iter().enumerate().filter(|&(other, _)| other != nic && open(other));
+    if others.clone().any(|(_, other)| other.is_held()) {
+        return None;
+    }
+    let (speed, bytes) = others.by_ref().fold((0.0, stuck.bytes), |(s, b), (_, other)| (s + other.floor(), b + other.backlog()));
+    (bytes as f64 <= SOONER * stuck.seconds * speed).then_some((nic, stuck))
 }
 
 /// When the other NICs of `n` would have finished their backlog and `rest`.

@@ -1,13 +1,16 @@
 //! Striping over simulated NICs, in whole bytes and microseconds: shapers with token buckets, socket buffers of limited size, and
 //! windows of chunks. As in reality, the scheduler runs only when the kernel has taken a chunk.
 
-use super::{pick, Load, Loads, Nic, Want};
+use super::{pick, stuck, Flow, Load, Loads, Nic, Want};
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 const STEP_US: u64 = 50;
 const CHUNK: u64 = 512 << 10;
 const WINDOW: usize = 8;
+const BULK_BYTES: u64 = 2 << 20;
+/// How often a machine looks for NICs that are stuck.
+const TICK_US: u64 = 50_000;
 const MIB: u64 = 1 << 20;
 
 struct SimulatedChannel {
@@ -17,6 +20,8 @@ struct SimulatedChannel {
     queued: u64,
     /// Bytes in the kernel.
     buffer: u64,
+    /// Time with such bytes since the last look.
+    busy_us: u64,
 }
 
 struct SimulatedNic {
@@ -33,6 +38,8 @@ struct World {
     start: Instant,
     us: u64,
     buffer: u64,
+    /// How often a NIC was relieved of what it held.
+    relieved: usize,
     channels: Vec<SimulatedChannel>,
     nics: Vec<SimulatedNic>,
     learned: Vec<Nic>,
@@ -45,11 +52,12 @@ fn mbit(rate: u64) -> u64 {
 impl World {
     fn new(mbits: &[u64], channels: usize, buffer: u64) -> World {
         let nic = |&rate| SimulatedNic { rate: mbit(rate), tokens: 0, bucket: 128 << 10, sent: 0, turn: 0 };
-        let channel = |i| SimulatedChannel { nic: i % mbits.len(), chunks: VecDeque::new(), queued: 0, buffer: 0 };
+        let channel = |i| SimulatedChannel { nic: i % mbits.len(), chunks: VecDeque::new(), queued: 0, buffer: 0, busy_us: 0 };
         World {
             start: Instant::now(),
             us: 0,
             buffer,
+            relieved: 0,
             channels: (0..mbits.len() * channels).map(channel).collect(),
             nics: mbits.iter().map(nic).collect(),
             learned: mbits.iter().map(|_| Nic::default()).collect(),
@@ -65,11 +73,14 @@ impl World {
         for (n, learned) in self.learned.iter_mut().enumerate() {
             if learned.due(now) {
                 let backlog = self.channels.iter().filter(|c| c.nic == n).map(|c| c.queued + c.buffer).sum();
-                learned.look(self.nics[n].sent, backlog, Duration::ZERO, now);
+                let busy = self.channels.iter_mut().filter(|c| c.nic == n).map(|c| std::mem::take(&mut c.busy_us)).max().unwrap_or(0);
+                let flow = Flow { acknowledged: self.nics[n].sent, backlog, measured: true, ..Flow::default() };
+                learned.look(flow, Duration::from_micros(busy), now);
             }
         }
         let window = if bulk { WINDOW } else { 2 * WINDOW };
-        let load = |c: &SimulatedChannel| Load { free: window - c.chunks.len(), queued: c.queued, rate: 0.0, nic: c.nic };
+        let free = |c: &SimulatedChannel| if bulk && c.queued >= BULK_BYTES { 0 } else { window - c.chunks.len() };
+        let load = |c: &SimulatedChannel| Load { free: free(c), queued: c.queued, rate: 0.0, nic: c.nic };
         Loads {
             channels: self.channels.iter().map(load).collect(),
             nics: self.learned.iter().map(|nic| nic.load(now)).collect(),
@@ -94,9 +105,25 @@ impl World {
         }
     }
 
+    /// Closes the channels of a NIC that is stuck, and opens them again at once. Returns the bytes that have to be sent again.
+    fn relieve(&mut self) -> u64 {
+        self.loads(true);
+        let now = self.now();
+        let Some((nic, _)) = stuck(&self.learned, |_| true, now) else { return 0 };
+        self.learned[nic].emptied(now);
+        self.relieved += 1;
+        let mine = self.channels.iter_mut().filter(|channel| channel.nic == nic);
+        mine.map(|channel| {
+            channel.chunks.clear();
+            std::mem::take(&mut channel.queued) + std::mem::take(&mut channel.buffer)
+        })
+        .sum()
+    }
+
     /// Advances the time by one step; returns whether a chunk was sent.
     fn step(&mut self) -> bool {
         self.us += STEP_US;
+        self.channels.iter_mut().filter(|channel| channel.buffer > 0).for_each(|channel| channel.busy_us += STEP_US);
         for (n, nic) in self.nics.iter_mut().enumerate() {
             nic.tokens = (nic.tokens + nic.rate * STEP_US).min(nic.bucket.max(nic.rate * STEP_US / 1_000_000 + 1) * 1_000_000);
             let mut mine: Vec<&mut SimulatedChannel> = self.channels.iter_mut().filter(|c| c.nic == n).collect();
@@ -140,7 +167,10 @@ impl World {
                 "nothing is in flight and nothing would retry"
             );
             assert!(self.us - began < 600_000_000, "the transfer never ends");
-            if self.step() {
+            let gone = self.step();
+            let relieved = if self.us % TICK_US == 0 { self.relieve() } else { 0 };
+            rest += relieved;
+            if gone || relieved > 0 {
                 self.loads(bulk);
                 self.schedule(&mut rest, bulk);
             }
@@ -259,6 +289,44 @@ fn simulated_equal_nics_share_alike() {
         for nic in &world.nics {
             let share = nic.sent as f64 * nics as f64 / all as f64;
             assert!((0.9..1.1).contains(&share), "{share}");
+        }
+    }
+}
+
+/// Bytes a second in transfers of this size, for so long, and the worst second.
+fn rates(world: &mut World, bytes: u64, seconds: u64) -> (f64, f64) {
+    let (began, mut done, mut worst, mut second, mut last) = (world.us, 0, f64::INFINITY, 1_000_000, 0);
+    while world.us - began < seconds * 1_000_000 {
+        world.transfer(bytes);
+        done += bytes;
+        if world.us - began >= second {
+            worst = worst.min((done - last) as f64 * 1e6 / (world.us - began + 1_000_000 - second) as f64);
+            (last, second) = (done, world.us - began + 1_000_000);
+        }
+    }
+    (done as f64 * 1e6 / (world.us - began) as f64, worst)
+}
+
+#[test]
+fn simulated_nics_that_become_slow_cost_nothing_after_two_seconds() {
+    for (fast, nics) in [(1000, 2), (10_000, 2), (40_000, 2), (1000, 4), (40_000, 4)] {
+        for slow in [1, 5, 20, 100] {
+            for (buffer, bytes) in [(1 << 20, 8 * MIB), (4 << 20, 8 * MIB), (4 << 20, MIB), (4 << 20, 64 * MIB)] {
+                let what = format!("{nics} NICs of {fast} Mbit/s, half of them {slow} then, buffers of {} KiB, {} MiB", buffer >> 10, bytes / MIB);
+                let mut alone = World::new(&vec![fast; nics / 2], 1, buffer);
+                let best = rates(&mut alone, bytes, 1).0;
+                let mut world = World::new(&vec![fast; nics], 1, buffer);
+                let before = rates(&mut world, bytes, 1).0;
+                world.nics.iter_mut().skip(nics / 2).for_each(|nic| nic.rate = mbit(slow));
+                let (first, _) = rates(&mut world, bytes, 2);
+                let relieved = world.relieved;
+                let (rate, worst) = rates(&mut world, bytes, 6);
+                println!(
+                    "{what}: {:.2} before, then {:.2}, from 2 s on {:.2}, worst second {:.2}; relieved {relieved} times, then {}",
+                    before / best, first / best, rate / best, worst / best, world.relieved - relieved
+                );
+                assert!(rate >= 0.9 * best, "{what}: {:.2}", rate / best);
+            }
         }
     }
 }

@@ -42,11 +42,8 @@ impl Path for SimulatedDefect {
     fn channels(&self) -> usize {
         1
     }
-    fn limits(&self) -> ChunkLimits {
+    fn limits(&self, _total: u64) -> ChunkLimits {
         ChunkLimits { bytes: 4096, pieces: 1, crossed: 1 }
-    }
-    fn chunk_len(&self, _total: u64) -> usize {
-        4096
     }
     fn carries(&self, _local: Place, _peer: Place) -> bool {
         true

@@ -124,6 +124,15 @@ fn a_sender_of_tiny_chunks_stays_below_what_its_peer_keeps() {
 }
 
 #[test]
+fn a_stream_goes_on_over_a_lower_route_at_once() {
+    let mut both = Both::new();
+    tiny_chunks(&mut both, 6);
+    let (now, me) = (both.now, &mut both.sides[0]);
+    me.machine.schedule(&mut me.channels, 100, now).expect("scheduled");
+    assert_eq!(me.channels.under_way(), 6);
+}
+
+#[test]
 fn a_message_that_no_channel_carries_fails_alone_at_both_sides() {
     let mut both = Both::new();
     // The channels for host memory are missing.

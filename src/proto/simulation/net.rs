@@ -265,13 +265,10 @@ impl Path for SimulatedPath {
         );
     }
 
-    fn limits(&self) -> ChunkLimits {
+    fn limits(&self, total: u64) -> ChunkLimits {
         // The limits differ by route.
-        ChunkLimits { bytes: self.chunk_bytes, pieces: if self.device { 64 } else { MAX_PARTS }, crossed: MAX_CROSSED }
-    }
-
-    fn chunk_len(&self, total: u64) -> usize {
-        chunk_len(total, self.channels, self.chunk_bytes)
+        let bytes = chunk_len(total, self.channels, self.chunk_bytes);
+        ChunkLimits { bytes, pieces: if self.device { 64 } else { MAX_PARTS }, crossed: MAX_CROSSED }
     }
 
     fn carries(&self, local: Place, peer: Place) -> bool {
