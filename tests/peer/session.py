@@ -44,7 +44,10 @@ def read_exactly(sock, size):
     data = bytearray(size)
     view = memoryview(data)
     while view:
-        n = sock.recv_into(view)
+        try:
+            n = sock.recv_into(view)
+        except ConnectionResetError:
+            n = 0
         if n == 0:
             raise Failed(ERR_REMOTE_DISCONNECT, "the peer closed a TCP connection")
         view = view[n:]
