@@ -252,9 +252,11 @@ impl Sending {
     /// The comm stays open: what it may read, with the regions of its chunks, stays in use until the process ends.
     pub(super) fn close(&mut self) -> Result<()> {
         let closed = self.comm.close();
-        if closed.is_err() {
-            let staging = (self.host_out.take(), std::mem::take(&mut self.device_out));
-            std::mem::forget((std::mem::take(&mut self.outgoing), staging));
+        let used = (std::mem::take(&mut self.outgoing), self.host_out.take(), std::mem::take(&mut self.device_out));
+        match closed {
+            // Its registrations go while the receive comm is open.
+            Ok(()) => drop(used),
+            Err(_) => std::mem::forget(used),
         }
         closed
     }

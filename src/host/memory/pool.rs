@@ -18,9 +18,9 @@ const MOST: usize = 16;
 const MOST_IN_ALL: usize = 64;
 /// Slices that are worth another thread.
 const SLICES_PER_THREAD: usize = 4;
-/// Slices that a thread takes at once at most, where no other transfer waits: threads that are at neighbouring pages wait for each other
-/// in the kernel, and for the queue.
-const AT_ONCE: usize = 4;
+/// Slices that a thread takes at once at most, where no other transfer waits. Threads that read neighbouring pages wait for each other in the
+/// kernel, which has a lock for the page table of each 2 MiB.
+const AT_ONCE: usize = 16;
 /// A slice that takes longer than this holds its thread up. A usual one takes microseconds.
 const HELD_UP: Duration = Duration::from_millis(20);
 /// What a slice is taken to cost until it has ended, nanoseconds.
@@ -135,7 +135,7 @@ impl Job {
     /// Does a slice, if one is left that no thread has. Whether it did.
     pub(crate) fn help(&self) -> bool {
         let slices = self.claim(1);
-        slices.map(|slices| self.run(slices)).is_some()
+        slices.map(|slices| self.run(slices, || ())).is_some()
     }
 
     /// Takes the next slices, `most` of them, which [`Job::run`] must follow.
@@ -151,7 +151,8 @@ impl Job {
         None
     }
 
-    fn run(&self, slices: Range<usize>) {
+    /// Does these slices, and calls `between` after each.
+    fn run(&self, slices: Range<usize>, mut between: impl FnMut()) {
         let mut last = false;
         for index in slices {
             if self.cancelled.load(Ordering::SeqCst) {
@@ -163,6 +164,7 @@ impl Job {
                 last = true;
             }
             last |= self.left.fetch_sub(1, Ordering::SeqCst) == 1;
+            between();
         }
         self.leave(last);
     }
@@ -298,8 +300,9 @@ impl Queue {
                 continue;
             };
             let job = transfers.0[of].what.front().cloned();
-            let most = |job: &Job| if alone { (job.unclaimed() / (2 * self.threads).max(1)).clamp(1, AT_ONCE) } else { 1 };
-            let Some((job, slices)) = job.and_then(|job| job.claim(most(&job)).map(|slices| (job, slices))) else {
+            let waiting = || transfers.0[of].what.iter().map(|job| job.unclaimed()).sum::<usize>();
+            let most = if alone { (waiting() / (2 * self.threads).max(1)).clamp(1, AT_ONCE) } else { 1 };
+            let Some((job, slices)) = job.and_then(|job| job.claim(most).map(|slices| (job, slices))) else {
                 let jobs = &mut transfers.0[of].what;
                 jobs.pop_front();
                 if jobs.is_empty() {
@@ -450,15 +453,20 @@ fn work(inner: &Arc<Inner>, number: usize) {
             _ => drop(queue),
         }
         let (flow, begun) = (job.flow, Instant::now());
-        job.run(slices);
+        let mut away = Duration::ZERO;
+        job.run(slices, || {
+            let now = Instant::now();
+            if yields.is_due(now) {
+                std::thread::yield_now();
+                let after = Instant::now();
+                yields.yielded(now, after);
+                away += after - now;
+            }
+        });
         drop(job);
-        let ended = Instant::now();
-        if yields.is_due(ended) {
-            std::thread::yield_now();
-            yields.yielded(ended, Instant::now());
-        }
+        let took = begun.elapsed().saturating_sub(away);
         queue = inner.queue.lock();
-        queue.done(number, flow, ended - begun);
+        queue.done(number, flow, took);
     }
 }
 
@@ -637,7 +645,7 @@ mod tests {
         let mut order = Vec::new();
         for _ in 0..takes {
             let Some((job, slices)) = queue.take(0) else { break };
-            job.run(slices);
+            job.run(slices, || ());
             order.push(job.flow.transfer);
             queue.done(0, job.flow, Duration::ZERO);
         }
