@@ -414,9 +414,14 @@ impl RawComm {
         within(&self.gpu, || unsafe { self.plugin.registrations().acquire(&self.plugin, at, data as usize, len, kind) })
     }
 
+    /// Bytes that the network has moved: as the plugin says, else as its sockets do.
     fn progress_bytes(&self) -> Result<Option<u64>> {
         // SAFETY: the comm is live.
-        unsafe { self.plugin.progress(self.comm) }
+        if let Some(bytes) = unsafe { self.plugin.progress(self.comm) }? {
+            return Ok(Some(bytes));
+        }
+        let moved = self.sockets.moved().map_err(|e| err!(RemoteDisconnect, "a data socket: {e}"))?;
+        Ok(moved.map(|moved| if matches!(self.kind, CommKind::Recv) { moved.received } else { moved.acknowledged }))
     }
 
     fn describe(&self) -> Option<String> {
@@ -454,9 +459,13 @@ impl SendComm {
         unsafe { self.raw.plugin.flow(self.raw.comm) }
     }
 
-    /// The plugin's `progress`. Fails when the comm has failed, idle or not.
+    /// Bytes that the network has moved. Fails when the comm has failed, idle or not.
     pub(crate) fn network_bytes(&self) -> Result<Option<u64>> {
         self.raw.progress_bytes()
+    }
+    /// Whether the peer's kernel owes an acknowledgement, as far as the sockets inside the plugin are known.
+    pub(crate) fn unanswered(&self) -> bool {
+        self.raw.sockets.moved().is_ok_and(|moved| moved.is_some_and(|moved| moved.unanswered))
     }
     /// The kernel's statistics of its connection, if the plugin reports them.
     pub(crate) fn info(&self) -> Option<ucclCommInfo> {
@@ -614,7 +623,7 @@ impl RecvComm {
         Ok(comm)
     }
 
-    /// The plugin's `progress`. Fails when the comm has failed, idle or not.
+    /// Bytes that the network has moved. Fails when the comm has failed, idle or not.
     pub(crate) fn network_bytes(&self) -> Result<Option<u64>> {
         self.raw.progress_bytes()
     }

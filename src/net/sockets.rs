@@ -22,11 +22,30 @@ use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::time::{Duration, Instant};
 
+/// From the kernel's tcp_states.h, and the offsets in its tcp_info (Linux 4.1): the state, packets that the peer has not acknowledged (u32), and
+/// bytes that it has and that have come in (u64).
+const CLOSED: u8 = 7;
+const STATE: usize = 0;
+const UNANSWERED: usize = 24;
+const ACKNOWLEDGED: usize = 120;
+const RECEIVED: usize = 128;
+
 /// From the kernel's socket.h: a socket's memory use.
 const SO_MEMINFO: libc::c_int = 55;
 
 /// How long a close waits for the interface's queue. It takes a few milliseconds on links of 100 Mbit/s and more.
 const LEAVES_WITHIN: Duration = Duration::from_secs(1);
+
+/// What the network has of connections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Moved {
+    /// Bytes that the peer has acknowledged.
+    pub acknowledged: u64,
+    /// Bytes that have come in.
+    pub received: u64,
+    /// An acknowledgement is due.
+    pub unanswered: bool,
+}
 
 /// A connection of this process, in the state in which it was found.
 struct Found {
@@ -89,6 +108,23 @@ impl Found {
             return Err(Error::last_os_error());
         }
         Ok(())
+    }
+
+    /// `None` where the kernel cannot say. An error if the connection was reset: nothing moves any more.
+    fn moved(&self) -> Result<Option<Moved>> {
+        let mut info = [0u8; RECEIVED + 8];
+        let mut size = info.len() as libc::socklen_t;
+        // SAFETY: a buffer of the given length.
+        let result = unsafe { libc::getsockopt(self.fd, libc::IPPROTO_TCP, libc::TCP_INFO, info.as_mut_ptr().cast(), &mut size) };
+        if result != 0 || (size as usize) < info.len() {
+            return Ok(None);
+        }
+        if info[STATE] == CLOSED {
+            return Err(ErrorKind::ConnectionReset.into());
+        }
+        let count = |at: usize| info[at..].first_chunk().map_or(0, |bytes| u64::from_ne_bytes(*bytes));
+        let unanswered = info[UNANSWERED..UNANSWERED + 4] != [0; 4];
+        Ok(Some(Moved { acknowledged: count(ACKNOWLEDGED), received: count(RECEIVED), unanswered }))
     }
 
     /// Bytes of memory of packets in the interface's queue.
@@ -180,6 +216,24 @@ impl Sockets {
         Ok(())
     }
 
+    /// What all of them have moved; `None` where that is unknown.
+    ///
+    /// # Errors
+    /// One of them was reset. Not every plugin says so: a receive of GPUDirect-TCPX waits for ever.
+    pub(super) fn moved(&self) -> Result<Option<Moved>> {
+        if self.missing > 0 || self.found.is_empty() {
+            return Ok(None);
+        }
+        let mut sum = Moved::default();
+        for found in &self.found {
+            let Some(moved) = (if found.is_open() { found.moved()? } else { None }) else { return Ok(None) };
+            sum.acknowledged += moved.acknowledged;
+            sum.received += moved.received;
+            sum.unanswered |= moved.unanswered;
+        }
+        Ok(Some(sum))
+    }
+
     /// Resets the connections: the kernel drops unsent and unacknowledged data. Nothing more is sent after this returns.
     pub(super) fn reset(&self) {
         let open = || self.found.iter().filter(|found| found.is_open());
@@ -251,6 +305,22 @@ mod tests {
         bytes.clear();
         assert_eq!(beside.read_to_end(&mut bytes).map_err(|e| e.kind()), Ok(9));
         drop(copy);
+    }
+
+    #[test]
+    fn a_reset_is_noticed_though_no_call_says_so() {
+        let (listener, mut peer, mut socket) = pair("127.0.0.1:0");
+        let mut found = Sockets::at(listener.local_addr().expect("address"));
+        found.found.retain(|found| found.fd == socket.as_raw_fd());
+        assert_eq!(found.moved().expect("open"), Some(Moved::default()));
+        peer.write_all(b"123").expect("write");
+        socket.read_exact(&mut [0; 3]).expect("read");
+        assert_eq!(found.moved().expect("open"), Some(Moved { received: 3, ..Moved::default() }));
+        reset_by_its_peer(peer);
+        wait_for_the_reset(&mut socket);
+        assert_eq!(found.moved().map_err(|e| e.kind()), Err(ErrorKind::ConnectionReset));
+        found.missing = 1;
+        assert_eq!(found.moved().expect("unknown"), None);
     }
 
     #[test]

@@ -37,7 +37,7 @@ for version in "${versions[@]}"; do NIXL_INSTALL_ONLY=1 NIXL_VERSION=$version "$
 wait
 for version in "${versions[@]}"; do
   try "$version" test_nixl_recovery.py 8 silent_link_while_idle silent_link_while_busy peer_stands_still_for_15_s_while_busy \
-    another_instance_is_refused_until_its_metadata_is_loaded &
+    another_instance_is_refused_until_its_metadata_is_loaded unplugged_nic_costs_no_transfer silent_nic_costs_no_transfer &
 done
 for version in "${versions[@]}"; do
   try "$version" test_nixl_tcpx.py "$jobs"

@@ -1,6 +1,7 @@
-"""Recovery of the NIXL backend TCPX: agents in two network namespaces, the link between them goes down, the peer is stopped, dies,
-comes back as another instance. Needs root. Run it with run.sh: NIXL_TEST=test_nixl_recovery.py NIXL_JOBS=8."""
+"""Recovery of the NIXL backend TCPX: agents in two network namespaces, the link between them goes down, or one NIC of two,
+the peer is stopped, dies, comes back as another instance. Needs root. Run it with run.sh: NIXL_TEST=test_nixl_recovery.py NIXL_JOBS=8."""
 
+import contextlib
 import os
 import random
 import signal
@@ -24,33 +25,39 @@ def shell(*words):
 
 
 class Link:
-    """Two network namespaces joined by a veth pair."""
+    """Two network namespaces joined by a veth pair, eth0. `nics`: further pairs eth1, eth2, ... for the data, of `mbit` each; eth0 then carries
+    the control connection alone."""
 
-    def __init__(self):
+    def __init__(self, nics=0, mbit=None):
         if os.geteuid() != 0:
             raise Skip("network namespaces need root")
         mark = f"{os.getpid()}"
         self.names = [f"nx-{side}-{mark}" for side in "ab"]
-        self.addresses = ["10.88.0.1", "10.88.0.2"]
+        self.data = [f"eth{i}" for i in range(1, nics + 1)]
         try:
             for name in self.names:
                 shell("ip", "netns", "add", name)
-            shell("ip", "link", "add", f"nxa{mark}", "netns", self.names[0], "type", "veth", "peer", "name", f"nxb{mark}", "netns", self.names[1])
-            for name, side, address in zip(self.names, "ab", self.addresses):
-                shell("ip", "-n", name, "link", "set", f"nx{side}{mark}", "name", "eth0")
-                shell("ip", "-n", name, "addr", "add", address + "/24", "dev", "eth0")
-                for device in ("eth0", "lo"):
-                    shell("ip", "-n", name, "link", "set", device, "up")
-            self.wait_for_carrier()
+                shell("ip", "-n", name, "link", "set", "lo", "up")
+            for i in range(nics + 1):
+                ends = [f"nx{side}{i}-{mark}" for side in "ab"]
+                shell("ip", "link", "add", ends[0], "netns", self.names[0], "type", "veth", "peer", "name", ends[1], "netns", self.names[1])
+                for name, end, host in zip(self.names, ends, (1, 2)):
+                    shell("ip", "-n", name, "link", "set", end, "name", f"eth{i}")
+                    shell("ip", "-n", name, "addr", "add", f"10.88.{i}.{host}/24", "dev", f"eth{i}")
+                    shell("ip", "-n", name, "link", "set", f"eth{i}", "up")
+                    if i > 0:
+                        shell("tc", "-n", name, "qdisc", "add", "dev", f"eth{i}", "root", "tbf", "rate", f"{mbit}mbit", "burst", "256k", "latency", "20ms")
+            for device in ["eth0", *self.data]:
+                self.wait_for_carrier(device)
         except BaseException:
             self.remove()
             raise
 
-    def wait_for_carrier(self):
+    def wait_for_carrier(self, device="eth0"):
         """Waits for the carrier: the kernel reports it a moment later, and the library uses no interface without one."""
         deadline = time.monotonic() + 10
         for name in self.names:
-            while "state UP" not in subprocess.run(["ip", "-n", name, "link", "show", "dev", "eth0"], capture_output=True, text=True).stdout:
+            while "state UP" not in subprocess.run(["ip", "-n", name, "link", "show", "dev", device], capture_output=True, text=True).stdout:
                 check(time.monotonic() < deadline, "the veth pair did not come up")
                 time.sleep(0.02)
 
@@ -58,26 +65,33 @@ class Link:
         for name in self.names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
-    def silence(self, on):
+    def silence(self, on, device="eth0"):
         """Everything that arrives at the second host is dropped silently."""
         for chain in ("INPUT", "OUTPUT"):
-            shell("ip", "netns", "exec", self.names[1], "iptables", "-A" if on else "-D", chain, "-i" if chain == "INPUT" else "-o", "eth0", "-j", "DROP")
+            shell("ip", "netns", "exec", self.names[1], "iptables", "-A" if on else "-D", chain, "-i" if chain == "INPUT" else "-o", device, "-j", "DROP")
 
-    def unplug(self, on):
+    def unplug(self, on, device="eth0"):
         """The interface of the second host goes down, and the first one loses its carrier."""
-        shell("ip", "-n", self.names[1], "link", "set", "eth0", "down" if on else "up")
+        shell("ip", "-n", self.names[1], "link", "set", device, "down" if on else "up")
+
+    def carried(self, device):
+        """Bytes that the first host's interface has sent and received."""
+        files = [f"/sys/class/net/{device}/statistics/{way}_bytes" for way in ("tx", "rx")]
+        done = subprocess.run(["ip", "netns", "exec", self.names[0], "cat", *files], capture_output=True, text=True, check=True)
+        return sum(int(number) for number in done.stdout.split())
 
     def node(self, side, name, **keywords):
-        variables = {"NCCL_SOCKET_IFNAME": "eth0", "NCCL_GPUDIRECTTCPX_SOCKET_IFNAME": "eth0", "UCCL_SOCKET_IFNAME": "eth0"}
+        data = ",".join(self.data) or "eth0"
+        variables = {"NCCL_SOCKET_IFNAME": "eth0", "NCCL_GPUDIRECTTCPX_SOCKET_IFNAME": data, "UCCL_SOCKET_IFNAME": "eth0"}
         return RemoteNode(environment=variables, namespace=self.names[side], name=name, **keywords)
 
 
 class Pair:
     """An agent at each end of a link, with a buffer each. `cut` and `mend` break and restore the link."""
 
-    def __init__(self, size=8 * MIB):
+    def __init__(self, size=8 * MIB, **link):
         self.size = size
-        self.link, self.nodes = Link(), []
+        self.link, self.nodes = Link(**link), []
         try:
             self.here, self.there = self.start("here"), self.start("there")
             self.here.allocate("data", size, 1)
@@ -115,8 +129,8 @@ class Pair:
         self.link.remove()
 
 
-def with_pair(function):
-    pair = Pair()
+def with_pair(function, **keywords):
+    pair = Pair(**keywords)
     try:
         pair.there_metadata = pair.there.metadata()
         function(pair)
@@ -209,6 +223,58 @@ def unplugged_link_while_idle():
 @case(timeout=180)
 def unplugged_link_while_busy():
     busy("unplug")
+
+
+def lost_nic(cut):
+    """One of two NICs is lost in the middle of a transfer, and comes back later."""
+
+    def run(pair):
+        change, nic = getattr(pair.link, cut), "eth2"
+        check_equal(pair.move("READ", MIB), "DONE", "read before")
+
+        @contextlib.contextmanager
+        def moving(what, operation, seed, size):
+            source, target = (pair.there, pair.here) if operation == "READ" else (pair.here, pair.there)
+            source.fill("data", seed, size)
+            before, begin = pair.link.carried(nic), time.monotonic()
+            pair.here.start("try_move", operation, "data", [(0, size)], pair.blocks(size), "there", b"")
+            yield before
+            check_equal(pair.here.result(PATIENCE_S + 60), "DONE", f"{operation} {what}")
+            print(f"note: {operation} {what}: {time.monotonic() - begin:.1f} s", flush=True)
+            check(target.matches("data", seed, size=size), f"{operation} {what}: bytes differ")
+
+        for seed, operation in ((100, "WRITE"), (200, "READ")):
+            with moving("in flight as a NIC is lost", operation, seed, pair.size) as before:
+                deadline = time.monotonic() + 20
+                while pair.link.carried(nic) - before < pair.size // 8:
+                    check(time.monotonic() < deadline, f"{nic} carries nothing")
+                    time.sleep(0.02)
+                change(True, nic)
+            with moving("without the NIC", operation, seed + 1, 32 * MIB):
+                pass
+            change(False, nic)
+            # An interface that comes back is used soon, a silent one after the next attempt.
+            time.sleep(5)
+            with moving("after the NIC is back", operation, seed + 2, 64 * MIB) as before:
+                pass
+            carried = pair.link.carried(nic) - before
+            print(f"note: {operation}: {nic} is back with {100 * carried // (64 * MIB)} % of the next transfer")
+            check(carried > 8 * MIB, f"{operation}: {nic} carried {carried} bytes of 64 MiB after it was back")
+        check_equal(pair.move("WRITE", MIB, b"well"), "DONE", "write with a notification")
+        check_equal(pair.there.notifications(1), [("here", b"well")], "its notification")
+        answer_in_time(pair, b"answer")
+
+    with_pair(run, size=256 * MIB, nics=2, mbit=600)
+
+
+@case(timeout=300)
+def unplugged_nic_costs_no_transfer():
+    lost_nic("unplug")
+
+
+@case(timeout=300)
+def silent_nic_costs_no_transfer():
+    lost_nic("silence")
 
 
 @case(timeout=180)

@@ -21,7 +21,8 @@ a=uccl-sa-$$ b=uccl-sb-$$
 scratch=$(mktemp -d)
 server= relay= failed=0
 cleanup() {
-  [ -z "$server" ] || kill "$server" 2>/dev/null || true
+  # It writes into the scratch directory until it ends.
+  [ -z "$server" ] || { kill "$server" && wait "$server"; } 2>/dev/null || true
   [ -z "$relay" ] || kill "$relay" 2>/dev/null || true
   ip netns del $a 2>/dev/null || true
   ip netns del $b 2>/dev/null || true
@@ -36,21 +37,26 @@ hosts() {
   ip -n $b link set lo up
 }
 
-# nics MBIT...: one NIC pair for each, its own subnet, the egress of both ends shaped to that rate
+# nic NUMBER MBIT: a NIC pair, its own subnet, the egress of both ends shaped to that rate
+nic() {
+  ip link add "sa$1-$$" type veth peer name "sb$1-$$"
+  ip link set "sa$1-$$" netns $a name eth$1
+  ip link set "sb$1-$$" netns $b name eth$1
+  ip -n $a addr add 10.78.$1.1/24 dev eth$1
+  ip -n $b addr add 10.78.$1.2/24 dev eth$1
+  for host in $a $b; do
+    ip -n $host link set eth$1 mtu 1500 up
+    tc -n $host qdisc add dev eth$1 root tbf rate "$2mbit" burst 128k latency 20ms 2>"$scratch/tc" ||
+      skip "$name needs the qdisc tbf: $(head -1 "$scratch/tc")"
+  done
+}
+
+# nics MBIT...: one NIC pair for each
 nics() {
   local i=0 rate
   for rate in "$@"; do
     i=$((i + 1))
-    ip link add "sa$i-$$" type veth peer name "sb$i-$$"
-    ip link set "sa$i-$$" netns $a name eth$i
-    ip link set "sb$i-$$" netns $b name eth$i
-    ip -n $a addr add 10.78.$i.1/24 dev eth$i
-    ip -n $b addr add 10.78.$i.2/24 dev eth$i
-    for host in $a $b; do
-      ip -n $host link set eth$i mtu 1500 up
-      tc -n $host qdisc add dev eth$i root tbf rate "${rate}mbit" burst 128k latency 20ms 2>"$scratch/tc" ||
-        skip "$name needs the qdisc tbf: $(head -1 "$scratch/tc")"
-    done
+    nic $i "$rate"
   done
   # The kernel reports a carrier a while after the other end is up, and a NIC without one is left out.
   for host in $a $b; do

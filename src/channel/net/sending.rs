@@ -123,7 +123,7 @@ impl Sending {
     /// What the network has. `acknowledged`: as the plugin reports it.
     pub(super) fn outbound(&self, acknowledged: Option<u64>) -> Outbound {
         let (Some(acknowledged), Some(flow)) = (acknowledged, self.comm.flow()) else {
-            let due = acknowledged.is_none() && self.comm.inflight() > 0;
+            let due = if acknowledged.is_some() { self.comm.unanswered() } else { self.comm.inflight() > 0 };
             return Outbound { acknowledged: acknowledged.unwrap_or(self.counts.bytes), due, ..Outbound::default() };
         };
         // What set the connection up was small: where nothing of full size has passed since, the size may be the cause.

@@ -191,8 +191,11 @@ impl Shared {
         };
         self.wake_waiters(core, before);
         self.note_suspended(core);
-        if core.machine.has_lost() && self.peer.lineage.as_ref().is_some_and(|lineage| lineage.agreed.connecting) {
-            self.context.restoring.ask(self.id);
+        if core.machine.has_lost() {
+            let dials = self.peer.lineage.as_ref().filter(|lineage| lineage.agreed.connecting);
+            let lost =
+                |lineage: &Arc<Lineage>| lineage.seats().map(|seat| seat.channel).filter(|&c| core.machine.is_lost(c)).collect();
+            dials.map(lost).into_iter().for_each(|lost| self.context.restoring.ask(self.id, lost));
         }
         any
     }

@@ -3,15 +3,15 @@
 
 use process::Mutex;
 use reactor::Waker;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::fd::RawFd;
 use std::sync::OnceLock;
 
 /// What the thread is asked for.
 #[derive(Debug, Default)]
 pub(crate) struct Asked {
-    /// Connections that have lost channels.
-    pub connections: BTreeSet<u64>,
+    /// Connections that have lost channels: those that are lost now.
+    pub connections: BTreeMap<u64, Vec<u16>>,
     /// Connections whose control connection has failed.
     pub urgent: BTreeSet<u64>,
     /// An interface of this host has come back: attempts need not wait.
@@ -36,9 +36,9 @@ impl Restoring {
         self.waker.get().into_iter().for_each(Waker::wake);
     }
 
-    /// A connection has lost channels.
-    pub(crate) fn ask(&self, id: u64) {
-        self.asked.lock().connections.insert(id);
+    /// A connection has lost channels: those that are lost now.
+    pub(crate) fn ask(&self, id: u64, channels: Vec<u16>) {
+        self.asked.lock().connections.insert(id, channels);
         self.wake();
     }
 

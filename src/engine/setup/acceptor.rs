@@ -477,9 +477,10 @@ impl Acceptor {
         match entry.driver.finish(&self.context, entry.counted) {
             Ok(Finished::Joined) => {
                 if let Role::Outgoing(connection) = entry.role {
-                    let more = |c: Arc<Connection>| c.restorer().lost().is_ok_and(|lost| !lost.is_empty());
-                    let more = self.context.table.connections.get(connection).is_some_and(more);
-                    self.restorer.restored(connection, more, now);
+                    let lost = |c: Arc<Connection>| c.restorer().lost().ok();
+                    let lost = self.context.table.connections.get(connection).and_then(lost).unwrap_or_default();
+                    let still: Vec<u16> = lost.iter().map(|seat| seat.channel).collect();
+                    self.restorer.restored(connection, &still, now);
                 }
             }
             Ok(Finished::Connection(connection)) => {
@@ -501,7 +502,7 @@ impl Acceptor {
     /// Begins the set-ups that are due, and takes what was asked for.
     fn restore(&mut self, now: Instant) {
         let asked = self.context.table.context.restoring.take();
-        asked.connections.into_iter().for_each(|id| self.restorer.lost(id, now));
+        asked.connections.iter().for_each(|(&id, channels)| self.restorer.lost(id, channels, now));
         asked.urgent.into_iter().for_each(|id| self.restorer.suspended(id, now));
         if asked.hurry {
             self.restorer.hurry(now);

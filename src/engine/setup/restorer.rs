@@ -28,17 +28,44 @@ const DIAL: Duration = Duration::from_secs(2);
 const NEXT: Duration = Duration::from_millis(500);
 
 /// The attempts for one connection.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Backoff {
+    /// The pause before the next attempt, and that before the first one since the last loss.
     pause: Duration,
+    first: Duration,
     /// When the next one is due; `None` while one is under way or none is needed.
     due: Option<Instant>,
     /// One is under way.
     trying: bool,
     /// Channels were lost during it.
     asked: bool,
-    /// When channels last came back.
-    restored: Option<Instant>,
+    /// Channels that are lost, each with the pause that its last loss took.
+    lost: BTreeMap<u16, Duration>,
+    /// Channels that came back, when, and that pause.
+    back: BTreeMap<u16, (Instant, Duration)>,
+}
+
+impl Backoff {
+    /// These channels are lost now. The pause before an attempt for those that were not before: the shortest, since a channel that does not
+    /// stay must not keep another one waiting.
+    fn lost(&mut self, channels: &[u16], now: Instant) -> Option<Duration> {
+        let before = std::mem::take(&mut self.lost);
+        let mut shortest: Option<Duration> = None;
+        for &channel in channels {
+            let pause = before.get(&channel).copied().unwrap_or_else(|| {
+                let pause = match self.back.remove(&channel) {
+                    Some((at, last)) if now.saturating_duration_since(at) < SHORT_LIFE.max(2 * last) => {
+                        (4 * last).clamp(5 * FIRST, LONGEST_OF_SHORT)
+                    }
+                    _ => FIRST,
+                };
+                shortest = Some(shortest.map_or(pause, |other| other.min(pause)));
+                pause
+            });
+            self.lost.insert(channel, pause);
+        }
+        shortest
+    }
 }
 
 /// A dial that is under way.
@@ -90,36 +117,31 @@ impl Restorer {
         self.dials.values().map(|dial| dial.until).chain(due).min()
     }
 
-    /// A connection has lost channels.
-    pub(super) fn lost(&mut self, id: u64, now: Instant) {
-        self.connections.retain(|_, b| b.due.is_some() || b.trying || b.restored.is_some_and(|at| now - at < LONGEST_OF_SHORT));
-        let backoff = self.connections.entry(id).or_insert(Backoff {
-            pause: Duration::ZERO,
-            due: None,
-            trying: false,
-            asked: false,
-            restored: None,
-        });
+    /// A connection has lost channels: those that are lost now.
+    pub(super) fn lost(&mut self, id: u64, channels: &[u16], now: Instant) {
+        let young = |(at, _): &(Instant, Duration)| now.saturating_duration_since(*at) < LONGEST_OF_SHORT;
+        self.connections.retain(|_, b| b.due.is_some() || b.trying || b.back.values().any(young));
+        let backoff = self.connections.entry(id).or_default();
+        let pause = backoff.lost(channels, now);
         if backoff.trying {
             backoff.asked = true;
             return;
         }
-        if backoff.due.is_some() {
+        let at = now + about(pause.unwrap_or(FIRST));
+        if backoff.due.is_some_and(|due| pause.is_none() || due <= at) {
             return;
         }
-        let short = backoff.restored.is_some_and(|at| now.saturating_duration_since(at) < SHORT_LIFE.max(2 * backoff.pause));
-        backoff.pause = if short { (4 * backoff.pause).clamp(5 * FIRST, LONGEST_OF_SHORT) } else { FIRST };
-        self.plan(id, now + about(self.pause(id)));
+        backoff.first = pause.unwrap_or(FIRST);
+        backoff.pause = backoff.first;
+        self.plan(id, at);
     }
 
     /// The control connection of a connection has failed.
     pub(super) fn suspended(&mut self, id: u64, now: Instant) {
-        self.lost(id, now);
+        let backoff = self.connections.entry(id).or_default();
+        // It goes before an attempt that is under way.
+        backoff.asked |= backoff.trying;
         self.plan(id, now);
-    }
-
-    fn pause(&self, id: u64) -> Duration {
-        self.connections.get(&id).map_or(FIRST, |backoff| backoff.pause)
     }
 
     fn plan(&mut self, id: u64, at: Instant) {
@@ -150,11 +172,14 @@ impl Restorer {
         Some(id)
     }
 
-    /// An attempt has brought channels up. `more`: others are still lost.
-    pub(super) fn restored(&mut self, id: u64, more: bool, now: Instant) {
+    /// An attempt has brought channels up. `still`: those that are lost now.
+    pub(super) fn restored(&mut self, id: u64, still: &[u16], now: Instant) {
         let Some(backoff) = self.connections.get_mut(&id) else { return };
-        backoff.restored = Some(now);
-        match more || backoff.asked {
+        let (lost, back) = std::mem::take(&mut backoff.lost).into_iter().partition(|(channel, _)| still.contains(channel));
+        let back: BTreeMap<u16, Duration> = back;
+        backoff.lost = lost;
+        backoff.back.extend(back.into_iter().map(|(channel, pause)| (channel, (now, pause))));
+        match !backoff.lost.is_empty() || backoff.asked {
             true => self.ended(id, now),
             false => self.rests(id),
         }
@@ -164,7 +189,7 @@ impl Restorer {
     pub(super) fn ended(&mut self, id: u64, now: Instant) {
         let Some(backoff) = self.connections.get_mut(&id) else { return };
         // With a longest pause that is longer already it stays.
-        let longest = LONGEST.max(backoff.pause);
+        let longest = LONGEST.max(backoff.first);
         let pause = backoff.pause.max(FIRST);
         backoff.pause = (2 * pause).min(longest);
         let at = if backoff.asked { about(SOON) } else { about(pause) };
@@ -175,7 +200,7 @@ impl Restorer {
     pub(super) fn rests(&mut self, id: u64) {
         if let Some(backoff) = self.connections.get_mut(&id) {
             backoff.trying = false;
-            if backoff.restored.is_none() {
+            if backoff.back.is_empty() {
                 self.connections.remove(&id);
             }
         }
@@ -324,7 +349,7 @@ mod tests {
     #[test]
     fn attempts_follow_soon_then_less_often_and_at_once_when_an_interface_is_back() {
         let (mut restorer, mut now) = (Restorer::default(), Instant::now());
-        restorer.lost(1, now);
+        restorer.lost(1, &[0], now);
         let mut pauses = Vec::new();
         for _ in 0..8 {
             pauses.push(pause(&restorer, now));
@@ -345,24 +370,68 @@ mod tests {
         let (mut restorer, mut now) = (Restorer::default(), Instant::now());
         let mut last = Duration::ZERO;
         for _ in 0..12 {
-            restorer.lost(1, now);
+            restorer.lost(1, &[0], now);
             last = pause(&restorer, now);
             now = restorer.wake_at().unwrap();
             restorer.next(now);
-            restorer.restored(1, false, now);
+            restorer.restored(1, &[], now);
             assert!(restorer.wake_at().is_none());
             now += Duration::from_secs(2);
         }
         assert!(last >= LONGEST_OF_SHORT / 2, "{last:?}");
         now += 4 * LONGEST_OF_SHORT;
-        restorer.lost(1, now);
+        restorer.lost(1, &[0], now);
         assert!(pause(&restorer, now) <= FIRST * 5 / 4, "it has stayed");
+    }
+
+    #[test]
+    fn only_the_channel_that_does_not_stay_waits() {
+        let (mut restorer, mut now) = (Restorer::default(), Instant::now());
+        for _ in 0..6 {
+            restorer.lost(1, &[0], now);
+            now = restorer.wake_at().unwrap();
+            restorer.next(now);
+            restorer.restored(1, &[], now);
+        }
+        restorer.lost(1, &[0], now);
+        assert!(pause(&restorer, now) >= 10 * FIRST);
+        restorer.lost(1, &[0, 1], now);
+        assert!(pause(&restorer, now) <= FIRST * 5 / 4, "another channel is lost for the first time");
+        now = restorer.wake_at().unwrap();
+        restorer.next(now);
+        restorer.restored(1, &[0], now);
+        now = restorer.wake_at().unwrap();
+        restorer.next(now);
+        restorer.restored(1, &[], now);
+        restorer.lost(1, &[2], now);
+        assert!(pause(&restorer, now) <= FIRST * 5 / 4, "others came back a moment ago");
+        now = restorer.wake_at().unwrap();
+        restorer.next(now);
+        restorer.restored(1, &[], now);
+        restorer.lost(1, &[2], now);
+        assert!(pause(&restorer, now) <= 5 * FIRST * 5 / 4, "how often others did not stay does not count");
+    }
+
+    #[test]
+    fn attempts_that_failed_do_not_count_once_a_channel_is_back() {
+        let (mut restorer, mut now) = (Restorer::default(), Instant::now());
+        restorer.lost(1, &[0], now);
+        for _ in 0..6 {
+            now = restorer.wake_at().unwrap();
+            restorer.next(now);
+            restorer.ended(1, now);
+        }
+        now = restorer.wake_at().unwrap();
+        restorer.next(now);
+        restorer.restored(1, &[], now);
+        restorer.lost(1, &[0], now);
+        assert!(pause(&restorer, now) <= 5 * FIRST * 5 / 4, "it was lost once more");
     }
 
     #[test]
     fn a_connection_that_has_ended_is_forgotten() {
         let (mut restorer, now) = (Restorer::default(), Instant::now());
-        restorer.lost(1, now);
+        restorer.lost(1, &[0], now);
         restorer.next(now + FIRST * 2);
         restorer.rests(1);
         assert!(restorer.connections.is_empty() && restorer.wake_at().is_none());
