@@ -439,7 +439,11 @@ mod tests {
         }
         assert!(nic.speed() < 1e5 && nic.stuck(at(start, 4000)).is_none(), "it may be lost");
         for ms in 4000..4100 {
-            nic.look(Flow { limited: Duration::from_millis(ms - 200), ..flow(195_000 + ms, 900_000_000) }, Duration::ZERO, at(start, ms));
+            nic.look(
+                Flow { limited: Duration::from_millis(ms - 200), ..flow(195_000 + ms, 900_000_000) },
+                Duration::ZERO,
+                at(start, ms),
+            );
         }
         assert!(nic.stuck(at(start, 4100)).is_some());
     }

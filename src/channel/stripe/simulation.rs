@@ -73,7 +73,8 @@ impl World {
         for (n, learned) in self.learned.iter_mut().enumerate() {
             if learned.due(now) {
                 let backlog = self.channels.iter().filter(|c| c.nic == n).map(|c| c.queued + c.buffer).sum();
-                let busy = self.channels.iter_mut().filter(|c| c.nic == n).map(|c| std::mem::take(&mut c.busy_us)).max().unwrap_or(0);
+                let busy =
+                    self.channels.iter_mut().filter(|c| c.nic == n).map(|c| std::mem::take(&mut c.busy_us)).max().unwrap_or(0);
                 let flow = Flow { acknowledged: self.nics[n].sent, backlog, measured: true, ..Flow::default() };
                 learned.look(flow, Duration::from_micros(busy), now);
             }
@@ -312,7 +313,11 @@ fn simulated_nics_that_become_slow_cost_nothing_after_two_seconds() {
     for (fast, nics) in [(1000, 2), (10_000, 2), (40_000, 2), (1000, 4), (40_000, 4)] {
         for slow in [1, 5, 20, 100] {
             for (buffer, bytes) in [(1 << 20, 8 * MIB), (4 << 20, 8 * MIB), (4 << 20, MIB), (4 << 20, 64 * MIB)] {
-                let what = format!("{nics} NICs of {fast} Mbit/s, half of them {slow} then, buffers of {} KiB, {} MiB", buffer >> 10, bytes / MIB);
+                let what = format!(
+                    "{nics} NICs of {fast} Mbit/s, half of them {slow} then, buffers of {} KiB, {} MiB",
+                    buffer >> 10,
+                    bytes / MIB
+                );
                 let mut alone = World::new(&vec![fast; nics / 2], 1, buffer);
                 let best = rates(&mut alone, bytes, 1).0;
                 let mut world = World::new(&vec![fast; nics], 1, buffer);
@@ -323,7 +328,11 @@ fn simulated_nics_that_become_slow_cost_nothing_after_two_seconds() {
                 let (rate, worst) = rates(&mut world, bytes, 6);
                 println!(
                     "{what}: {:.2} before, then {:.2}, from 2 s on {:.2}, worst second {:.2}; relieved {relieved} times, then {}",
-                    before / best, first / best, rate / best, worst / best, world.relieved - relieved
+                    before / best,
+                    first / best,
+                    rate / best,
+                    worst / best,
+                    world.relieved - relieved
                 );
                 assert!(rate >= 0.9 * best, "{what}: {:.2}", rate / best);
             }

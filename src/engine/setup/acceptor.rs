@@ -533,7 +533,7 @@ impl Acceptor {
                 return;
             }
             Some(Answer::SetUp(connection, Err(e))) => return self.not_restored(connection, &e, now),
-            Some(Answer::SetUp(connection, Ok(driver))) => (connection, driver),
+            Some(Answer::SetUp(connection, Ok(driver))) => (connection, *driver),
         };
         let (fd, interest) = (driver.fd(), Interest::READ | Interest::WRITE);
         let timer = driver.wake_at();

@@ -89,7 +89,7 @@ enum Purpose {
 /// What follows from a dial that has ended.
 pub(super) enum Answer {
     /// The set-up of a connection, or why there is none.
-    SetUp(u64, Result<SetupDriver>),
+    SetUp(u64, Result<Box<SetupDriver>>),
     /// Another dial under the same number: the socket to wait for.
     Dials(RawFd),
 }
@@ -326,7 +326,7 @@ impl Restorer {
             let setup = Setup::new(context.joining_link()?, now, deadline, deadline);
             Ok(SetupDriver::joining(sock, address, setup, connection, begun, now))
         };
-        Some(Answer::SetUp(connection, made()))
+        Some(Answer::SetUp(connection, made().map(Box::new)))
     }
 
     /// Ends all dials.
