@@ -581,8 +581,11 @@ impl SendComm {
             }
         }
         let closed = self.raw.close();
-        if closed.is_err() {
-            std::mem::forget(std::mem::take(&mut self.regions));
+        let regions = std::mem::take(&mut self.regions);
+        match closed {
+            // Another comm of the NIC drops them: the channel's receive comm, if no other.
+            Ok(()) => drop(regions),
+            Err(_) => std::mem::forget(regions),
         }
         closed
     }
