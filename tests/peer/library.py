@@ -40,7 +40,7 @@ class Library:
 
 class Engine:
     def __init__(self, library, **settings):
-        self.library, self.handle = library, c.c_void_p()
+        self.library, self.handle, self.regions = library, c.c_void_p(), []
         options = [Option(name.encode(), str(value).encode()) for name, value in settings.items()]
         library.ok(library.create_with((Option * len(options))(*options), c.c_size_t(len(options)), c.byref(self.handle)))
         text = c.create_string_buffer(200)
@@ -53,6 +53,7 @@ class Engine:
 
     def destroy(self):
         self.library.destroy(self.handle)
+        self.regions.clear()
 
     def accept(self):
         address, gpu = c.create_string_buffer(64), c.c_int()
@@ -78,7 +79,9 @@ class Engine:
         return wait
 
     def memory(self, data, access=3):
-        return Memory(self, data, access)
+        """A new region. Its memory stays until the engine is destroyed, also where the caller drops it: peers may write to it."""
+        self.regions.append(Memory(self, data, access))
+        return self.regions[-1]
 
     def notification(self):
         """(name, message), or None."""

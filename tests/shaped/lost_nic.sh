@@ -96,7 +96,8 @@ mtu) cause='no packet of [0-9]* bytes has passed yet: MTU?' ;;
 down) cause='eth2 is down on this host' ;;
 address) cause='eth2 has no address on this host' ;;
 delete) cause='eth2 was removed on this host' ;;
-reset) cause='Connection reset by peer\|the peer closed the connection' ;;
+# The host whose sockets were destroyed says "connection abort", the other one "reset": the first to notice tells both.
+reset) cause='Connection reset by peer\|the peer closed the connection\|Software caused connection abort' ;;
 *) cause= ;;
 esac
 for log in client server; do
