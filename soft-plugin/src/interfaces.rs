@@ -135,6 +135,8 @@ pub struct Selection<'a> {
     pub taken: Vec<(&'a Found, Address)>,
     /// Those that the filter names and that cannot be used, with the reason.
     pub refused: Vec<(&'a str, &'static str)>,
+    /// Those that cannot be used now, and would be taken if they were up and had a carrier, or were named and had an address.
+    pub absent: Vec<&'a str>,
 }
 
 /// The interfaces that can be used, each with its address, in the order of the filter if it gives one, else the kernel's; and
@@ -143,13 +145,24 @@ pub fn select<'a>(all: &'a [Found], filter: Option<&NameFilter>) -> Selection<'a
     let admitted: Vec<&Found> = all.iter().filter(|f| filter.is_none_or(|filter| filter.admits(&f.name))).collect();
     let asked = |f: &Found| filter.is_some_and(|filter| filter.asks_for(&f.name));
     let refused = admitted.iter().filter(|f| asked(f)).filter_map(|f| Some((f.name.as_str(), defect(f)?))).collect();
-    let usable: Vec<&Found> = admitted.into_iter().filter(|f| defect(f).is_none()).collect();
+    let (usable, others): (Vec<&Found>, Vec<&Found>) = admitted.into_iter().partition(|f| defect(f).is_none());
     let least = usable.iter().map(|f| reserve(f)).min().unwrap_or(0);
-    let mut taken: Vec<&Found> = usable.into_iter().filter(|f| asked(f) || reserve(f) == least).collect();
+    let wanted = |f: &Found| asked(f) || reserve(f) == least;
+    let absent = others.into_iter().filter(|f| wanted(f)).map(|f| f.name.as_str()).collect();
+    let mut taken: Vec<&Found> = usable.into_iter().filter(|f| wanted(f)).collect();
     if let Some(filter) = filter.filter(|f| f.exact && !f.exclude) {
         taken.sort_by_key(|f| filter.place(&f.name));
     }
-    Selection { taken: taken.into_iter().filter_map(|f| Some((f, best_address(f)?))).collect(), refused }
+    Selection { taken: taken.into_iter().filter_map(|f| Some((f, best_address(f)?))).collect(), refused, absent }
+}
+
+/// The interfaces that [`usable`] leaves out only because they are down, or have no carrier or address, at present.
+///
+/// # Errors
+/// The kernel cannot list its interfaces.
+pub fn absent(filter: Option<&str>) -> io::Result<Vec<String>> {
+    let filter = filter.map(NameFilter::parse);
+    Ok(select(&system::list()?, filter.as_ref()).absent.into_iter().map(str::to_owned).collect())
 }
 
 /// The interfaces of this host that can carry data now: those that `filter` (in the form of [`NameFilter`]) admits, else
@@ -161,7 +174,7 @@ pub fn usable(filter: Option<&str>) -> io::Result<Vec<Interface>> {
     static REFUSED: crate::logger::Limited = crate::logger::Limited::new();
     let filter = filter.map(NameFilter::parse);
     let all = system::list()?;
-    let Selection { taken, refused } = select(&all, filter.as_ref());
+    let Selection { taken, refused, .. } = select(&all, filter.as_ref());
     for (name, why) in refused {
         REFUSED.warn(&format!("network interface {name} is left out: {why}"));
     }

@@ -49,6 +49,12 @@ pub fn port_range() -> Option<std::ops::RangeInclusive<u16>> {
     config::Config::from_env().ok()?.ports
 }
 
+/// The interfaces that the environment asks for and that cannot carry data at present.
+pub fn absent_devices() -> Vec<String> {
+    let filter = config::Config::from_env().map(|config| config.interfaces);
+    filter.ok().and_then(|filter| interfaces::absent(filter.as_deref()).ok()).unwrap_or_default()
+}
+
 /// Checks every variable of the software plugin. The error names the variable.
 ///
 /// # Errors

@@ -48,6 +48,10 @@ impl Role {
     }
 }
 
+fn unusable(nic: &str) -> Error {
+    err!(Plugin, "NIC {nic} cannot be used at present")
+}
+
 /// A channel that is up: both directions.
 pub(crate) struct Pair {
     /// The channel's number, the same at both engines.
@@ -94,6 +98,11 @@ impl Listener {
         Ok(Listener { dev, nic: nic.to_owned(), comm: comm?, failed: None })
     }
 
+    /// One of a NIC that cannot be used.
+    fn failed(nic: &str, why: Error) -> Listener {
+        Listener { dev: usize::MAX, nic: nic.to_owned(), comm: None, failed: Some(why) }
+    }
+
     fn handle(&self) -> Handle {
         self.comm.as_ref().map_or([0; NCCL_NET_HANDLE_MAXSIZE], |comm| comm.handle)
     }
@@ -110,20 +119,22 @@ pub(crate) struct Listening {
 }
 
 impl Listening {
-    /// Opens `n` listen comms, alternating between the NICs of `choice`, which are indexes into `devices`. A NIC that fails is
-    /// left out; one whose ports are all in use keeps the channels that it has.
+    /// Opens `n` listen comms, alternating between the usable NICs. One whose ports are all in use keeps the channels that it has. A NIC that
+    /// fails, or is absent, is offered nevertheless: its channels do not come up now, and may be set up later.
     ///
     /// `gpu`: the GPU whose memory the channels will carry, for plugins that follow the current GPU.
     pub(crate) fn open(
         plugin: &Arc<Plugin>,
         devices: &[Device],
-        choice: &[usize],
+        nics: &Nics,
         n: usize,
         gpu: Scope,
         role: Role,
     ) -> Result<Listening> {
-        let mut nics: Vec<usize> = choice.iter().copied().filter(|&i| i < devices.len()).collect();
-        let mut listeners = Vec::with_capacity(n);
+        let Nics { usable, absent } = nics;
+        let (mut nics, mut listeners) = (usable.clone(), Vec::with_capacity(n));
+        let mut absent: Vec<(String, Error)> = absent.iter().map(|nic| (nic.clone(), unusable(nic))).collect();
+        let each = n.div_ceil((nics.len() + absent.len()).max(1));
         let mut last = err!(Plugin, "plugin {} has no usable device", plugin.name);
         while listeners.len() < n && !nics.is_empty() {
             let at = listeners.len() % nics.len();
@@ -139,8 +150,8 @@ impl Listening {
                     if e.kind() == ErrorKind::System {
                         warn_of_fewer(format_args!("NIC {nic} has fewer channels than requested: {last}"));
                     } else {
-                        left_out(&nic, &last);
                         listeners.retain(|l: &Listener| l.dev != dev);
+                        absent.push((nic, last.clone()));
                     }
                 }
             }
@@ -148,6 +159,8 @@ impl Listening {
         if listeners.is_empty() {
             return Err(last);
         }
+        let failed = absent.iter().flat_map(|(nic, why)| (0..each).map(|_| Listener::failed(nic, why.clone())));
+        listeners.extend(failed.take(MAX_CHANNELS.saturating_sub(listeners.len())));
         Ok(Listening { plugin: plugin.clone(), gpu, role, listeners, numbers: None })
     }
 
@@ -169,11 +182,11 @@ impl Listening {
             let opened = match devices.iter().position(|device| device.name == nic && topology::has_carrier(Path::new("/"), nic))
             {
                 Some(dev) => Listener::open(plugin, dev, nic, &gpu, role, false),
-                None => Err(err!(Plugin, "NIC {nic} cannot be used at present")),
+                None => Err(unusable(nic)),
             };
             listeners.push(opened.unwrap_or_else(|e| {
                 last = e.clone();
-                Listener { dev: usize::MAX, nic: nic.to_owned(), comm: None, failed: Some(e) }
+                Listener::failed(nic, e)
             }));
         }
         if listeners.iter().all(|l| l.failed.is_some()) {
@@ -651,6 +664,9 @@ impl Establishing {
     }
 }
 
+/// Most channels of a set.
+const MAX_CHANNELS: usize = 64;
+
 /// The number of channels for `nics` NICs and `cores` cores: as configured, otherwise as many as help. A plugin with its own
 /// threads can use one thread per channel, so it gets one channel per core if there are few cores, and one per two if there are
 /// many. Every NIC gets at least one channel; if NICs are paired, each gets 2 to 4.
@@ -660,12 +676,21 @@ pub(crate) fn channel_count(plugin: &Plugin, configured: Option<usize>, nics: us
     } else {
         cores.clamp(2, 8).max((cores / 2).min(16)).max(nics)
     };
-    configured.unwrap_or(default).min(64)
+    configured.unwrap_or(default).min(MAX_CHANNELS)
+}
+
+/// The NICs for a set of channels.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Nics {
+    /// Indexes of devices.
+    pub usable: Vec<usize>,
+    /// The names of those that would be usable but for their link or address.
+    pub absent: Vec<String>,
 }
 
 /// The devices that serve a GPU, or host memory if none is given: those whose name can reach the peer and that have a carrier. If
 /// NICs are paired, a GPU uses those of its own PCIe switch, otherwise those of its NUMA node, nearest first.
-pub(crate) fn nics_for(plugin: &Plugin, devices: &[Device], gpu_pci_path: Option<&str>) -> Vec<usize> {
+pub(crate) fn nics_for(plugin: &Plugin, devices: &[Device], gpu_pci_path: Option<&str>) -> Nics {
     let mut chosen = if plugin.traits.paired_nics {
         pairing::closest(devices, gpu_pci_path)
     } else {
@@ -686,17 +711,17 @@ pub(crate) fn nics_for(plugin: &Plugin, devices: &[Device], gpu_pci_path: Option
         }
         chosen.retain(named);
     }
-    // Foreign plugins list their devices once; the software plugin leaves such NICs out by itself.
-    if !plugin.traits.devices_change {
-        let all = chosen.len();
-        chosen.retain(|&i| topology::has_carrier(Path::new("/"), &devices[i].name));
-        if chosen.len() < all {
-            NO_CARRIER.log(
-                log::Level::Warn,
-                Instant::now(),
-                format_args!("{} NICs of plugin {} have no carrier and are left out", all - chosen.len(), plugin.name),
-            );
-        }
+    if plugin.traits.devices_change {
+        // The software plugin leaves such NICs out by itself. Where some are too far from the GPU, an absent one may be, too.
+        let absent = if chosen.len() == devices.len() { soft_plugin::absent_devices() } else { Vec::new() };
+        let absent = absent.into_iter().filter(|nic| devices.iter().all(|device| device.name != *nic)).collect();
+        return Nics { usable: chosen, absent };
     }
-    chosen
+    let (usable, absent): (Vec<usize>, Vec<usize>) =
+        chosen.into_iter().partition(|&i| topology::has_carrier(Path::new("/"), &devices[i].name));
+    if !absent.is_empty() {
+        let line = format_args!("{} NICs of plugin {} have no carrier and are left out", absent.len(), plugin.name);
+        NO_CARRIER.log(log::Level::Warn, Instant::now(), line);
+    }
+    Nics { usable, absent: absent.into_iter().map(|i| devices[i].name.clone()).collect() }
 }

@@ -3,7 +3,7 @@
 
 use super::comm::{Connecting, ListenComm, RecvComm, SendComm};
 use super::plugin::Plugin;
-use super::setup::{agree, nics_for, Establishing, Listening, Offer, Pair, Role};
+use super::setup::{agree, nics_for, Establishing, Listening, Nics, Offer, Pair, Role};
 use super::traits::{HandleCheck, Traits};
 use super::{abandoned_connects, Scope};
 use crate::addresses::AllowList;
@@ -399,6 +399,12 @@ fn dead_nic(plugin: &Arc<Plugin>) {
     for side in [&a, &b] {
         assert_eq!(side.iter().map(|p| (p.index, p.nic.as_str())).collect::<Vec<_>>(), [(0, "eth1"), (2, "eth1")]);
     }
+    // A NIC that is absent is offered behind the others, so that its channels have a place.
+    let devices = plugin.current_devices().expect("devices");
+    let nics = Nics { usable: vec![0], absent: vec!["eth2".to_owned()] };
+    let offered = Listening::open(plugin, &devices, &nics, 4, Scope::None, Role::Both).expect("listen").offers();
+    assert_eq!(offered.iter().map(|o| o.nic.as_str()).collect::<Vec<_>>(), ["eth1", "eth1", "eth1", "eth1", "eth2", "eth2"]);
+    assert!(offered.iter().all(|o| (o.nic == "eth2") == o.handle.iter().all(|&byte| byte == 0)));
     // The plugin still uses the channels that did not come up. Closing them would have ended the process.
     assert!(abandoned_connects::kept() > 0);
 }

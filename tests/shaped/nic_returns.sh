@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# One of two NICs is lost and comes back while transfers run: packets dropped, link down, address removed, connections reset; and a link that
-# comes and goes. No transfer fails, every byte is right, and within 5 s after the end of the fault channels on both NICs carry data again, by
-# the channels' own counters.
+# One of two NICs is lost and comes back while transfers run: packets dropped, link down, address removed, connections reset; a link that
+# comes and goes; and one that was down when the connection was made (absent). No transfer fails, every byte is right, and within 5 s after the
+# end of the fault channels on both NICs carry data, by the channels' own counters.
 # Exit status 77: skipped.
 #
-# usage: nic_returns.sh TCPX_PERF [long | FAULT OP]     FAULT: drop, down, address, reset, or flap:SECONDS; long: all faults
+# usage: nic_returns.sh TCPX_PERF [long | FAULT OP]     FAULT: drop, down, address, reset, absent, or flap:SECONDS; long: all faults
 here=$0
 . "$(dirname "$0")/lib.sh"
 command -v iptables >/dev/null || skip "$name needs iptables"
 command -v ss >/dev/null || skip "$name needs ss"
 
 if [ $# -le 2 ]; then
-  faults=(down drop)
-  [ "${2:-}" = long ] && faults=(down drop address reset flap:0.5 flap:3)
+  faults=(down drop absent)
+  [ "${2:-}" = long ] && faults=(down drop absent address reset flap:0.5 flap:3)
   status=0
   for fault in "${faults[@]}"; do
     pids=()
@@ -32,6 +32,7 @@ fault=$2 op=$3
 export UCCL_P2P_LOG_LEVEL=info UCCL_TCPX_METRICS=$scratch/metrics-%p
 hosts
 nics 100 100
+[ $fault != absent ] || ip -n $b link set eth2 down
 serve
 
 begins() {
@@ -39,13 +40,14 @@ begins() {
   drop) for host in $a $b; do ip netns exec $host iptables -A INPUT -i eth2 -j DROP; done ;;
   down | flap:*) ip -n $b link set eth2 down ;;
   address) ip -n $b addr flush dev eth2 ;;
+  absent) ;;
   reset) ip netns exec $b ss -K -t state established src 10.78.2.2 >"$scratch/ss" 2>&1 ;;
   esac
 }
 ends() {
   case $fault in
   drop) for host in $a $b; do ip netns exec $host iptables -D INPUT -i eth2 -j DROP; done ;;
-  down | flap:*) ip -n $b link set eth2 up ;;
+  down | absent | flap:*) ip -n $b link set eth2 up ;;
   address) ip -n $b addr add 10.78.2.2/24 dev eth2 ;;
   reset) ;;
   esac
@@ -62,8 +64,10 @@ duration=11
 [[ $fault == flap:* ]] && duration=26
 ip netns exec $a "$perf" client "$address" --op "$op" --verify --warmup 0 --total 8M --time $duration --channels 4 >"$scratch/client" 2>&1 &
 client=$!
+first=eth2
+[ $fault != absent ] || first=eth1
 for _ in $(seq 100); do
-  [ "$(carried eth2)" -gt 1000000 ] && break
+  [ "$(carried $first)" -gt 1000000 ] && break
   kill -0 $client 2>/dev/null || break
   sleep 0.1
 done

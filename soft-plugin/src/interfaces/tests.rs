@@ -95,7 +95,7 @@ fn an_unusable_nic_is_left_out_even_when_named() {
     ];
     assert_eq!(names(&all, None), ["eth0"]);
     let filter = NameFilter::parse("eth");
-    let Selection { taken, refused } = select(&all, Some(&filter));
+    let Selection { taken, refused, absent } = select(&all, Some(&filter));
     assert_eq!(taken.iter().map(|(f, _)| f.name.as_str()).collect::<Vec<_>>(), ["eth0", "eth5"]);
     let expected = [
         ("eth1", "it has no carrier"),
@@ -104,7 +104,12 @@ fn an_unusable_nic_is_left_out_even_when_named() {
         ("eth4", "it has no address"),
     ];
     assert_eq!(refused, expected);
-    assert!(select(&all, None).refused.is_empty(), "no filter names them");
+    assert_eq!(absent, ["eth1", "eth2", "eth3", "eth4"]);
+    let unnamed = select(&all, None);
+    assert!(unnamed.refused.is_empty(), "no filter names them");
+    assert_eq!(unnamed.absent, ["eth1", "eth2"], "an interface without a filter and an address is not for data");
+    let docker = Found { carrier: false, ..nic("docker0", &["172.17.0.1/16"]) };
+    assert!(select(&[nic("eth0", &["10.0.0.1/24"]), docker], None).absent.is_empty());
 }
 
 #[test]

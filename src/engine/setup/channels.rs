@@ -153,7 +153,11 @@ fn listen(context: &SetupContext, plan: &Plan, connecting: bool) -> Result<Liste
     }
     // A NIC may have appeared or disappeared since the last set-up.
     let devices = plugin.current_devices()?;
-    let near = setup::nics_for(plugin, &devices, context.gpus.pci_path(plan.own()).as_deref());
+    let mut near = setup::nics_for(plugin, &devices, context.gpus.pci_path(plan.own()).as_deref());
+    if plan.spare {
+        // An Offer has no room for channels of NICs that may come back in every further set.
+        near.absent.clear();
+    }
     let gpu = context.gpus.followed_by(plugin, plan.own())?;
     Listening::open(plugin, &devices, &near, plan.channels, gpu, Role::of(plugin, connecting))
 }

@@ -97,7 +97,7 @@ impl SetupContext {
     /// Channels of each set that this engine asks for.
     fn channels(&self) -> usize {
         let plugin = &self.plugins.device;
-        let nics = nics_for(plugin, &plugin.devices, self.gpus.pci_path(None).as_deref());
+        let nics = nics_for(plugin, &plugin.devices, self.gpus.pci_path(None).as_deref()).usable;
         channel_count(plugin, self.config.num_channels, nics.len().max(1), self.cores)
     }
 
