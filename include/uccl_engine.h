@@ -320,6 +320,15 @@ typedef struct uccl_channel_stats_t {
   uint64_t pack_us;
   /** Time from submitting a chunk until it was unpacked, summed over all chunks, microseconds. */
   uint64_t unpack_us;
+  /** 1 while the channel is lost: it failed, or the peer lost it, and it has not come back. */
+  uint64_t lost;
+  /** Of the bytes of direct transfers: those that were copied over NVLink. Reads of the peer count at the peer alone. */
+  uint64_t nvlink_bytes;
+  /**
+   * Name of the plugin that carries the channel, or "direct" for direct transfers between two processes on one host; NUL-terminated,
+   * cut to 31 bytes.
+   */
+  char plugin[32];
 } uccl_channel_stats_t;
 
 /** Unused; kept for compatibility with code that names it. */

@@ -187,7 +187,21 @@ pub struct uccl_channel_stats_t {
     pub pack_us: u64,
     /// Time from submitting a chunk until it was unpacked, summed over all chunks, microseconds.
     pub unpack_us: u64,
+    /// 1 while the channel is lost: it failed, or the peer lost it, and it has not come back.
+    pub lost: u64,
+    /// Of the bytes of direct transfers: those that were copied over NVLink. Reads of the peer count at the peer alone.
+    pub nvlink_bytes: u64,
+    /// Name of the plugin that carries the channel, or "direct" for direct transfers between two processes on one host; NUL-terminated,
+    /// cut to 31 bytes.
+    pub plugin: [c_char; 32],
 }
+
+// Programs built with an older header pass a structure that ends earlier: no member moves.
+const _: () = {
+    assert!(std::mem::offset_of!(uccl_channel_stats_t, nic) == 20 * size_of::<u64>());
+    assert!(std::mem::offset_of!(uccl_channel_stats_t, lost) == 26 * size_of::<u64>());
+    assert!(size_of::<uccl_channel_stats_t>() == 32 * size_of::<u64>());
+};
 
 /// Returns the statistics of an engine, summed over its connections.
 ///
@@ -295,6 +309,15 @@ unsafe fn fill<T: Copy>(stats: *mut T, value: impl FnOnce() -> Result<T>) -> Res
     Ok(UCCL_OK)
 }
 
+/// A name, cut to what leaves room for a NUL.
+fn name(text: &str) -> [c_char; 32] {
+    let mut out = [0; 32];
+    for (to, from) in out[..31].iter_mut().zip(text.bytes()) {
+        *to = from as c_char;
+    }
+    out
+}
+
 impl From<&Totals> for uccl_totals_t {
     fn from(totals: &Totals) -> uccl_totals_t {
         // Both have the same names.
@@ -351,11 +374,6 @@ impl From<&ConnectionStats> for uccl_conn_stats_t {
 impl From<&ChannelStats> for uccl_channel_stats_t {
     fn from(stats: &ChannelStats) -> uccl_channel_stats_t {
         let network = stats.network.clone().unwrap_or_default();
-        let mut nic: [c_char; 32] = [0; 32];
-        let room = nic.len() - 1;
-        for (to, from) in nic[..room].iter_mut().zip(stats.nic.bytes()) {
-            *to = from as c_char;
-        }
         uccl_channel_stats_t {
             size: size_of::<uccl_channel_stats_t>(),
             sent_bytes: stats.sent_bytes,
@@ -377,9 +395,12 @@ impl From<&ChannelStats> for uccl_channel_stats_t {
             retransmits: network.retransmits,
             rtt_us: network.rtt_us.into(),
             min_rtt_us: network.min_rtt_us.into(),
-            nic,
+            nic: name(&stats.nic),
             pack_us: stats.pack_us,
             unpack_us: stats.unpack_us,
+            lost: stats.lost.into(),
+            nvlink_bytes: stats.nvlink_bytes,
+            plugin: name(&stats.plugin),
         }
     }
 }

@@ -43,6 +43,8 @@ struct Running {
     exports: Vec<u32>,
     pieces: usize,
     bytes: u64,
+    /// It crosses NVLink.
+    nvlink: bool,
     /// Bytes of it that were reported.
     moved: u64,
     begun: Instant,
@@ -54,13 +56,15 @@ pub(super) struct Copies {
     pub host: Option<HostMemory>,
     pub device: Option<Box<dyn LocalMemory>>,
     running: Vec<Running>,
+    /// Bytes that have crossed NVLink.
+    pub nvlink: u64,
     /// Room for the pieces of the next copy.
     pub pieces: Vec<Piece>,
 }
 
 impl Copies {
     pub(super) fn new(host: Option<HostMemory>, device: Option<Box<dyn LocalMemory>>) -> Copies {
-        Copies { host, device, running: Vec::new(), pieces: Vec::new() }
+        Copies { host, device, running: Vec::new(), nvlink: 0, pieces: Vec::new() }
     }
 
     /// The memory that copies into a place.
@@ -90,6 +94,7 @@ impl Copies {
         for &id in &exports {
             imports.enter(id, place)?;
         }
+        let nvlink = exports.iter().any(|&id| imports.by_nvlink(id));
         let pieces = std::mem::take(&mut self.pieces);
         let Some(memory) = self.memory(place) else { bail!(Internal, "no memory copies into {place:?}") };
         memory.belongs_to(match &owner {
@@ -101,7 +106,17 @@ impl Copies {
         let pull = unsafe { memory.pull(place, &pieces) };
         let n = pieces.len();
         self.pieces = pieces;
-        self.running.push(Running { pull: pull?, place, exports, pieces: n, bytes, moved: 0, begun: Instant::now(), owner });
+        self.running.push(Running {
+            pull: pull?,
+            place,
+            exports,
+            pieces: n,
+            bytes,
+            nvlink,
+            moved: 0,
+            begun: Instant::now(),
+            owner,
+        });
         Ok(())
     }
 
@@ -111,19 +126,21 @@ impl Copies {
     /// When the bytes of one will never be in place.
     pub(super) fn poll(&mut self, imports: &mut Imports) -> Result<Vec<Done>> {
         let (mut done, mut i) = (Vec::new(), 0);
-        while let Some(&Running { pull, place, bytes, moved, .. }) = self.running.get(i) {
+        while let Some(&Running { pull, place, bytes, nvlink, moved, .. }) = self.running.get(i) {
             let Some(memory) = self.memory(place) else { bail!(Internal, "no memory copies into {place:?}") };
             if !memory.poll(pull)? {
                 // Large ones end together, since all have their turns: what each has moved shows that they go on.
                 let more = memory.copied(pull, bytes).min(bytes).saturating_sub(moved);
                 if more > 0 {
                     self.running[i].moved += more;
+                    self.nvlink += if nvlink { more } else { 0 };
                     done.push(Done::Moved(self.running[i].owner.clone(), more));
                 }
                 i += 1;
                 continue;
             }
             let Running { exports, pieces, owner, .. } = self.running.swap_remove(i);
+            self.nvlink += if nvlink { bytes - moved } else { 0 };
             if let Some(device) = &mut self.device {
                 exports.into_iter().for_each(|id| imports.release(id, &mut **device));
             }

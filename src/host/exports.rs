@@ -236,17 +236,22 @@ struct Import {
     base: u64,
     len: u64,
     here: Place,
+    /// NVLink joins its GPU and that of `here`.
+    nvlink: bool,
     /// Copies that use it.
     copies: usize,
     ended: bool,
 }
+
+/// Where the copies of an allocation go: the place here, and whether NVLink joins the two.
+type Reader = (Place, bool);
 
 /// Allocations of the peer.
 #[derive(Default)]
 pub(crate) struct Imports {
     open: Map<u32, Import>,
     /// Told, and not opened yet: opening takes long.
-    waiting: VecDeque<(u32, Place, Export)>,
+    waiting: VecDeque<(u32, Reader, Export)>,
     last: u32,
     /// The peer's process, if it is proved.
     owner: Option<Process>,
@@ -262,12 +267,12 @@ impl Imports {
     ///
     /// # Errors
     /// `Protocol` when its number does not rise, or there are too many.
-    pub(crate) fn told(&mut self, id: u32, here: Place, export: Export) -> Result<()> {
+    pub(crate) fn told(&mut self, id: u32, reader: Reader, export: Export) -> Result<()> {
         self.number(id)?;
         if self.open.len() + self.waiting.len() >= 2 * MAX_SHARED {
             bail!(Protocol, "the peer shares {} allocations", self.open.len() + self.waiting.len());
         }
-        self.waiting.push_back((id, here, export));
+        self.waiting.push_back((id, reader, export));
         Ok(())
     }
 
@@ -301,10 +306,10 @@ impl Imports {
 
     /// Opens one allocation; the answer for the peer.
     pub(crate) fn open_one(&mut self, memory: &mut dyn LocalMemory) -> Option<Message> {
-        let (id, here, export) = self.waiting.pop_front()?;
+        let (id, (here, nvlink), export) = self.waiting.pop_front()?;
         let open = match memory.open(&export, here, self.owner) {
             Ok(mapping) => {
-                let import = Import { mapping, base: export.base, len: export.len, here, copies: 0, ended: false };
+                let import = Import { mapping, base: export.base, len: export.len, here, nvlink, copies: 0, ended: false };
                 self.open.insert(id, import);
                 true
             }
@@ -314,6 +319,11 @@ impl Imports {
             }
         };
         Some(Message::Answer { id, open })
+    }
+
+    /// Whether copies of an open export cross NVLink.
+    pub(super) fn by_nvlink(&self, id: u32) -> bool {
+        self.open.get(&id).is_some_and(|import| import.nvlink)
     }
 
     /// An open export, for memory of `here`.

@@ -164,6 +164,8 @@ pub(crate) struct Linked {
     pub pairs: Vec<(Place, Place)>,
     /// Those of them whose bytes are pushed.
     pub pushed: Vec<(Place, Place)>,
+    /// Those of them that NVLink joins.
+    pub nvlink: Vec<(Place, Place)>,
 }
 
 /// Two sides on their way to each other.
@@ -366,7 +368,7 @@ impl Meeting {
         if !met.told {
             bail!(Resource, "the peer's Unix socket has no room");
         }
-        let Met { socket, who, host, inbox, outbox, have, ours, .. } = met;
+        let Met { socket, who, host, inbox, outbox, have, gpus, ours, .. } = met;
         let ours = ours.unwrap_or_default();
         let (mut pairs, mut pushed) = (Vec::new(), Vec::new());
         for &(here, there, own) in &ours {
@@ -379,7 +381,12 @@ impl Meeting {
         if pairs.is_empty() {
             bail!(Unsupported, "{}", nothing(host.is_some(), &ours, &theirs));
         }
-        Ok(Some(Linked { socket, who, host, device: have.device, inn: inbox, out: outbox, pairs, pushed }))
+        let joined = |(here, there): &(Place, Place)| {
+            let gpu = gpus.iter().find(|(place, _)| place == there).map(|(_, gpu)| gpu);
+            gpu.zip(have.device.as_ref()).is_some_and(|(gpu, device)| device.by_nvlink(*here, gpu))
+        };
+        let nvlink = pairs.iter().copied().filter(joined).collect();
+        Ok(Some(Linked { socket, who, host, device: have.device, inn: inbox, out: outbox, pairs, pushed, nvlink }))
     }
 }
 

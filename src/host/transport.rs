@@ -19,7 +19,7 @@ use super::staged::Staged;
 use super::write::{Target, Writes};
 use crate::direct::{Activity, Direct, Event, Pairing, Route, Start, Way};
 use crate::region::{Hold, Region, RegionUse};
-use crate::stats::ChannelStats;
+use crate::stats::{ChannelStats, DIRECT};
 use crate::status::{bail, err, Error, Result};
 use crate::types::{Key, Landing, Place, RemoteAccess};
 use std::collections::VecDeque;
@@ -52,6 +52,8 @@ struct Wire {
     pid: i32,
     /// Pairs of places, here and there, between which the side where the data goes copies it out of the other's memory.
     pairs: Vec<(Place, Place)>,
+    /// Pairs that NVLink joins.
+    nvlink: Vec<(Place, Place)>,
     /// Answers and rings.
     outbox: VecDeque<Message>,
     /// Something came on the socket, or waits to leave.
@@ -61,6 +63,11 @@ struct Wire {
 impl Wire {
     fn joins(&self, here: Place, there: Place) -> bool {
         self.pairs.contains(&(here, there))
+    }
+
+    /// Whether bytes of such a pair of places cross NVLink.
+    fn by_nvlink(&self, here: Place, there: Place) -> bool {
+        self.nvlink.contains(&(here, there))
     }
 
     fn wake(&self) {
@@ -94,7 +101,7 @@ pub(crate) struct OneHost {
 impl OneHost {
     /// `bell`: rung when a thread has ended a copy; `likely`: GPUs of the peer whose memory is in use.
     pub(crate) fn new(linked: Linked, bell: Bell, likely: Vec<Place>, lookup: Lookup) -> OneHost {
-        let Linked { socket, who, mut host, device, inn, out, mut pairs, pushed, .. } = linked;
+        let Linked { socket, who, mut host, device, inn, out, mut pairs, pushed, nvlink, .. } = linked;
         pairs.retain(|pair| !pushed.contains(pair));
         if let Some(host) = &mut host {
             host.set_bell(bell);
@@ -103,7 +110,7 @@ impl OneHost {
         let imports = Imports::of(host.as_ref().map(HostMemory::process));
         let news = Arc::new(AtomicBool::new(true));
         OneHost {
-            wire: Wire { socket, pid: who.pid, pairs, outbox: VecDeque::new(), news },
+            wire: Wire { socket, pid: who.pid, pairs, nvlink, outbox: VecDeque::new(), news },
             lookup,
             likely,
             copies: Copies::new(host, device),
@@ -244,7 +251,8 @@ impl OneHost {
                 _ => bail!(Internal, "a write from region {}, which the peer cannot read", pairing.local),
             }
         }
-        self.writes.start(transfer, targets)?;
+        let nvlink = transfer.pairings.iter().any(|pairing| self.wire.by_nvlink(pairing.here, pairing.there));
+        self.writes.start(transfer, targets, nvlink)?;
         self.ring_if(true);
         Ok(())
     }
@@ -298,7 +306,7 @@ impl OneHost {
                 self.answered = true;
             }
             (Message::Share { id, there, here, export }, Some(_)) if self.wire.joins(here, there) => {
-                self.imports.told(id, here, export)?;
+                self.imports.told(id, (here, self.wire.by_nvlink(here, there)), export)?;
             }
             (Message::End { id }, Some(device)) => self.imports.ended(id, &mut **device)?,
             (Message::Claim { region, token, place }, _) => self.claimed((region, token, place), events)?,
@@ -675,10 +683,12 @@ impl Direct for OneHost {
     fn stats(&self, kernel: bool) -> ChannelStats {
         let staged = self.staged.doing();
         ChannelStats {
+            plugin: DIRECT.to_owned(),
             nic: super::NAME.to_owned(),
             route: if kernel { format!("process {} of this host", self.wire.pid) } else { String::new() },
             sent_bytes: (self.writes.moved().1 + staged.moved.1).saturating_add(self.writes.out.read()),
             received_bytes: self.received,
+            nvlink_bytes: self.copies.nvlink + self.writes.by_nvlink(),
             window_out: (self.writes.len() + staged.writes) as u32,
             window: WINDOW as u32,
             ..ChannelStats::default()

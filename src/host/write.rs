@@ -44,6 +44,8 @@ struct Writing {
     /// Steps that are told and not copied: the bytes of the write up to the end of each, and its blocks; and bytes told so far.
     steps: VecDeque<(u64, usize)>,
     told: u64,
+    /// The peer copies it over NVLink.
+    nvlink: bool,
     _hold: Hold,
 }
 
@@ -59,19 +61,21 @@ pub(super) struct Writes {
     /// Bytes of writes that have ended, and of those under way that were reported.
     done: u64,
     running: u64,
+    /// Bytes of writes over NVLink that have ended.
+    nvlink: u64,
 }
 
 impl Writes {
     pub(super) fn new(out: RingOut) -> Writes {
         let ahead = Stride { blocks: 0, bytes: 0 };
-        Writes { out, list: VecDeque::new(), pieces: Vec::new(), ahead, seen: 0, done: 0, running: 0 }
+        Writes { out, list: VecDeque::new(), pieces: Vec::new(), ahead, seen: 0, done: 0, running: 0, nvlink: 0 }
     }
 
-    /// Starts a write: tells what fits of it, and keeps the rest for later.
+    /// Starts a write: tells what fits of it, and keeps the rest for later. `nvlink`: the peer copies it over NVLink.
     ///
     /// # Errors
     /// When the connection must end.
-    pub(super) fn start(&mut self, transfer: &mut Start<'_>, targets: Vec<Target>) -> Result<()> {
+    pub(super) fn start(&mut self, transfer: &mut Start<'_>, targets: Vec<Target>, nvlink: bool) -> Result<()> {
         let bulk = !is_small(transfer.total, transfer.count);
         let mut rest = if bulk { Rest::with_room(transfer.count)? } else { Rest::default() };
         let mut writing = Writing {
@@ -87,6 +91,7 @@ impl Writes {
             stride: Stride::first(transfer.total),
             steps: VecDeque::new(),
             told: 0,
+            nvlink,
             _hold: transfer.hold.clone(),
         };
         let told = self.tell(&mut writing, transfer.blocks);
@@ -248,6 +253,7 @@ impl Writes {
         }
         self.running -= writing.moved;
         self.done += if done { writing.total } else { 0 };
+        self.nvlink += if done && writing.nvlink { writing.total } else { 0 };
         events.push(Event::Ended(writing.key, done));
     }
 
@@ -270,6 +276,11 @@ impl Writes {
     /// Bytes that have moved, and those of writes that have ended.
     pub(super) fn moved(&self) -> (u64, u64) {
         (self.done + self.running, self.done)
+    }
+
+    /// Bytes of writes over NVLink that have ended.
+    pub(super) fn by_nvlink(&self) -> u64 {
+        self.nvlink
     }
 }
 

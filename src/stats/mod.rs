@@ -83,9 +83,14 @@ pub struct Network {
     pub congestion: String,
 }
 
+/// In place of a plugin's name: direct transfers between two processes on one host.
+pub const DIRECT: &str = "direct";
+
 /// A channel.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ChannelStats {
+    /// The plugin that carries it, or [`DIRECT`].
+    pub plugin: String,
     /// Its NIC.
     pub nic: String,
     /// The peer's NIC, if it has another name.
@@ -100,6 +105,8 @@ pub struct ChannelStats {
     pub received_bytes: u64,
     /// See `received_bytes`.
     pub received_chunks: u64,
+    /// Bytes of direct transfers that were copied over NVLink.
+    pub nvlink_bytes: u64,
     /// Bytes per second over the last second or so.
     pub sent_per_second: f64,
     /// As `sent_per_second`.

@@ -111,7 +111,8 @@ impl Snapshot {
             for connection in &engine.connections {
                 for (i, channel) in connection.channels.iter().enumerate() {
                     let mut labels = connection_labels(engine, connection);
-                    labels.extend([("channel", i.to_string()), ("nic", channel.nic.clone())]);
+                    let (plugin, nic) = (channel.plugin.clone(), channel.nic.clone());
+                    labels.extend([("channel", i.to_string()), ("plugin", plugin), ("nic", nic)]);
                     let joined = Some(&channel.peer_nic).filter(|nic| !nic.is_empty());
                     labels.extend(joined.map(|nic| ("peer_nic", nic.clone())));
                     family.samples.extend(number(channel).map(|number| (labels, number)));
@@ -165,6 +166,7 @@ impl Snapshot {
             counter("sent_chunks", "Chunks sent", |c| c.sent_chunks),
             counter("received_bytes", "Bytes received", |c| c.received_bytes),
             counter("received_chunks", "Chunks received", |c| c.received_chunks),
+            counter("nvlink_bytes", "Bytes of direct transfers that were copied over NVLink", |c| c.nvlink_bytes),
             counter("stalls", "Seconds in which the channel had chunks in flight and moved none", |c| c.stalls),
             counter("packed_chunks", "Chunks packed from GPU memory", |c| c.packed_chunks),
             counter("unpacked_chunks", "Chunks unpacked into GPU memory", |c| c.unpacked_chunks),
@@ -218,7 +220,8 @@ mod tests {
 
     fn engine() -> EngineStats {
         let network = Some(Network { retransmits: 3, segments: 9, rtt_us: 1500, ..Network::default() });
-        let channel = ChannelStats { nic: "eth1".into(), sent_bytes: 5, slow: true, network, ..ChannelStats::default() };
+        let (plugin, nic) = ("TCPX-soft".into(), "eth1".into());
+        let channel = ChannelStats { plugin, nic, sent_bytes: 5, slow: true, network, ..ChannelStats::default() };
         let unknown = ChannelStats { nic: "eth2".into(), peer_nic: "eth3".into(), ..ChannelStats::default() };
         let connection = ConnectionStats {
             id: 7,
@@ -239,7 +242,7 @@ mod tests {
             "uccl_tcpx_connections_opened_total{engine=\"10.0.0.1:4000?-1\"} 4",
             "uccl_tcpx_connections_opened_total{engine=\"other\"} 0",
             "uccl_tcpx_connection_refused_total{engine=\"10.0.0.1:4000?-1\",connection=\"7\",peer=\"a\\\"b\\n\"} 2",
-            "channel=\"0\",nic=\"eth1\"} 5",
+            "channel=\"0\",plugin=\"TCPX-soft\",nic=\"eth1\"} 5",
             "# EOF",
         ] {
             assert!(text.contains(line), "no {line} in\n{text}");

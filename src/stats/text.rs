@@ -85,12 +85,20 @@ impl fmt::Display for ChannelStats {
         let way = |total: u64, chunks: u64, rate: f64| format!("{} in {chunks} chunks ({})", bytes(total as f64), speed(rate));
         let (out, window) = (way(self.sent_bytes, self.sent_chunks, self.sent_per_second), self.window);
         let into = way(self.received_bytes, self.received_chunks, self.received_per_second);
-        write!(f, "{place}: out {out}, in {into}, window {}/{window} out {}/{window} in", self.window_out, self.window_in)?;
+        let plugin = if self.plugin.is_empty() { String::new() } else { format!("{} ", self.plugin) };
+        write!(
+            f,
+            "{plugin}{place}: out {out}, in {into}, window {}/{window} out {}/{window} in",
+            self.window_out, self.window_in
+        )?;
         write!(f, ", queue {}, stalls {}", bytes(self.queued_bytes as f64), self.stalls)?;
         for (what, us, chunks) in [("pack", self.pack_us, self.packed_chunks), ("unpack", self.unpack_us, self.unpacked_chunks)] {
             if let Some(each) = us.checked_div(chunks) {
                 write!(f, ", {what} {chunks} chunks at {each} us")?;
             }
+        }
+        if self.nvlink_bytes > 0 {
+            write!(f, ", {} over NVLink", bytes(self.nvlink_bytes as f64))?;
         }
         if self.speed > 0.0 {
             write!(f, ", speed {}", speed(self.speed))?;

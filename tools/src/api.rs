@@ -1,12 +1,15 @@
 //! The only module that uses the library's types; everything else in the tools goes through it. Adds no behaviour except context
 //! for errors.
 
+use crate::carried::{carrier, Carried, EAGER, NVLINK};
+use crate::cuda;
 use crate::error::{Context, Failure, Result};
 use crate::fail;
 use std::sync::Arc;
 use std::time::Duration;
 use uccl_p2p::config::Config;
 use uccl_p2p::engine::{Connection, Engine};
+use uccl_p2p::stats::DIRECT;
 
 pub use uccl_p2p::engine::{Direction, FifoItem, LocalSegment};
 
@@ -112,6 +115,11 @@ pub fn emulation_is_on() -> bool {
     matches!(value.trim().to_ascii_lowercase().as_str(), "1" | "true" | "yes" | "on")
 }
 
+/// Whether the environment forbids direct transfers, or is invalid.
+pub fn direct_is_off() -> bool {
+    Config::from_env().map_or(true, |config| config.disable_ipc)
+}
+
 fn pointer_kinds(mask: i64) -> Vec<String> {
     [(1, "host"), (2, "cuda"), (4, "dmabuf")]
         .into_iter()
@@ -126,15 +134,19 @@ pub struct Node {
 }
 
 impl Node {
-    /// Starts an engine, configured by the environment.
+    /// Starts an engine, configured by the environment, for the chosen GPU.
     pub fn start() -> Result<Node> {
-        Ok(Node { engine: Engine::new(Config::from_env().map_err(Failure::new)?).map_err(Failure::new)? })
+        Node::with(Config::from_env().map_err(Failure::new)?)
     }
 
     /// The same, for an engine that uses the network even with peers on its own host.
     pub fn start_for_the_network() -> Result<Node> {
-        let config = Config { disable_ipc: true, ..Config::from_env().map_err(Failure::new)? };
-        Ok(Node { engine: Engine::new(config).map_err(Failure::new)? })
+        Node::with(Config { disable_ipc: true, ..Config::from_env().map_err(Failure::new)? })
+    }
+
+    /// An engine belongs to the GPU that is current where it is created.
+    fn with(config: Config) -> Result<Node> {
+        Ok(Node { engine: cuda::on_chosen(|| Engine::new(config))?.map_err(Failure::new)? })
     }
 
     /// "ip:port?gpu".
@@ -265,8 +277,8 @@ impl Link {
     /// The kernel's statistics of the channels that this process sends on.
     pub fn network(&self) -> Network {
         let mut sum = Network::default();
-        for network in self.conn.stats().map_or_else(|_| Vec::new(), |stats| stats.channels).into_iter().filter_map(|c| c.network)
-        {
+        let channels = self.conn.stats().map(|stats| stats.channels).unwrap_or_default();
+        for network in channels.into_iter().filter_map(|c| c.network) {
             sum.retransmits += network.retransmits;
             sum.congestion = network.congestion;
         }
@@ -278,13 +290,29 @@ impl Link {
         self.conn.peer_ip().to_string()
     }
 
-    /// Bytes moved by direct transfers between two processes on one host.
-    pub fn copied_within_host(&self) -> u64 {
-        let channels = self.conn.stats().map(|stats| stats.channels).unwrap_or_default();
-        channels.iter().filter(|c| c.nic == "local").map(|c| c.sent_bytes + c.received_bytes).sum()
+    /// What has carried the connection's bytes so far, in both directions.
+    pub fn carried(&self) -> Carried {
+        let mut out = Carried::default();
+        let Ok(stats) = self.conn.stats() else { return out };
+        for channel in &stats.channels {
+            let bytes = channel.sent_bytes + channel.received_bytes;
+            if channel.plugin == DIRECT {
+                let nvlink = channel.nvlink_bytes.min(bytes);
+                out.add(NVLINK, "", nvlink);
+                out.add(crate::carried::DIRECT, "", bytes - nvlink);
+                continue;
+            }
+            let nic = match channel.peer_nic.is_empty() {
+                true => channel.nic.clone(),
+                false => format!("{}>{}", channel.nic, channel.peer_nic),
+            };
+            out.add(carrier(&channel.plugin), &nic, bytes);
+        }
+        out.add(EAGER, "", stats.totals.eager_sent_bytes + stats.totals.eager_received_bytes);
+        out
     }
 
-    /// The number of data channels.
+    /// The number of data channels over plugins.
     pub fn channels(&self) -> usize {
         self.conn.channels()
     }

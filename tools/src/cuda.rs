@@ -5,9 +5,11 @@ use crate::fail;
 use cuda_driver::{Context, DeviceBuffer, Stream};
 use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-static ORDINAL: AtomicI32 = AtomicI32::new(0);
+/// The chosen GPU; negative: none.
+static CHOSEN: AtomicI32 = AtomicI32::new(-1);
 /// Work that takes longer than this has hung.
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -17,9 +19,34 @@ impl From<cuda_driver::Error> for Failure {
     }
 }
 
-/// Chooses the GPU of this process's buffers by CUDA index.
+/// Chooses the GPU of this process's engines and buffers by CUDA index.
 pub fn choose(ordinal: i32) {
-    ORDINAL.store(ordinal, Ordering::Relaxed);
+    CHOSEN.store(ordinal, Ordering::Relaxed);
+}
+
+/// The context of a GPU. It stays until the process ends.
+fn context(ordinal: i32) -> Result<Arc<Context>> {
+    static CONTEXT: OnceLock<Arc<Context>> = OnceLock::new();
+    require()?;
+    if ordinal >= count() {
+        fail!("no GPU {ordinal}: the CUDA driver sees {}", count());
+    }
+    if let Some(context) = CONTEXT.get() {
+        return Ok(context.clone());
+    }
+    let context = Context::retain(ordinal)?;
+    Ok(CONTEXT.get_or_init(|| context).clone())
+}
+
+/// Runs `body` while the chosen GPU is current in this thread; without a choice as it is.
+pub fn on_chosen<R>(body: impl FnOnce() -> R) -> Result<R> {
+    let ordinal = CHOSEN.load(Ordering::Relaxed);
+    if ordinal < 0 {
+        return Ok(body());
+    }
+    let context = context(ordinal)?;
+    let _current = context.enter()?;
+    Ok(body())
 }
 
 /// The number of GPUs of this machine; 0 without a driver.
@@ -31,7 +58,7 @@ pub fn count() -> i32 {
 pub fn require() -> Result<()> {
     match cuda_driver::driver() {
         Ok(_) => Ok(()),
-        Err(absence) => fail!("--memory gpu: {}", cuda_driver::Error::from(absence)),
+        Err(absence) => fail!("no GPU can be used: {}", cuda_driver::Error::from(absence)),
     }
 }
 
@@ -42,14 +69,9 @@ pub struct Block {
 }
 
 impl Block {
-    /// Allocates on the chosen GPU.
+    /// Allocates on the chosen GPU, or the first one.
     pub fn new(len: usize) -> Result<Block> {
-        let ordinal = ORDINAL.load(Ordering::Relaxed);
-        require()?;
-        if ordinal >= count() {
-            fail!("--memory gpu: no GPU {ordinal}; the CUDA driver sees {}", count());
-        }
-        let context = Context::retain(ordinal)?;
+        let context = context(CHOSEN.load(Ordering::Relaxed).max(0))?;
         Ok(Block {
             stream: Stream::new(&context)?,
             memory: ManuallyDrop::new(DeviceBuffer::new(&context, len, nccl_net_abi::PAGE)?),

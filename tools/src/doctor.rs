@@ -460,12 +460,17 @@ pub fn text(checks: &[Check]) -> String {
             out += &format!("{:<8} -> {}\n", "", c.todo);
         }
     }
-    let missing: Vec<&str> = checks.iter().filter(|c| c.status == Status::Missing).map(|c| c.name).collect();
-    out += &match missing.is_empty() {
-        true => "every precondition of GPUDirect-TCPX is met\n".to_owned(),
-        false => format!("GPUDirect-TCPX cannot work here, missing: {}\n", missing.join(", ")),
-    };
+    out += &format!("{}\n", conclusion(checks).unwrap_or_else(|missing| missing));
     out
+}
+
+/// All checks in a sentence, as an error if something is missing.
+pub fn conclusion(checks: &[Check]) -> Result<String, String> {
+    let missing: Vec<&str> = checks.iter().filter(|c| c.status == Status::Missing).map(|c| c.name).collect();
+    match missing.is_empty() {
+        true => Ok("every precondition of GPUDirect-TCPX is met".to_owned()),
+        false => Err(format!("GPUDirect-TCPX cannot work here, missing: {}", missing.join(", "))),
+    }
 }
 
 #[cfg(test)]

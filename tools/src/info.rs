@@ -6,12 +6,13 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 use tcpx_tools::api::{self, Budget, Nic, Node, Plugin, Setting};
+use tcpx_tools::carried::{carrier, Carried, Carrier, DIRECT, NVLINK};
 use tcpx_tools::case::{Case, Op};
 use tcpx_tools::client::Client;
 use tcpx_tools::doctor::{self, Check, Host};
 use tcpx_tools::error::{Context, Failure, Result};
 use tcpx_tools::inspect::{self, Congestion, Environment, Gpu, Variable};
-use tcpx_tools::measure::{measure, Options};
+use tcpx_tools::measure::{measure, Measured, Options};
 use tcpx_tools::memory::Kind;
 use tcpx_tools::probe::{self, Proof};
 use tcpx_tools::report::Row;
@@ -19,7 +20,7 @@ use tcpx_tools::{cuda, fail, say};
 
 /// Shows plugin, network devices, GPUs and settings in effect, and checks with a loop-back transfer of 1 MiB that data moves.
 ///
-/// Exit status: 0 if transfers work (with --no-probe: if an engine starts), else 1.
+/// Exit status: 0 if transfers work (with --no-probe: if an engine starts; with --doctor: and GPUDirect-TCPX can), else 1.
 #[derive(Parser)]
 #[command(version, name = "tcpx-info")]
 struct Args {
@@ -32,9 +33,14 @@ struct Args {
     /// Show every setting, and the variables that are passed to the plugin.
     #[arg(long)]
     settings: bool,
-    /// Check every precondition of GPUDirect-TCPX in order and say how to fix what is missing; then move data as usual.
+    /// Check every precondition of GPUDirect-TCPX in order and say how to fix what is missing, after moving data as usual. Exit status
+    /// 1 if one is missing.
     #[arg(long)]
     doctor: bool,
+    /// Fail (exit status 1) if bytes went another way, by the counters of the connection: those moved with --peer, else those of the
+    /// test inside the process.
+    #[arg(long, value_name = "PATH", conflicts_with = "no_probe")]
+    require: Option<Carrier>,
     /// Also move data to and from another host, with contents checked: the address that `tcpx-perf server` printed there.
     #[arg(long, value_name = "ADDRESS")]
     peer: Option<String>,
@@ -136,33 +142,64 @@ fn look(args: &Args, report: &mut Report) -> Result<String> {
         fail!("plugin {} finds no network device", node.plugin());
     }
     if args.no_probe {
-        return Ok("an engine starts; a transfer was not tried (--no-probe)".to_string());
+        return agree(report, None, "an engine starts; a transfer was not tried (--no-probe)".to_owned());
     }
     let memory = memory(args, &node);
     memory.prepare_process()?;
-    let proof = probe::loopback(&node, memory).context("the loop-back transfer failed")?;
-    let verdict = format!(
-        "WORKING: 1 MiB of {memory} memory written and read back over {} channels of plugin {}, every byte correct",
-        proof.channels,
-        node.plugin()
-    );
+    let (proof, network) = probe::loopback(&node, memory).context("the loop-back transfer failed")?;
+    let mut verdict = format!("WORKING: 1 MiB of {memory} memory written and read back over {}, every byte correct", proof.path);
+    if !network.has(carrier(&node.plugin())) {
+        let alone = if memory == Kind::Host { ", which carries GPU memory alone" } else { "" };
+        verdict += &format!("; not over {}{alone}", node.plugin());
+    }
     report.proof = Some(proof);
-    report.within_host = Some(within_host(&node, memory).context("on one host")?);
-    let Some(address) = &args.peer else { return Ok(verdict) };
-    let rows = with_peer(&node, address, memory).context(format_args!("with {address}"))?;
-    let rates: Vec<String> = rows.iter().map(|row| format!("{} {:.3} GB/s", row.op, row.gbytes_per_s)).collect();
-    report.peer = Some(rows);
-    Ok(format!("{verdict}; with {address} over {memory} memory: {}, every byte correct", rates.join(", ")))
+    let on_one_host = probe::within_host(&node, memory).context("on one host")?;
+    report.within_host = Some(within_host(&on_one_host, memory));
+    let mut judged = match args.require {
+        Some(Carrier::Direct | Carrier::Nvlink) => on_one_host,
+        _ => network.clone(),
+    };
+    if let Some(address) = &args.peer {
+        let all = with_peer(&node, address, memory).context(format_args!("with {address}"))?;
+        judged = Carried::default();
+        all.iter().for_each(|measured| judged.merge(&measured.carried));
+        let rows: Vec<Row> = all.into_iter().map(|measured| measured.row).collect();
+        let rates: Vec<String> = rows.iter().map(|row| format!("{} {:.3} GB/s", row.op, row.gbytes_per_s)).collect();
+        verdict += &format!("; with {address}: {} of {memory} memory over {judged}, every byte correct", rates.join(", "));
+        report.peer = Some(rows);
+    }
+    if let Some(wanted) = args.require.filter(|&wanted| !judged.is_all(wanted)) {
+        fail!("bytes of {memory} memory took {judged}, and --require {wanted} forbids that");
+    }
+    agree(report, (memory == Kind::Gpu).then_some(&network), verdict)
+}
+
+/// The verdict, unless the checks of --doctor contradict it. `gpu`: what carried GPU memory, if some was moved.
+fn agree(report: &Report, gpu: Option<&Carried>, verdict: String) -> Result<String> {
+    let Some(checks) = &report.doctor else { return Ok(verdict) };
+    match (doctor::conclusion(checks), gpu) {
+        (Err(missing), _) => fail!("{missing}. Without it: {verdict}"),
+        (Ok(met), Some(carried)) if !carried.is_all(Carrier::Tcpx) => fail!("{met}, but GPU memory went over {carried}"),
+        (Ok(met), _) => Ok(format!("{verdict}; {met}")),
+    }
 }
 
 /// Whether data between processes on this host bypasses the network, as text.
-fn within_host(node: &Arc<Node>, memory: Kind) -> Result<String> {
-    Ok(match probe::within_host(node, memory)? {
-        0 => format!(
-            "{memory} memory uses the network even between processes on this host (UCCL_P2P_LOG_LEVEL=info logs the reason)"
-        ),
-        _ => format!("direct transfers of {memory} memory between processes of one user (UCCL_P2P_DISABLE_IPC=1 disables them)"),
-    })
+fn within_host(carried: &Carried, memory: Kind) -> String {
+    match (carried.has(DIRECT) || carried.has(NVLINK), memory) {
+        (true, _) => {
+            format!("direct transfers of {memory} memory between processes of one user (UCCL_P2P_DISABLE_IPC=1 disables them)")
+        }
+        (false, Kind::Gpu) => {
+            "not tested: inside of one process GPU memory uses channels (tcpx-perf demo --memory gpu tests two processes)"
+                .to_owned()
+        }
+        (false, _) => {
+            format!(
+                "{memory} memory uses {carried} even between processes on this host (UCCL_P2P_LOG_LEVEL=info logs the reason)"
+            )
+        }
+    }
 }
 
 /// The kind of memory to move.
@@ -177,7 +214,7 @@ fn memory(args: &Args, node: &Node) -> Kind {
 }
 
 /// Writes to another host and reads back, with contents checked.
-fn with_peer(node: &Arc<Node>, address: &str, memory: Kind) -> Result<Vec<Row>> {
+fn with_peer(node: &Arc<Node>, address: &str, memory: Kind) -> Result<Vec<Measured>> {
     let mut client = Client::connect(node, address, memory)?;
     let options = Options {
         iters: Some(20),
@@ -190,7 +227,7 @@ fn with_peer(node: &Arc<Node>, address: &str, memory: Kind) -> Result<Vec<Row>> 
         progress: false,
     };
     let case = |op| Case { op, total: 16 << 20, block: 1 << 20, inflight: 1, bidirectional: false };
-    let rows = [Op::Write, Op::Read].map(|op| measure(&mut client, &case(op), &options, &|| ()).map(|measured| measured.row));
+    let rows = [Op::Write, Op::Read].map(|op| measure(&mut client, &case(op), &options, &|| ()));
     client.bye();
     rows.into_iter().collect()
 }
@@ -200,7 +237,13 @@ fn text(report: &Report, settings: bool) -> String {
     let mut lines = vec![("verdict", report.verdict.clone()), ("library", format!("uccl-tcpx {}", report.version))];
     lines.extend(devices(report));
     if let Some(proof) = &report.proof {
-        lines.push(("proof", format!("{} bytes verified, {:.0} us for write and read", proof.verified_bytes, proof.elapsed_us)));
+        lines.push((
+            "proof",
+            format!(
+                "{} bytes verified, {:.0} us for write and read, over {}",
+                proof.verified_bytes, proof.elapsed_us, proof.path
+            ),
+        ));
     }
     lines.extend(report.within_host.iter().map(|within_host| ("on one host", within_host.clone())));
     for row in report.peer.iter().flatten() {

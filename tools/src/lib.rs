@@ -6,11 +6,13 @@
 //! - `proto`: the messages between tcpx-perf's client and server
 //! - `server`, `client`, `measure`, `suite`: the two programs, one measured row, the lists of rows
 //! - `host`, `out`: circumstances of a measurement; standard output and Ctrl-C
+//! - `carried`: which plugins and NICs carried the bytes of a row
 //! - `report`, `plot`: table, JSON, CSV and SVG
 //! - `scrape`, `view`, `picture`: what tcpx-top reads, shows, and draws into a file
 //! - `inspect`, `doctor`, `probe`: what tcpx-info finds, the preconditions of TCPX, and the loop-back transfer
 
 pub mod api;
+pub mod carried;
 pub mod case;
 pub mod cli;
 pub mod client;

@@ -1,6 +1,7 @@
 //! One measured row: buffers at client and server, a timed loop, and the check of contents outside the timed part.
 
-use crate::api::{Direction, FifoItem, LocalSegment};
+use crate::api::{Direction, FifoItem, Link, LocalSegment};
+use crate::carried::Carried;
 use crate::case::{Case, Op};
 use crate::client::{Client, RemoteBuffer};
 use crate::error::{Context, Failure, Result};
@@ -13,7 +14,11 @@ use crate::stats::{gbytes_per_s, iterations_for, Times};
 use crate::units::show_us;
 use crate::{host, out};
 use indicatif::{ProgressBar, ProgressStyle};
+use std::sync::{mpsc, Mutex};
 use std::time::{Duration, Instant};
+
+/// How long the counters may be behind the end of a transfer.
+const COUNTED_WITHIN: Duration = Duration::from_millis(100);
 
 /// How to measure.
 #[derive(Clone, Copy, Debug)]
@@ -30,18 +35,20 @@ pub struct Options {
     pub wait: bool,
     /// Measure for this long, whatever the number of iterations.
     pub time: Option<Duration>,
-    /// Print a line at this interval while measuring.
+    /// Print a line at this interval while measuring, whether something moves or not.
     pub interval: Option<Duration>,
     /// Show progress when standard error is a terminal.
     pub progress: bool,
 }
 
-/// A row, and the times behind it.
+/// A row, and what is behind it.
 pub struct Measured {
     /// The row.
     pub row: Row,
     /// The times of its iterations.
     pub times: Times,
+    /// What carried its bytes.
+    pub carried: Carried,
 }
 
 /// Merges rows of the same case measured by several clients at once.
@@ -50,9 +57,10 @@ pub fn together(all: Vec<Measured>) -> Option<Measured> {
     all.into_iter()
         .reduce(|mut sum, one| {
             sum.times.add(&one.times);
+            sum.carried.merge(&one.carried);
             sum.row.iters += one.row.iters;
             sum.row.gbytes_per_s += one.row.gbytes_per_s;
-            sum.row.gbytes_per_s_avg += one.row.gbytes_per_s_avg;
+            sum.row.gbytes_per_s_median += one.row.gbytes_per_s_median;
             sum.row.verified_bytes += one.row.verified_bytes;
             sum.row.retransmits += one.row.retransmits;
             // Each client reports the time of the whole process.
@@ -64,6 +72,7 @@ pub fn together(all: Vec<Measured>) -> Option<Measured> {
         .map(|mut sum| {
             sum.row.clients = clients;
             sum.row.set_times(&sum.times);
+            sum.row.set_path(&sum.carried);
             sum
         })
 }
@@ -293,9 +302,10 @@ fn measure_case(client: &mut Client, case: &Case, options: &Options, ready: &dyn
     let moved = shape.total * u64::from(shape.inflight) * ways.len() as u64;
     let iters = options.iters.unwrap_or_else(|| iterations_for(options.budget.as_secs_f64() * 1e6, last.as_secs_f64() * 1e6));
     ready();
-    let (cpu, network) = (host::cpu_seconds(), client.link.network());
+    let (cpu, network, before) = (host::cpu_seconds(), client.link.network(), client.link.carried());
     let timed = Timed { case, options, iters, moved, one: last }.measure(&mut run)?;
     let (cpu_s, after) = (host::cpu_seconds() - cpu, client.link.network());
+    let carried = carried(&client.link, &before, moved * timed.times.count());
     let verified_bytes = if options.verify { run.verify(&seeds)? } else { 0 };
     for flow in run.flows {
         client.command(&Request::Close { buffer: flow.remote.number })?;
@@ -306,13 +316,12 @@ fn measure_case(client: &mut Client, case: &Case, options: &Options, ready: &dyn
         total_bytes: shape.total,
         block_bytes: shape.block,
         channels: client.link.channels(),
-        plugin: client.node.plugin(),
         inflight: case.inflight,
         bidirectional: case.bidirectional,
         clients: 1,
         iters: timed.times.count(),
         seconds: timed.seconds,
-        gbytes_per_s_avg: gbytes_per_s(moved * timed.times.count(), timed.seconds * 1e6),
+        gbytes_per_s: gbytes_per_s(moved * timed.times.count(), timed.seconds * 1e6),
         cpu_s,
         retransmits: after.retransmits.saturating_sub(network.retransmits),
         verified: options.verify,
@@ -326,8 +335,21 @@ fn measure_case(client: &mut Client, case: &Case, options: &Options, ready: &dyn
         ..Row::default()
     };
     row.set_times(&timed.times);
-    row.gbytes_per_s = gbytes_per_s(moved, row.p50_us);
-    Ok(Measured { row, times: timed.times })
+    row.set_path(&carried);
+    row.gbytes_per_s_median = gbytes_per_s(moved, row.p50_us);
+    Ok(Measured { row, times: timed.times, carried })
+}
+
+/// What has carried `moved` bytes of a connection since `before`.
+pub fn carried(link: &Link, before: &Carried, moved: u64) -> Carried {
+    let asked = Instant::now();
+    loop {
+        let carried = link.carried().since(before);
+        if carried.sum() >= moved || asked.elapsed() > COUNTED_WITHIN {
+            return carried.out_of(moved);
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// The timed part of a row.
@@ -338,6 +360,14 @@ struct Timed<'a> {
     /// Bytes of an iteration, and its approximate duration.
     moved: u64,
     one: Duration,
+}
+
+/// What the lines of --interval are made from.
+struct Interval {
+    /// Iterations since the last line.
+    times: Times,
+    /// When bytes were last seen to move.
+    moved: Instant,
 }
 
 /// The result of the timed part.
@@ -351,30 +381,42 @@ impl Timed<'_> {
     /// Iterations between two checks of the clock and of Ctrl-C, when one currently takes `one`. Few: on a busy machine the next
     /// ones may take many times as long.
     fn batch(&self, one: Duration, left: u64) -> u64 {
-        let pause = self.options.interval.unwrap_or(Duration::from_millis(400)).as_secs_f64() / 32.0;
-        ((pause / one.as_secs_f64().max(1e-7)) as u64).clamp(1, left.max(1))
+        const PAUSE: f64 = 0.0125;
+        ((PAUSE / one.as_secs_f64().max(1e-7)) as u64).clamp(1, left.max(1))
     }
 
     fn measure(&self, run: &mut Run<'_>) -> Result<Outcome> {
         let started = Instant::now();
+        let interval = Mutex::new(Interval { times: Times::new(), moved: started });
+        let client = run.client;
+        std::thread::scope(|scope| {
+            let (_over, ended) = mpsc::channel();
+            if let Some(every) = self.options.interval {
+                let interval = &interval;
+                scope.spawn(move || self.print_intervals(client, every, interval, &ended));
+            }
+            self.iterate(run, started, &interval)
+        })
+    }
+
+    fn iterate(&self, run: &mut Run<'_>, started: Instant, interval: &Mutex<Interval>) -> Result<Outcome> {
         let limit = if self.options.time.is_some() { u64::MAX } else { self.iters };
         let bar = progress_bar(self.case, limit, self.options.progress && self.options.interval.is_none() && limit < u64::MAX);
         let mut times = Times::new();
-        let mut interval = (Instant::now(), Times::new());
         let mut one = self.one;
         let over = |done: u64| done >= limit || self.options.time.is_some_and(|time| started.elapsed() >= time);
         while !over(times.count()) && !out::is_stopping() {
             let (begin, batch) = (Instant::now(), self.batch(one, limit - times.count()));
             run.repeat(batch, |t| {
                 times.record(t);
-                interval.1.record(t);
+                if self.options.interval.is_some() {
+                    let mut interval = interval.lock().expect("no holder panics");
+                    interval.times.record(t);
+                    interval.moved = Instant::now();
+                }
             })?;
             one = begin.elapsed().div_f64(batch as f64);
             bar.set_position(times.count());
-            if self.options.interval.is_some_and(|every| interval.0.elapsed() >= every) {
-                self.print_interval(started, &interval.1, interval.0.elapsed());
-                interval = (Instant::now(), Times::new());
-            }
         }
         bar.finish_and_clear();
         if times.count() == 0 {
@@ -384,17 +426,26 @@ impl Timed<'_> {
         Ok(Outcome { seconds: times.seconds(), times, interrupted })
     }
 
-    /// Prints a line about the last interval to standard error.
-    fn print_interval(&self, started: Instant, times: &Times, elapsed: Duration) {
-        let mut row = Row::default();
-        row.set_times(times);
-        let rate = gbytes_per_s(self.moved * times.count(), elapsed.as_secs_f64() * 1e6);
-        let (p50, p99) = (show_us(row.p50_us), show_us(row.p99_us));
-        eprintln!(
-            "{:8.1} s  {rate:9.3} GB/s  p50 {p50:>10} us  p99 {p99:>10} us  {}",
-            started.elapsed().as_secs_f64(),
-            self.case
-        );
+    /// Prints a line about each interval to standard error until the row has ended: a transfer that stands ends no iteration.
+    fn print_intervals(&self, client: &Client, every: Duration, interval: &Mutex<Interval>, ended: &mpsc::Receiver<()>) {
+        let started = Instant::now();
+        let (mut last, mut bytes) = (started, client.link.carried().sum());
+        while let Err(mpsc::RecvTimeoutError::Timeout) = ended.recv_timeout(every.saturating_sub(last.elapsed())) {
+            let (now, sum) = (Instant::now(), client.link.carried().sum());
+            let (times, moved) = {
+                let mut interval = interval.lock().expect("no holder panics");
+                interval.moved = if sum == bytes { interval.moved } else { now };
+                (std::mem::take(&mut interval.times), interval.moved)
+            };
+            let rate = gbytes_per_s(self.moved * times.count(), (now - last).as_secs_f64() * 1e6);
+            let said = match times.count() {
+                0 if moved == now => "under way".to_owned(),
+                0 => format!("stands for {:.1} s", now.saturating_duration_since(moved).as_secs_f64()),
+                _ => format!("p50 {:>10} us  p99 {:>10} us", show_us(times.at(0.5)), show_us(times.at(0.99))),
+            };
+            eprintln!("{:8.1} s  {rate:9.3} GB/s  {said}  {}", (now - started).as_secs_f64(), self.case);
+            (last, bytes) = (now, sum);
+        }
     }
 }
 

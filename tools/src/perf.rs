@@ -7,7 +7,10 @@ use std::path::PathBuf;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
-use tcpx_tools::api::{emulation_is_on, listen_on_any_port, Node, BIND_VARIABLE, CHANNELS_VARIABLE, PORT_VARIABLE};
+use tcpx_tools::api::{
+    direct_is_off, emulation_is_on, listen_on_any_port, Node, BIND_VARIABLE, CHANNELS_VARIABLE, PORT_VARIABLE,
+};
+use tcpx_tools::carried::{Carried, Carrier};
 use tcpx_tools::case::{Case, Op};
 use tcpx_tools::client::Client;
 use tcpx_tools::error::{Context, Result};
@@ -20,8 +23,10 @@ use tcpx_tools::{plot, server, suite};
 
 /// Measures transfers between two engines and checks the data.
 ///
-/// GB/s is the rate of the median iteration, in 1e9 bytes per second. On a busy machine the average rate is lower: --json and
-/// --csv include it (gbytes_per_s_avg).
+/// GB/s is all bytes of a row by all its time, in 1e9 bytes per second; median is the rate of its median iteration. A row is marked
+/// UNEVEN where the two differ by more than a fifth: some iterations took much longer than others. path says what carried the bytes,
+/// from the counters of the connection: channels of a plugin (tcp, tcpx, tcpxo) by NIC, direct transfers between two processes on one
+/// host (direct; nvlink between GPUs joined by NVLink), or control messages (eager, for small transfers).
 ///
 /// Exit status: 0 if everything worked and every checked byte was correct, 1 if not, 2 for a wrong command line.
 #[derive(Parser)]
@@ -48,9 +53,10 @@ struct Common {
     /// set].
     #[arg(long)]
     memory: Option<Kind>,
-    /// GPU of the buffers, by CUDA index; with `demo` the client's, and the server uses the next GPU if there is one.
-    #[arg(long, default_value_t = 0)]
-    gpu: i32,
+    /// GPU of the engine and of the buffers, by CUDA index; with `demo` the client's, and the server uses the next GPU if there is one.
+    /// Implies --memory gpu unless that is given [default: the first].
+    #[arg(long, value_parser = clap::value_parser!(i32).range(0..))]
+    gpu: Option<i32>,
     /// Data channels of a connection [default: UCCL_TCPX_NUM_CHANNELS, else 4 for `demo` and the library's choice otherwise].
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=64))]
     channels: Option<u16>,
@@ -136,12 +142,16 @@ struct Measuring {
     /// Measure each row for this many seconds.
     #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, conflicts_with = "iters")]
     time: Option<Duration>,
-    /// Print rate and latency to standard error at this interval, in seconds, while a row is measured.
+    /// Print rate and latency to standard error at this interval, in seconds, while a row is measured; how long a transfer stands if
+    /// nothing moves.
     #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
     interval: Option<Duration>,
-    /// Fail (exit status 1) if a row is slower than this, in GB/s of the median iteration.
+    /// Fail (exit status 1) if a row is slower than this, in GB/s: all its bytes by all its time.
     #[arg(long, value_name = "GBPS")]
     expect_gbps: Option<f64>,
+    /// Fail (exit status 1) if bytes of a row went another way, by the counters of the connection.
+    #[arg(long, value_name = "PATH")]
+    require: Option<Carrier>,
     /// Write the rows to this file as CSV; - is standard output.
     #[arg(long, value_name = "FILE")]
     csv: Option<PathBuf>,
@@ -155,7 +165,11 @@ struct Measuring {
 
 impl Common {
     fn memory(&self) -> Kind {
-        self.memory.unwrap_or_else(|| if emulation_is_on() { Kind::Emulated } else { Kind::Host })
+        self.memory.unwrap_or_else(|| match self.gpu {
+            Some(_) => Kind::Gpu,
+            None if emulation_is_on() => Kind::Emulated,
+            None => Kind::Host,
+        })
     }
 
     /// Passes the options to the engine through the environment. Call it before threads exist.
@@ -166,9 +180,12 @@ impl Common {
         if let Some(channels) = self.channels {
             std::env::set_var(CHANNELS_VARIABLE, channels.to_string());
         }
-        cuda::choose(self.gpu);
-        self.memory().prepare_process()?;
-        Ok(self.memory())
+        let memory = self.memory();
+        memory.prepare_process()?;
+        if let Some(gpu) = self.gpu.or((memory == Kind::Gpu).then_some(0)) {
+            cuda::choose(gpu);
+        }
+        Ok(memory)
     }
 }
 
@@ -218,27 +235,28 @@ impl Measuring {
         }
     }
 
-    /// Measures all cases and prints each row when it is done. Files get the rows measured so far even if a later row fails or
-    /// the user stops.
-    fn run(&self, clients: &mut [Client], cases: &[Case], options: &Options) -> Result<Vec<Row>> {
-        out::stop_on_interrupt();
+    /// Measures the cases and prints each row when it is done; appends what was measured, also before an error.
+    fn measure(&self, clients: &mut [Client], cases: &[Case], options: &Options, all: &mut Vec<Measured>) -> Result<()> {
         self.print(&headline());
-        let mut rows: Vec<Row> = Vec::new();
-        let mut result = Ok(());
         for case in cases {
             match measure_all(clients, case, options) {
                 Ok(measured) => {
                     self.print(&measured.row.line());
-                    rows.push(measured.row);
+                    all.push(measured);
                 }
-                // The rows measured so far are reported below.
                 Err(_) if out::is_stopping() => {}
-                Err(e) => result = Err(e),
+                Err(e) => return Err(e),
             }
-            if out::is_stopping() || result.is_err() {
+            if out::is_stopping() {
                 break;
             }
         }
+        Ok(())
+    }
+
+    /// Writes the files, then judges. Files get the rows measured so far even if a later row failed or the user stopped.
+    fn conclude(&self, all: &[Measured], result: Result<()>) -> Result<()> {
+        let rows: Vec<Row> = all.iter().map(|measured| measured.row.clone()).collect();
         if let Some(path) = &self.json {
             write_json(path, &rows)?;
         }
@@ -249,12 +267,17 @@ impl Measuring {
             plot::write_svg(path, &rows)?;
         }
         result?;
+        if let Some(wanted) = self.require {
+            if let Some(other) = all.iter().find(|measured| !measured.carried.is_all(wanted)) {
+                fail!("{}: its bytes took {}, and --require {wanted} forbids that", other.row.name(), other.row.path);
+            }
+        }
         if let Some(expected) = self.expect_gbps {
             if let Some(slow) = rows.iter().find(|row| row.gbytes_per_s < expected) {
                 fail!("{}: {:.3} GB/s, expected at least {expected}", slow.name(), slow.gbytes_per_s);
             }
         }
-        Ok(rows)
+        Ok(())
     }
 }
 
@@ -360,13 +383,35 @@ fn run_client(args: &ClientArgs) -> Result<()> {
     let client = |_| Client::connect(&Arc::new(Node::start()?), &args.address, memory);
     let mut clients = (0..args.clients).map(client).collect::<Result<Vec<_>>>()?;
     let default_rows = || vec![Case { op: Op::Write, total: 64 << 20, block: 64 << 20, inflight: 1, bidirectional: false }];
-    let rows = args.measuring.run(
-        &mut clients,
-        &args.measuring.cases(default_rows),
-        &args.measuring.options(args.verify, Duration::from_secs(1)),
-    );
+    out::stop_on_interrupt();
+    let (mut all, cases) = (Vec::new(), args.measuring.cases(default_rows));
+    let options = args.measuring.options(args.verify, Duration::from_secs(1));
+    let result = args.measuring.measure(&mut clients, &cases, &options, &mut all);
+    let concluded = args.measuring.conclude(&all, result);
     clients.iter().for_each(Client::bye);
-    rows.map(|_| ())
+    concluded
+}
+
+/// One half of a demo: what its heading says, and how its client's engine starts.
+struct Half {
+    title: &'static str,
+    start: fn() -> Result<Node>,
+    default_rows: fn() -> Vec<Case>,
+}
+
+/// Both halves; the second alone shows what two processes on one host do by default.
+fn halves() -> Vec<Half> {
+    let network = Half {
+        title: "over channels, as between two hosts (UCCL_P2P_DISABLE_IPC=1)",
+        start: Node::start_for_the_network,
+        default_rows: suite::demo,
+    };
+    let host = Half { title: "on one host, as by default", start: Node::start, default_rows: suite::demo_on_one_host };
+    if direct_is_off() {
+        vec![network]
+    } else {
+        vec![network, host]
+    }
 }
 
 fn run_demo(args: &DemoArgs) -> Result<()> {
@@ -377,40 +422,52 @@ fn run_demo(args: &DemoArgs) -> Result<()> {
         common.channels = Some(DEMO_CHANNELS);
     }
     let memory = common.prepare_process()?;
-    let (mut server, address) = ServerProcess::start(memory, common.gpu)?;
-    let node = Arc::new(Node::start()?);
-    let mut client = Client::connect(&node, &address, memory)?;
-    let line = format!(
-        "server process {} at {address}, {memory} memory, plugin {}, {} channels",
-        server.child.id(),
-        node.plugin(),
-        client.link.channels()
-    );
-    args.measuring.print(&line);
-    let rows = args.measuring.run(
-        std::slice::from_mut(&mut client),
-        &args.measuring.cases(suite::demo),
-        &args.measuring.options(true, Duration::from_millis(700)),
-    )?;
+    out::stop_on_interrupt();
+    let (mut all, mut notified, mut result) = (Vec::new(), (0, 0), Ok(()));
+    for half in halves() {
+        result =
+            run_half(args, &half, memory, &mut all).map(|(count, bytes)| notified = (notified.0 + count, notified.1 + bytes));
+        if out::is_stopping() || result.is_err() {
+            break;
+        }
+    }
+    args.measuring.conclude(&all, result)?;
     if out::is_stopping() {
         return Ok(());
     }
-    let lengths = suite::demo_notifications();
-    let notified = client.echo(&lengths, random_seed()?).context("notifications")?;
-    client.bye();
-    let (channels, plugin) = (client.link.channels(), node.plugin());
-    server.finish()?;
-    let verified: u64 = rows.iter().map(|row| row.verified_bytes).sum();
+    let mut carried = Carried::default();
+    all.iter().for_each(|measured| carried.merge(&measured.carried));
+    let verified: u64 = all.iter().map(|measured| measured.row.verified_bytes).sum();
     let line = format!(
-        "proved: {verified} bytes compared in {} rows and {} notifications ({}) echoed in order, no difference; {memory} memory, {channels} channels, \
-         plugin {plugin}, two processes, {:.1} s",
-        rows.len(),
-        lengths.len(),
-        show_size(notified),
+        "proved: {verified} bytes compared in {} rows and {} notifications ({}) echoed in order, no difference; {memory} memory, two processes, \
+         over {carried}; {:.1} s",
+        all.len(),
+        notified.0,
+        show_size(notified.1),
         started.elapsed().as_secs_f64()
     );
     args.measuring.print(&line);
     Ok(())
+}
+
+/// Measures one half of a demo against a server process of its own; appends its rows. Returns the notifications that were echoed, and
+/// their bytes.
+fn run_half(args: &DemoArgs, half: &Half, memory: Kind, all: &mut Vec<Measured>) -> Result<(usize, u64)> {
+    let (mut server, address) = ServerProcess::start(memory, args.common.gpu.unwrap_or(0))?;
+    let node = Arc::new((half.start)()?);
+    let mut client = Client::connect(&node, &address, memory)?;
+    let (process, channels) = (server.child.id(), client.link.channels());
+    args.measuring.print(&format!("{}: server process {process} at {address}, {channels} channels, {memory} memory", half.title));
+    let options = args.measuring.options(true, Duration::from_millis(700));
+    args.measuring.measure(std::slice::from_mut(&mut client), &args.measuring.cases(half.default_rows), &options, all)?;
+    if out::is_stopping() {
+        return Ok((0, 0));
+    }
+    let lengths = suite::demo_notifications();
+    let notified = client.echo(&lengths, random_seed()?).context("notifications")?;
+    client.bye();
+    server.finish()?;
+    Ok((lengths.len(), notified))
 }
 
 /// The server process of a demo; killed if the demo ends early.

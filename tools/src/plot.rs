@@ -57,8 +57,8 @@ fn lines(rows: &[Row]) -> BTreeMap<String, Vec<Point>> {
 
 /// Draws rows into an SVG file.
 pub fn write_svg(path: &Path, rows: &[Row]) -> Result<()> {
-    let Some(first) = rows.first() else { fail!("there are no rows to draw") };
-    let title = format!("{} memory, plugin {}, {} channels", first.memory, first.plugin, first.channels);
+    let Some(largest) = rows.iter().max_by_key(|row| row.total_bytes) else { fail!("there are no rows to draw") };
+    let title = format!("{} memory, {} over {}", largest.memory, show_size(largest.total_bytes), largest.path);
     let mut svg = String::new();
     draw(&mut svg, &title, &lines(rows)).context(format_args!("cannot draw {}", path.display()))?;
     std::fs::write(path, svg).context(format_args!("cannot write {}", path.display()))

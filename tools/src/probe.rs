@@ -1,9 +1,10 @@
 //! The test of tcpx-info: a transfer between two engines of this process through the network stack, with contents checked.
 
 use crate::api::{Direction, Link, Node};
+use crate::carried::Carried;
 use crate::error::{Context, Failure, Result};
 use crate::fail;
-use crate::measure::random_seed;
+use crate::measure::{carried, random_seed};
 use crate::memory::{Kind, Region};
 use crate::pattern::{compare, Shape, Side};
 use std::sync::Arc;
@@ -19,27 +20,29 @@ const NOTE: (&[u8], &[u8]) = (b"tcpx-info", b"all data of the write is here");
 pub struct Proof {
     /// Bytes compared.
     pub verified_bytes: u64,
-    /// Data channels of the connection.
+    /// Data channels of the connection over plugins.
     pub channels: usize,
+    /// What carried the bytes.
+    pub path: String,
     /// From the start of the write to the end of the read, us.
     pub elapsed_us: f64,
 }
 
 /// Writes 1 MiB from `node` to a second engine in scattered blocks, reads it back, and compares both. `memory` is the kind of
 /// memory that this process registers.
-pub fn loopback(node: &Arc<Node>, memory: Kind) -> Result<Proof> {
+pub fn loopback(node: &Arc<Node>, memory: Kind) -> Result<(Proof, Carried)> {
     // This tests the network: no direct transfers.
     let peer = Arc::new(Node::start_for_the_network().context("cannot start a second engine")?);
-    between(node, &peer, memory).map(|(proof, _)| proof)
+    between(node, &peer, memory)
 }
 
-/// The same with direct transfers, as between two processes on one host. Returns the bytes that bypassed the network.
-pub fn within_host(node: &Arc<Node>, memory: Kind) -> Result<u64> {
+/// The same with direct transfers, as between two processes on one host. Returns what carried the bytes.
+pub fn within_host(node: &Arc<Node>, memory: Kind) -> Result<Carried> {
     let peer = Arc::new(Node::start().context("cannot start a second engine")?);
-    between(node, &peer, memory).map(|(_, within)| within)
+    between(node, &peer, memory).map(|(_, carried)| carried)
 }
 
-fn between(node: &Arc<Node>, peer: &Arc<Node>, memory: Kind) -> Result<(Proof, u64)> {
+fn between(node: &Arc<Node>, peer: &Arc<Node>, memory: Kind) -> Result<(Proof, Carried)> {
     let link = node.connect(&peer.metadata())?;
     // Kept until the end: dropping it would close the connection.
     let _accepted: Link = peer.accept().context("the connection was not accepted")?;
@@ -87,7 +90,8 @@ fn between(node: &Arc<Node>, peer: &Arc<Node>, memory: Kind) -> Result<(Proof, u
     if (&name[..], &msg[..]) != NOTE {
         fail!("the notification arrived with wrong contents");
     }
-    Ok((Proof { verified_bytes, channels: link.channels(), elapsed_us }, link.copied_within_host()))
+    let carried = carried(&link, &Carried::default(), 2 * BYTES);
+    Ok((Proof { verified_bytes, channels: link.channels(), path: carried.to_string(), elapsed_us }, carried))
 }
 
 fn run(link: &Link, direction: Direction, segments: &[(crate::api::LocalSegment, crate::api::FifoItem)]) -> Result<()> {

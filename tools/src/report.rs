@@ -1,5 +1,6 @@
 //! Measured rows as a table for people, and as JSON and CSV for programs. Pure, except for writing.
 
+use crate::carried::Carried;
 use crate::case::Op;
 use crate::error::{Context, Result};
 use crate::fail;
@@ -21,10 +22,12 @@ pub struct Row {
     pub total_bytes: u64,
     /// Bytes per block; equal to `total_bytes` when the transfer is one block.
     pub block_bytes: u64,
-    /// Data channels of the connection.
+    /// Data channels of the connection over plugins.
     pub channels: usize,
-    /// Network plugin.
-    pub plugin: String,
+    /// What carried the bytes, from the counters of the connection: plugins and NICs, direct transfers, control messages.
+    pub path: String,
+    /// The same with the number of bytes of each, at the client.
+    pub path_bytes: String,
     /// Transfers in flight in one iteration.
     pub inflight: u32,
     /// Both directions at once; rates and bytes count both.
@@ -33,7 +36,7 @@ pub struct Row {
     pub clients: u32,
     /// Timed iterations.
     pub iters: u64,
-    /// From the first to the last timed iteration, seconds.
+    /// Time of all timed iterations, seconds.
     pub seconds: f64,
     /// Shortest.
     pub min_us: f64,
@@ -47,10 +50,10 @@ pub struct Row {
     pub p999_us: f64,
     /// Longest.
     pub max_us: f64,
-    /// Rate of the median iteration, in 1e9 bytes per second.
+    /// All bytes by all time, in 1e9 bytes per second.
     pub gbytes_per_s: f64,
-    /// Rate of all iterations together, in 1e9 bytes per second.
-    pub gbytes_per_s_avg: f64,
+    /// Rate of the median iteration, in 1e9 bytes per second.
+    pub gbytes_per_s_median: f64,
     /// Processor time used by this process meanwhile, in seconds.
     pub cpu_s: f64,
     /// TCP segments that this host retransmitted meanwhile.
@@ -73,16 +76,20 @@ pub struct Row {
     pub congestion_control: String,
 }
 
+/// A row is marked where its two rates differ by more than this.
+const EVEN: f64 = 0.2;
+
 /// Headline of the table.
 pub fn headline() -> String {
     format!(
-        "{:<26} {:>10} {:>10} {:>8} {:>8} {:>9} {:>10} {:>10} {:>10} {:>10} {:>10} {:>8} {:>6}  {}",
+        "{:<26} {:>10} {:>10} {:>8} {:>8} {:>9} {:>9} {:>10} {:>10} {:>10} {:>10} {:>10} {:>8} {:>6}  {:<12}  {}",
         "op",
         "total",
         "block",
         "channels",
         "iters",
         "GB/s",
+        "median",
         "min us",
         "avg us",
         "p50 us",
@@ -90,7 +97,8 @@ pub fn headline() -> String {
         "p99.9 us",
         "cpu s",
         "resent",
-        "data"
+        "data",
+        "path"
     )
 }
 
@@ -101,6 +109,17 @@ impl Row {
         self.avg_us = times.mean();
         [self.p50_us, self.p99_us, self.p999_us] = [0.5, 0.99, 0.999].map(|quantile| times.at(quantile));
         self.max_us = times.most();
+    }
+
+    /// Sets what carried the bytes.
+    pub fn set_path(&mut self, carried: &Carried) {
+        (self.path, self.path_bytes) = (carried.to_string(), carried.bytes());
+    }
+
+    /// Whether some iterations took so much longer or shorter than the others that the median does not stand for them.
+    pub fn is_uneven(&self) -> bool {
+        let (all, median) = (self.gbytes_per_s, self.gbytes_per_s_median);
+        all.min(median) < (1.0 - EVEN) * all.max(median)
     }
 
     /// The measurement in words.
@@ -125,13 +144,14 @@ impl Row {
     /// The row as a line of the table.
     pub fn line(&self) -> String {
         format!(
-            "{:<26} {:>10} {:>10} {:>8} {:>8} {:>9.3} {:>10} {:>10} {:>10} {:>10} {:>10} {:>8.2} {:>6}  {}{}",
+            "{:<26} {:>10} {:>10} {:>8} {:>8} {:>9.3} {:>9.3} {:>10} {:>10} {:>10} {:>10} {:>10} {:>8.2} {:>6}  {:<12}  {}{}{}",
             self.operation(),
             show_size(self.total_bytes),
             show_size(self.block_bytes),
             self.channels,
             self.iters,
             self.gbytes_per_s,
+            self.gbytes_per_s_median,
             show_us(self.min_us),
             show_us(self.avg_us),
             show_us(self.p50_us),
@@ -140,6 +160,8 @@ impl Row {
             self.cpu_s,
             self.retransmits,
             if self.verified { "verified" } else { "not checked" },
+            self.path,
+            if self.is_uneven() { ", UNEVEN" } else { "" },
             if self.interrupted { ", interrupted" } else { "" },
         )
     }
@@ -183,7 +205,8 @@ pub(crate) mod tests {
             total_bytes: 64 << 20,
             block_bytes: 4096,
             channels: 4,
-            plugin: "soft".into(),
+            path: "tcp eth1 60% eth2 40%".into(),
+            path_bytes: "tcp eth1 60, tcp eth2 40".into(),
             inflight: 1,
             clients: 1,
             iters: 100,
@@ -193,7 +216,8 @@ pub(crate) mod tests {
             p99_us: 12_345.6,
             p999_us: 13_000.0,
             max_us: 14_000.0,
-            gbytes_per_s: 6.7108864,
+            gbytes_per_s: 6.5,
+            gbytes_per_s_median: 6.7108864,
             verified: true,
             verified_bytes: 128 << 20,
             ..Row::default()
@@ -206,9 +230,10 @@ pub(crate) mod tests {
         assert_eq!(value["op"], "write");
         assert_eq!(value["memory"], "host");
         assert_eq!(value["total_bytes"], 64 << 20);
-        for key in ["block_bytes", "channels", "plugin", "iters", "p50_us", "p99_us", "gbytes_per_s", "verified"] {
+        for key in ["block_bytes", "channels", "iters", "p50_us", "p99_us", "gbytes_per_s", "gbytes_per_s_median", "verified"] {
             assert!(!value[key].is_null(), "{key}");
         }
+        assert_eq!((&value["path"], &value["path_bytes"]), (&"tcp eth1 60% eth2 40%".into(), &"tcp eth1 60, tcp eth2 40".into()));
         for key in ["host", "date", "version", "congestion_control", "min_us", "avg_us", "p999_us", "cpu_s", "retransmits"] {
             assert!(!value[key].is_null(), "{key}");
         }
@@ -230,11 +255,27 @@ pub(crate) mod tests {
     #[test]
     fn lines_stand_under_the_headline() {
         let (headline, line) = (headline(), row().line());
-        for (title, text) in
-            [("GB/s", "6.711"), ("p50 us", "10000"), ("p99 us", "12346"), ("block", "4 KiB"), ("min us", "9000.0")]
-        {
+        for (title, text) in [
+            ("GB/s", "6.500"),
+            ("median", "6.711"),
+            ("p50 us", "10000"),
+            ("p99 us", "12346"),
+            ("block", "4 KiB"),
+            ("min us", "9000.0"),
+        ] {
             let end = |s: &str, part: &str| s.find(part).unwrap() + part.len();
             assert_eq!(end(&headline, title), end(&line, text), "{title}");
         }
+        assert_eq!(headline.find("path"), line.find("tcp eth1 60% eth2 40%"));
+    }
+
+    #[test]
+    fn rows_whose_median_does_not_stand_for_them_are_marked() {
+        let marked = |all, median| {
+            let row = Row { gbytes_per_s: all, gbytes_per_s_median: median, ..row() };
+            row.line().ends_with(", UNEVEN")
+        };
+        assert!(!marked(2.0, 2.0) && !marked(1.7, 2.0) && !marked(2.0, 1.7) && !marked(0.0, 0.0));
+        assert!(marked(0.56, 2.226) && marked(1.5, 2.0) && marked(2.0, 1.5));
     }
 }

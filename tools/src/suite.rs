@@ -21,7 +21,7 @@ pub fn suite() -> Vec<Case> {
     cases
 }
 
-/// The rows of `demo`.
+/// The rows of `demo` over channels.
 pub fn demo() -> Vec<Case> {
     vec![
         case(Op::Write, 64 * MIB, 64 * MIB),
@@ -31,6 +31,11 @@ pub fn demo() -> Vec<Case> {
         case(Op::Write, 4 * KIB, 4 * KIB),
         case(Op::Send, MIB, MIB),
     ]
+}
+
+/// The rows of `demo` for direct transfers.
+pub fn demo_on_one_host() -> Vec<Case> {
+    vec![case(Op::Write, 64 * MIB, 64 * MIB), case(Op::Read, 64 * MIB, 32 * KIB), case(Op::Write, 64 * KIB, 64 * KIB)]
 }
 
 /// Lengths of the notifications that `demo` sends.

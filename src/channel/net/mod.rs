@@ -26,14 +26,16 @@ use usage::Resources;
 pub(crate) struct NetPath {
     slots: Vec<Slot>,
     usage: Usage,
+    /// The plugin's name.
+    plugin: String,
     /// The pairs of NICs that the channels use, and their names.
     nics: Vec<Nic>,
     names: Vec<(String, String)>,
 }
 
 impl NetPath {
-    pub(crate) fn new(seats: Vec<Seat>, usage: Usage) -> NetPath {
-        let mut path = NetPath { slots: Vec::new(), usage, nics: Vec::new(), names: Vec::new() };
+    pub(crate) fn new(plugin: &str, seats: Vec<Seat>, usage: Usage) -> NetPath {
+        let mut path = NetPath { slots: Vec::new(), usage, plugin: plugin.to_owned(), nics: Vec::new(), names: Vec::new() };
         for seat in seats {
             let nic = path.nic(seat.nics());
             path.slots.push(Slot::new(seat, nic));
@@ -224,7 +226,7 @@ impl Path for NetPath {
 
     fn stats(&self, kernel: bool, now: Instant, out: &mut Vec<ChannelStats>) {
         let first = out.len();
-        out.extend(self.slots.iter().map(|slot| slot.stats(kernel, now)));
+        out.extend(self.slots.iter().map(|slot| ChannelStats { plugin: self.plugin.clone(), ..slot.stats(kernel, now) }));
         if !self.compares() {
             return;
         }

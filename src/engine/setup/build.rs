@@ -69,7 +69,7 @@ fn paths(context: &SetupContext, sets: Vec<Raised>, chunk_bytes: usize, doorbell
         let (vectored, stage_sends) = (traits.vectored && config.vectored, traits.stage_sends && config.stage_sends);
         let alone = context.table.context.cores.alone();
         let usage = Usage { vectored, host: traits.host_memory, stage_sends, gpus: set.plan.gpus, chunk_bytes, alone };
-        Ok(Box::new(NetPath::new(seats, usage)))
+        Ok(Box::new(NetPath::new(&set.plan.plugin.name, seats, usage)))
     };
     // A set without channels is skipped; another set carries its traffic.
     sets.into_iter().filter(|set| !set.names.is_empty()).map(path).collect()

@@ -141,11 +141,15 @@ fn ordinal(place: Place) -> Result<i32> {
     }
 }
 
-/// How bytes get from a GPU that this process does not see: where nobody can tell what lies between the two they are pulled.
-fn by_nvlink(to: i32, from: &GpuId) -> Manner {
-    let own = cuda_driver::uuid_of(to).ok();
-    match own.and_then(|own| cuda_driver::joined_by_nvlink(&own, from)) {
-        Some(false) if own.as_ref() != Some(from) => Manner::Push,
+/// Whether NVLink joins a GPU of this process and another one; `None` where NVML is missing.
+fn joined_by_nvlink(own: i32, other: &GpuId) -> Option<bool> {
+    cuda_driver::uuid_of(own).ok().and_then(|own| cuda_driver::joined_by_nvlink(&own, other))
+}
+
+/// How bytes get from a GPU that this process does not see: where it is unknown what lies between the two they are pulled.
+fn manner_by_nvlink(to: i32, from: &GpuId) -> Manner {
+    match joined_by_nvlink(to, from) {
+        Some(false) if cuda_driver::uuid_of(to).ok().as_ref() != Some(from) => Manner::Push,
         _ => Manner::Pull,
     }
 }
@@ -292,9 +296,19 @@ impl LocalMemory for CudaMemory {
         match cuda_driver::ordinal_of_uuid(peer_gpu) {
             Ok(Some(peer)) => self.manner(ordinal, peer).ok()?,
             // Hidden from this process (CUDA_VISIBLE_DEVICES), which keeps nobody from opening its memory: opening tells.
-            Ok(None) => Some(self.options.manner.unwrap_or_else(|| by_nvlink(ordinal, peer_gpu))),
+            Ok(None) => Some(self.options.manner.unwrap_or_else(|| manner_by_nvlink(ordinal, peer_gpu))),
             Err(_) => None,
         }
+    }
+
+    fn by_nvlink(&self, place: Place, peer_gpu: &GpuId) -> bool {
+        let own = ordinal(place).ok().and_then(|ordinal| Some((ordinal, cuda_driver::uuid_of(ordinal).ok()?)));
+        let Some((ordinal, _)) = own.filter(|(_, uuid)| uuid != peer_gpu) else { return false };
+        joined_by_nvlink(ordinal, peer_gpu).unwrap_or_else(|| {
+            // Without NVML: no other link has atomics.
+            let peer = cuda_driver::ordinal_of_uuid(peer_gpu).ok().flatten();
+            peer.is_some_and(|peer| cuda_driver::link(ordinal, peer).is_ok_and(|link| link == Link::Fast))
+        })
     }
 }
 

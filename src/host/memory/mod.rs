@@ -194,6 +194,11 @@ pub(crate) trait LocalMemory: Send {
     /// peer's GPU is zeros.
     fn reaches(&mut self, place: Place, peer_gpu: &GpuId) -> Option<Manner>;
 
+    /// Whether NVLink joins the GPU of `place` and the peer's GPU.
+    fn by_nvlink(&self, _place: Place, _peer_gpu: &GpuId) -> bool {
+        false
+    }
+
     /// Has what pulls into `place` need made: no pull makes a GPU's driver allocate from then on.
     fn ready(&mut self, _place: Place) -> Result<()> {
         Ok(())

@@ -366,7 +366,10 @@ fn gpu_links_are_known_by_uuid() {
         let (link, nvml) = (cuda_driver::link(a, b).expect("a link"), cuda_driver::joined_by_nvlink(&uuid(a), &uuid(b)));
         eprintln!("GPU {a} and {b}: {link:?}; joined by NVLink: {nvml:?}");
         assert!(nvml.is_none() || nvml == Some(link == Link::Fast));
-        assert_eq!(by_nvlink(a, &uuid(b)) == Manner::Push, nvml == Some(false));
+        assert_eq!(manner_by_nvlink(a, &uuid(b)) == Manner::Push, nvml == Some(false));
+        let memory = CudaMemory::new(CudaOptions::default());
+        assert_eq!(memory.by_nvlink(Place::gpu(a as u8), &uuid(b)), nvml == Some(true) || nvml.is_none() && link == Link::Fast);
+        assert!(!memory.by_nvlink(Place::gpu(a as u8), &uuid(a)), "a GPU and itself");
     }
 }
 

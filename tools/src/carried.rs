@@ -1,0 +1,200 @@
+//! What carried bytes: plugins and their NICs, direct transfers, control messages. Made from the counters of a connection. Pure.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+/// Bytes that were copied directly between two processes on one host, over anything but NVLink.
+pub const DIRECT: &str = "direct";
+/// Bytes that were copied directly from GPU to GPU over NVLink.
+pub const NVLINK: &str = "nvlink";
+/// Bytes inside control messages.
+pub const EAGER: &str = "eager";
+/// Bytes that no counter has.
+const UNCOUNTED: &str = "uncounted";
+
+/// What `--require` names: the carrier that all bytes of a row must have taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Carrier {
+    /// GPUDirect-TCPX.
+    Tcpx,
+    /// GPUDirect-TCPXO.
+    Tcpxo,
+    /// Direct transfers from GPU to GPU over NVLink.
+    Nvlink,
+    /// Channels of the software plugin, over ordinary TCP.
+    Tcp,
+    /// Direct transfers between two processes on one host, other than over NVLink.
+    Direct,
+}
+
+impl Carrier {
+    fn word(self) -> &'static str {
+        match self {
+            Carrier::Tcpx => "tcpx",
+            Carrier::Tcpxo => "tcpxo",
+            Carrier::Nvlink => NVLINK,
+            Carrier::Tcp => "tcp",
+            Carrier::Direct => DIRECT,
+        }
+    }
+}
+
+impl fmt::Display for Carrier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.word())
+    }
+}
+
+/// The word for a plugin: its own name for one that is not known here.
+pub fn carrier(plugin: &str) -> &str {
+    let name = plugin.to_ascii_lowercase();
+    match plugin {
+        "TCPX-soft" => "tcp",
+        _ if name.contains("fastrak") => "tcpxo",
+        _ if name.contains("tcpx") => "tcpx",
+        other => other,
+    }
+}
+
+/// Bytes by carrier and NIC; the NIC is empty where there is none.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Carried(BTreeMap<(String, String), u64>);
+
+impl Carried {
+    /// Adds bytes.
+    pub fn add(&mut self, carrier: &str, nic: &str, bytes: u64) {
+        if bytes > 0 {
+            *self.0.entry((carrier.to_owned(), nic.to_owned())).or_default() += bytes;
+        }
+    }
+
+    /// Adds all of another one.
+    pub fn merge(&mut self, other: &Carried) {
+        other.0.iter().for_each(|((carrier, nic), bytes)| self.add(carrier, nic, *bytes));
+    }
+
+    /// What was carried since `before`.
+    pub fn since(&self, before: &Carried) -> Carried {
+        let mut out = Carried::default();
+        for (key, bytes) in &self.0 {
+            out.add(&key.0, &key.1, bytes.saturating_sub(before.0.get(key).copied().unwrap_or(0)));
+        }
+        out
+    }
+
+    /// All bytes.
+    pub fn sum(&self) -> u64 {
+        self.0.values().sum()
+    }
+
+    /// With what the counters lack of the bytes that have moved.
+    pub fn out_of(mut self, moved: u64) -> Carried {
+        let missing = moved.saturating_sub(self.sum());
+        self.add(UNCOUNTED, "", missing);
+        self
+    }
+
+    /// Whether it carried bytes: the word of a plugin, [`DIRECT`] or another.
+    pub fn has(&self, carrier: &str) -> bool {
+        self.0.keys().any(|(known, _)| known == carrier)
+    }
+
+    /// Whether there are bytes, and this carried all of them.
+    pub fn is_all(&self, wanted: Carrier) -> bool {
+        !self.0.is_empty() && self.0.keys().all(|(carrier, _)| carrier == wanted.word())
+    }
+
+    /// Every carrier and NIC with its bytes, for programs: "tcp eth1 6000, tcp eth2 4000, eager 10".
+    pub fn bytes(&self) -> String {
+        let part = |((carrier, nic), bytes): (&(String, String), &u64)| match nic.is_empty() {
+            true => format!("{carrier} {bytes}"),
+            false => format!("{carrier} {nic} {bytes}"),
+        };
+        self.0.iter().map(part).collect::<Vec<_>>().join(", ")
+    }
+}
+
+/// For people: "tcp eth1 60% eth2 40%"; without percents where one has all.
+impl fmt::Display for Carried {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_empty() {
+            return f.write_str("nothing");
+        }
+        let sum = self.sum() as f64;
+        let mut last = None;
+        for ((carrier, nic), &bytes) in &self.0 {
+            if last != Some(carrier) {
+                let comma = if last.is_some() { ", " } else { "" };
+                let name = match &**carrier {
+                    DIRECT => "direct (one host)",
+                    EAGER => "eager (control message)",
+                    other => other,
+                };
+                write!(f, "{comma}{name}")?;
+            }
+            if !nic.is_empty() {
+                write!(f, " {nic}")?;
+            }
+            match 100.0 * bytes as f64 / sum {
+                _ if self.0.len() == 1 => {}
+                percent if percent < 0.5 => write!(f, " <1%")?,
+                percent => write!(f, " {percent:.0}%")?,
+            }
+            last = Some(carrier);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn carried(parts: &[(&str, &str, u64)]) -> Carried {
+        let mut out = Carried::default();
+        parts.iter().for_each(|(carrier, nic, bytes)| out.add(carrier, nic, *bytes));
+        out
+    }
+
+    #[test]
+    fn plugins_have_words() {
+        let words = ["TCPX-soft", "GPUDirectTCPX_v7", "FasTrak", "Socket", "direct"].map(carrier);
+        assert_eq!(words, ["tcp", "tcpx", "tcpxo", "Socket", "direct"]);
+    }
+
+    #[test]
+    fn shares_are_told_by_carrier_and_nic() {
+        let text = |parts| carried(parts).to_string();
+        assert_eq!(text(&[]), "nothing");
+        assert_eq!(text(&[("tcp", "eth1", 7)]), "tcp eth1");
+        assert_eq!(text(&[("tcp", "eth2", 40), ("tcp", "eth1", 60)]), "tcp eth1 60% eth2 40%");
+        assert_eq!(
+            text(&[("tcpx", "eth1", 750), ("tcp", "eth0", 249), ("eager", "", 1)]),
+            "eager (control message) <1%, tcp eth0 25%, tcpx eth1 75%"
+        );
+        assert_eq!(text(&[("nvlink", "", 5)]), "nvlink");
+        assert_eq!(text(&[("direct", "", 0), ("direct", "", 5)]), "direct (one host)");
+        assert_eq!(carried(&[("tcp", "eth1", 6), ("direct", "", 4)]).bytes(), "direct 4, tcp eth1 6");
+    }
+
+    #[test]
+    fn differences_and_sums() {
+        let before = carried(&[("tcp", "eth1", 10), ("eager", "", 3)]);
+        let after = carried(&[("tcp", "eth1", 15), ("eager", "", 3), ("tcp", "eth2", 1)]);
+        let between = after.since(&before);
+        assert_eq!(between, carried(&[("tcp", "eth1", 5), ("tcp", "eth2", 1)]));
+        let mut twice = between.clone();
+        twice.merge(&between);
+        assert_eq!((twice.sum(), twice.bytes()), (12, "tcp eth1 10, tcp eth2 2".to_owned()));
+    }
+
+    #[test]
+    fn only_bytes_that_were_counted_prove_a_carrier() {
+        let tcp = carried(&[("tcp", "eth1", 5), ("tcp", "eth2", 5)]);
+        assert!(tcp.is_all(Carrier::Tcp) && !tcp.is_all(Carrier::Tcpx) && !Carried::default().is_all(Carrier::Tcp));
+        assert!(tcp.clone().out_of(10).is_all(Carrier::Tcp) && tcp.clone().out_of(9).is_all(Carrier::Tcp));
+        let less = tcp.out_of(20);
+        assert!(!less.is_all(Carrier::Tcp));
+        assert_eq!(less.to_string(), "tcp eth1 25% eth2 25%, uncounted 50%");
+    }
+}
