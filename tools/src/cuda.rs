@@ -58,7 +58,7 @@ pub fn count() -> i32 {
 pub fn require() -> Result<()> {
     match cuda_driver::driver() {
         Ok(_) => Ok(()),
-        Err(absence) => fail!("no GPU can be used: {}", cuda_driver::Error::from(absence)),
+        Err(absence) => fail!("{}", cuda_driver::Error::from(absence)),
     }
 }
 

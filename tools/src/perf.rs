@@ -480,11 +480,10 @@ impl ServerProcess {
     fn start(memory: Kind, client_gpu: i32) -> Result<(ServerProcess, String)> {
         let program = std::env::current_exe().context("cannot find this program's file")?;
         let mut command = Command::new(program);
-        let gpu = if memory == Kind::Gpu { (client_gpu + 1) % cuda::count().max(1) } else { 0 };
-        command
-            .args(["server", "--once", "--memory", &memory.to_string(), "--gpu", &gpu.to_string()])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped());
+        command.args(["server", "--once", "--memory", &memory.to_string()]).stdin(Stdio::null()).stdout(Stdio::piped());
+        if memory == Kind::Gpu {
+            command.args(["--gpu", &((client_gpu + 1) % cuda::count().max(1)).to_string()]);
+        }
         // SAFETY: prctl is a plain system call, safe between fork and exec; it makes the server end with this process.
         unsafe {
             command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {

@@ -212,7 +212,7 @@ mod tests {
         rows.push(Row { op: Op::Read, ..row() });
         let lines = lines(&rows);
         assert_eq!(lines.keys().collect::<Vec<_>>(), ["read 64 MiB", "write 4 KiB", "write 64 MiB"]);
-        assert_eq!(lines["write 64 MiB"].iter().map(|p| (p.power, p.rate)).collect::<Vec<_>>(), [(10.0, 1.0), (12.0, 6.7108864)]);
+        assert_eq!(lines["write 64 MiB"].iter().map(|p| (p.power, p.rate)).collect::<Vec<_>>(), [(10.0, 1.0), (12.0, 6.5)]);
     }
 
     #[test]

@@ -1,7 +1,9 @@
 //! Runs the two programs as a user does: what must work exits 0 and says so, what must fail exits with another status and says why.
 
 use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
+use tcpx_tools::report::Row;
 
 const PERF: &str = env!("CARGO_BIN_EXE_tcpx-perf");
 const INFO: &str = env!("CARGO_BIN_EXE_tcpx-info");
@@ -38,8 +40,8 @@ fn demo_proves_host_memory_and_writes_its_files() {
     let line = format!("demo --iters 3 --warmup 1 --channels 4 --json {} --plot {}", json.display(), svg.display());
     let out = must_work(PERF, &line, "no difference; host memory, ");
     assert!(!out.contains("not checked"), "{out}");
-    let rows: Vec<tcpx_tools::report::Row> = serde_json::from_slice(&std::fs::read(json).unwrap()).unwrap();
-    assert_eq!(rows.len(), tcpx_tools::suite::demo().len());
+    let rows: Vec<Row> = serde_json::from_slice(&std::fs::read(json).unwrap()).unwrap();
+    assert_eq!(rows.len(), tcpx_tools::suite::demo().len() + tcpx_tools::suite::demo_on_one_host().len());
     assert!(rows.iter().all(|row| row.verified && row.iters == 3 && row.gbytes_per_s > 0.0));
     assert!(std::fs::read_to_string(svg).unwrap().contains("write 64 MiB"));
     std::fs::remove_dir_all(&folder).unwrap();
@@ -68,7 +70,7 @@ fn odd_shapes_and_modes_bring_the_right_bytes() {
 
 #[test]
 fn info_proves_a_transfer_or_says_why_not() {
-    must_work(INFO, "", "WORKING: 1 MiB of host memory");
+    must_work(INFO, "", "WORKING: 1 MiB of host memory written and read back over tcp ");
     assert!(must_work(INFO, "--no-probe", "was not tried").starts_with("verdict"));
     assert!(!must_work(INFO, "--no-probe", "--settings shows all").contains("Network plugin:"));
     let settings = must_work(INFO, "--no-probe --settings", "Network plugin:");
@@ -125,11 +127,12 @@ fn a_server_serves_several_clients_and_refuses_other_memory() {
 fn rows_go_where_they_are_asked_to() {
     let line = |options: &str| format!("demo --iters 5 --warmup 1 --channels 2 {options}");
     let json = must_work(PERF, &line("--sweep 4K..32K --json -"), "\"congestion_control\"");
-    let rows: Vec<tcpx_tools::report::Row> = serde_json::from_str(&json).expect("nothing but JSON");
-    assert_eq!(rows.iter().map(|r| r.total_bytes >> 10).collect::<Vec<_>>(), [4, 8, 16, 32]);
+    let rows: Vec<Row> = serde_json::from_str(&json).expect("nothing but JSON");
+    assert_eq!(rows.iter().map(|r| r.total_bytes >> 10).collect::<Vec<_>>(), [4, 8, 16, 32, 4, 8, 16, 32]);
     assert!(rows.iter().all(|r| !r.host.is_empty() && r.date.starts_with("20") && !r.version.is_empty() && r.min_us <= r.p50_us));
     let csv = must_work(PERF, &line("--op write --total 4K --csv -"), "op,memory,total_bytes");
-    assert_eq!(csv.trim_end().lines().count(), 2, "{csv}");
+    assert_eq!(csv.trim_end().lines().count(), 3, "{csv}");
+    assert!(csv.lines().next().is_some_and(|names| names.contains(",path,path_bytes,")), "{csv}");
     must_fail(PERF, &line("--op write --expect-gbps 100000"), &[], "write host of 64 MiB in blocks of 64 MiB: ");
     must_work(PERF, &line("--op write --expect-gbps 0.0000001"), "verified");
 }
@@ -141,7 +144,7 @@ fn time_and_intervals_bound_a_row() {
         let began = std::time::Instant::now();
         let output = run(PERF, &line, &[]);
         assert!(output.status.success(), "{}", text(&output.stderr));
-        let rows: Vec<tcpx_tools::report::Row> = serde_json::from_slice(&output.stdout).unwrap();
+        let rows: Vec<Row> = serde_json::from_slice(&output.stdout).unwrap();
         // What a row counts is the transfers alone; the time is that of the whole of it.
         assert!(
             began.elapsed().as_secs_f64() > 1.0 && rows[0].seconds > 0.0 && rows[0].iters > 1 && rows[0].cpu_s > 0.0,
@@ -204,7 +207,7 @@ fn an_interrupt_tells_what_was_measured() {
     let output = child.wait_with_output().unwrap();
     drain.join().unwrap().unwrap();
     assert!(output.status.success(), "{}", output.status);
-    let rows: Vec<tcpx_tools::report::Row> = serde_json::from_slice(&output.stdout).unwrap();
+    let rows: Vec<Row> = serde_json::from_slice(&output.stdout).unwrap();
     assert!(rows.len() == 1 && rows[0].interrupted && rows[0].iters > 0, "{rows:?}");
 }
 
@@ -245,7 +248,7 @@ fn a_server_is_seen_from_everywhere() {
     unsafe { libc::kill(measuring.id() as libc::pid_t, libc::SIGINT) };
     let measured = measuring.wait_with_output().unwrap();
     assert!(measured.status.success(), "{}", measured.status);
-    let rows: Vec<tcpx_tools::report::Row> = serde_json::from_slice(&measured.stdout).unwrap();
+    let rows: Vec<Row> = serde_json::from_slice(&measured.stdout).unwrap();
     assert!(rows.len() == 1 && rows[0].clients == 3 && rows[0].verified, "{rows:?}");
     let picture = std::fs::read_to_string(svg).unwrap();
     assert!(picture.starts_with("<svg") && picture.contains(">resent<"), "{picture}");
@@ -274,11 +277,177 @@ fn top_refuses_what_are_no_statistics() {
     std::fs::remove_dir_all(&folder).unwrap();
 }
 
+/// The verdict and the exit status agree with the checks.
 #[test]
 fn the_doctor_says_what_is_missing() {
-    let out = must_work(INFO, "--doctor --memory host", "MISSING  plugin");
-    assert!(out.starts_with("verdict"), "{out}");
-    assert!(out.contains("receive manager") && out.contains("GPUDirect-TCPX cannot work here, missing: plugin"), "{out}");
+    for line in ["--doctor --memory host", "--doctor --no-probe"] {
+        let output = run(INFO, line, &[]);
+        let out = text(&output.stdout);
+        assert_eq!(output.status.code(), Some(1), "{out}");
+        assert!(out.starts_with("verdict              NOT WORKING: GPUDirect-TCPX cannot work here, missing: plugin"), "{out}");
+        assert!(out.contains("MISSING  plugin") && out.contains("receive manager"), "{out}");
+        assert!(
+            out.ends_with(", net.core.optmem_max\n") || out.contains("\nGPUDirect-TCPX cannot work here, missing: plugin"),
+            "{out}"
+        );
+    }
+}
+
+/// The strict foreign plugin, which names itself as GPUDirect-TCPX does.
+fn foreign() -> Option<PathBuf> {
+    let here = PathBuf::from(PERF);
+    let folder = here.parent().expect("a folder");
+    let found = ["libnccl_net_strict_foreign.so", "deps/libnccl_net_strict_foreign.so"].map(|name| folder.join(name));
+    found.into_iter().find(|path| path.exists())
+}
+
+#[test]
+fn host_memory_is_never_said_to_go_over_a_plugin_for_gpus() {
+    let Some(plugin) = foreign() else {
+        println!("SKIPPED: libnccl_net_strict_foreign.so is not built: cargo build -p strict-foreign-plugin");
+        return;
+    };
+    let plugin = plugin.display().to_string();
+    let variables =
+        [("UCCL_TCPX_PLUGIN_PATH", &*plugin), ("NCCL_SOCKET_IFNAME", "lo"), ("NCCL_GPUDIRECTTCPX_SOCKET_IFNAME", "lo")];
+    let output = run(INFO, "--memory host", &variables);
+    let out = text(&output.stdout);
+    assert!(output.status.success(), "{out}{}", text(&output.stderr));
+    let verdict = out.lines().next().unwrap_or_default();
+    assert!(verdict.contains("over tcp lo, every byte correct; not over GPUDirectTCPX_v7, which"), "{out}");
+    must_fail(
+        INFO,
+        "--memory host --require tcpx",
+        &variables,
+        "bytes of host memory took tcp lo, and --require tcpx forbids that",
+    );
+    // Emulated GPU memory does go over it.
+    let output = run(PERF, "demo --memory emulated --op write --total 1M --iters 3 --require tcpx --json -", &variables);
+    let rows: Vec<Row> = serde_json::from_slice(&output.stdout).expect("rows");
+    assert!(output.status.success() && rows.iter().all(|row| row.path == "tcpx lo"), "{rows:?}{}", text(&output.stderr));
+}
+
+#[test]
+fn rows_say_what_carried_their_bytes() {
+    const ITERS: u64 = 7;
+    let rows = |options: &str, variables: &[(&str, &str)]| -> Vec<Row> {
+        let line = format!("demo --iters {ITERS} --warmup 1 --channels 2 --json - {options}");
+        let output = run(PERF, &line, &[&[("NCCL_GPUDIRECTTCPX_SOCKET_IFNAME", "lo")], variables].concat());
+        assert!(output.status.success(), "{line}: {}", text(&output.stderr));
+        serde_json::from_slice(&output.stdout).expect("rows")
+    };
+    for (op, factor) in
+        [("--op write", 1), ("--op read", 1), ("--op send", 1), ("--op write --bidirectional", 2), ("--op send --inflight 2", 2)]
+    {
+        let bytes = ITERS * factor << 20;
+        let all = rows(&format!("{op} --total 1M"), &[]);
+        let paths: Vec<(&str, &str)> = all.iter().map(|row| (&*row.path, &*row.path_bytes)).collect();
+        let (network, direct) = (format!("tcp lo {bytes}"), format!("direct {bytes}"));
+        assert_eq!(paths, [("tcp lo", &*network), ("direct (one host)", &*direct)], "{op}");
+    }
+    let eager = rows("--op write --total 4K", &[("UCCL_P2P_DISABLE_IPC", "1")]);
+    assert_eq!((eager.len(), &*eager[0].path), (1, "eager (control message)"));
+}
+
+#[test]
+fn bytes_that_went_another_way_than_required_fail_the_run() {
+    let line = |options: &str| format!("demo --op write --total 1M --iters 3 --warmup 1 {options}");
+    let network = [("UCCL_P2P_DISABLE_IPC", "1")];
+    let output = run(PERF, &line("--require tcp"), &network);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    must_fail(PERF, &line("--require tcpx"), &network, "write host of 1 MiB in blocks of 1 MiB: its bytes took tcp ");
+    // The second half goes directly.
+    must_fail(PERF, &line("--require tcp"), &[], "its bytes took direct (one host), and --require tcp forbids that");
+    must_work(INFO, "--memory host --require tcp", "WORKING");
+    must_work(INFO, "--memory host --require direct", "WORKING");
+    must_fail(INFO, "--memory host --require nvlink", &[], "took direct (one host), and --require nvlink forbids that");
+}
+
+/// A simulated CUDA driver of two GPUs, as far as an engine asks when it is created.
+const DRIVER: &str = r#"
+#include <stdio.h>
+static __thread long now;
+int cuInit(unsigned flags) { return 0; }
+int cuDeviceGetCount(int *count) { *count = 2; return 0; }
+int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return ordinal < 0 || ordinal > 1; }
+int cuDeviceGetPCIBusId(char *text, int len, int device) { snprintf(text, len, "0000:0%d:00.0", 4 + device); return 0; }
+int cuDevicePrimaryCtxRetain(long *context, int device) { *context = device + 1; return 0; }
+int cuDevicePrimaryCtxRelease_v2(int device) { return 0; }
+int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = *active = 0; return 0; }
+int cuCtxGetCurrent(long *context) { *context = now; return 0; }
+int cuCtxPushCurrent_v2(long context) { now = context; return 0; }
+int cuCtxPopCurrent_v2(long *context) { *context = now; now = 0; return 0; }
+int cuCtxGetDevice(int *device) { *device = (int)now - 1; return now ? 0 : 201; }
+"#;
+
+#[test]
+fn the_engine_belongs_to_the_chosen_gpu() {
+    let folder = std::env::temp_dir().join(format!("tcpx-perf-gpus-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::write(folder.join("driver.c"), DRIVER).unwrap();
+    let cc =
+        Command::new("cc").args(["-shared", "-fPIC", "-o"]).args([folder.join("libcuda.so.1"), folder.join("driver.c")]).status();
+    assert!(cc.expect("a C compiler").success());
+    for (line, gpu) in
+        [("server --gpu 1", "0000:05:00.0"), ("server --gpu 0", "0000:04:00.0"), ("server --memory gpu", "0000:04:00.0")]
+    {
+        let mut child = Command::new(PERF)
+            .args(line.split(' '))
+            .env("LD_LIBRARY_PATH", &folder)
+            .env("UCCL_P2P_LOG_LEVEL", "info")
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let log = BufReader::new(child.stderr.take().unwrap());
+        let _server = Server(child);
+        let engine = log.lines().map_while(Result::ok).find(|line| line.contains(" GPU ")).unwrap_or_default();
+        assert!(engine.ends_with(&format!("GPU {gpu}")), "{line}: {engine}");
+    }
+    must_fail(PERF, "server --gpu 2", &[("LD_LIBRARY_PATH", folder.to_str().unwrap())], "no GPU 2: the CUDA driver sees 2");
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
+/// While the server is stopped, lines say how long nothing moves; the row's rate counts that time, and its median does not stand for it.
+#[test]
+fn a_transfer_that_stands_is_told_and_counted() {
+    const STANDS: f64 = 2.0;
+    let stop = |id: u32, signal| {
+        // SAFETY: a signal to our own child.
+        unsafe { libc::kill(id as libc::pid_t, signal) };
+    };
+    let mut server = Command::new(PERF)
+        .args(["server", "--memory", "host"])
+        .env("UCCL_P2P_DISABLE_IPC", "1")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut address = String::new();
+    BufReader::new(server.stdout.take().unwrap()).read_line(&mut address).unwrap();
+    let server = Server(server);
+    let mut client = Command::new(PERF)
+        .args(["client", address.trim()])
+        .args("--op write --total 1M --time 4 --interval 0.2 --json -".split(' '))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(client.stderr.take().unwrap()).lines().map_while(Result::ok);
+    lines.find(|line| line.contains("GB/s  p50")).expect("a line about bytes that move");
+    stop(server.0.id(), libc::SIGSTOP);
+    let stands = |line: &str| line.split("0.000 GB/s  stands for ").nth(1)?.split(' ').next()?.parse::<f64>().ok();
+    let told = lines.by_ref().filter_map(|line| stands(&line)).find(|&seconds| seconds >= STANDS);
+    stop(server.0.id(), libc::SIGCONT);
+    assert!(told.is_some(), "no line said that the transfer stands");
+    let drain = std::thread::spawn(move || lines.count());
+    let output = client.wait_with_output().unwrap();
+    drain.join().unwrap();
+    let rows: Vec<Row> = serde_json::from_slice(&output.stdout).unwrap();
+    let [row] = &rows[..] else { panic!("{rows:?}") };
+    let by_time = (row.iters * row.total_bytes) as f64 / row.seconds / 1e9;
+    assert!((row.gbytes_per_s / by_time - 1.0).abs() < 1e-6 && row.seconds > STANDS, "{row:?}");
+    assert!(row.is_uneven() && row.gbytes_per_s < row.gbytes_per_s_median, "{row:?}");
 }
 
 /// The committed manual pages are what the command lines say.
