@@ -394,10 +394,17 @@ CASE(uccl_engine_channel_stats)
         CHECK_STATUS(uccl_engine_channel_stats(f.conn, SIZE_MAX, &stats), UCCL_ERR_NOT_FOUND);
         for (size_t i = 0; i < all.channels; i++) {
             CHECK_OK(uccl_engine_channel_stats(f.conn, i, &stats));
-            CHECK(stats.nic[0] && stats.window > 0);
+            CHECK(stats.nic[0] && stats.window > 0 && stats.lost == 0);
+            CHECK(stats.plugin[0] && (strcmp(stats.plugin, "direct") == 0) == (strcmp(stats.nic, "local") == 0));
+            CHECK(stats.nvlink_bytes <= stats.sent_bytes + stats.received_bytes);
             /* The software plugin always reports TCP statistics; on one host there are none. */
             const char *plugin = getenv("UCCL_TCPX_PLUGIN_PATH");
             CHECK(stats.segments > 0 || strcmp(stats.nic, "local") == 0 || (plugin && !strstr(plugin, "tcpx_soft")));
+            /* A program that was built before the channel's plugin was told. */
+            uccl_channel_stats_t older = {.size = offsetof(uccl_channel_stats_t, lost), .lost = UNTOUCHED, .plugin = "untouched"};
+            CHECK_OK(uccl_engine_channel_stats(f.conn, i, &older));
+            CHECK_EQ(older.size, offsetof(uccl_channel_stats_t, lost));
+            CHECK(older.lost == UNTOUCHED && strcmp(older.plugin, "untouched") == 0);
         }
     }
 }

@@ -73,6 +73,7 @@ fn transfers_refusals_and_set_ups_are_counted_and_outlive_their_connection() {
     assert_eq!(mine.channels.len(), 2);
     assert_eq!(mine.channels.iter().map(|c| c.sent_bytes).sum::<u64>(), 4 << 20);
     assert!(mine.channels.iter().all(|c| c.nic == "lo" && c.network.as_ref().is_some_and(|n| n.segments > 0)));
+    assert!(mine.channels.iter().all(|c| c.plugin == "TCPX-soft" && !c.lost && c.nvlink_bytes == 0), "{mine}");
 
     // An unauthenticated connection that sends garbage.
     use std::io::{Read, Write};

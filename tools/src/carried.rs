@@ -94,6 +94,11 @@ impl Carried {
         self
     }
 
+    /// Whether channels carried bytes.
+    pub fn has_channels(&self) -> bool {
+        self.0.keys().any(|(_, nic)| !nic.is_empty())
+    }
+
     /// Whether it carried bytes: the word of a plugin, [`DIRECT`] or another.
     pub fn has(&self, carrier: &str) -> bool {
         self.0.keys().any(|(known, _)| known == carrier)
@@ -175,6 +180,9 @@ mod tests {
         assert_eq!(text(&[("nvlink", "", 5)]), "nvlink");
         assert_eq!(text(&[("direct", "", 0), ("direct", "", 5)]), "direct (one host)");
         assert_eq!(carried(&[("tcp", "eth1", 6), ("direct", "", 4)]).bytes(), "direct 4, tcp eth1 6");
+        assert!(
+            carried(&[("tcp", "eth1", 6), ("direct", "", 4)]).has_channels() && !carried(&[("direct", "", 4)]).has_channels()
+        );
     }
 
     #[test]

@@ -456,8 +456,7 @@ fn run_half(args: &DemoArgs, half: &Half, memory: Kind, all: &mut Vec<Measured>)
     let (mut server, address) = ServerProcess::start(memory, args.common.gpu.unwrap_or(0))?;
     let node = Arc::new((half.start)()?);
     let mut client = Client::connect(&node, &address, memory)?;
-    let (process, channels) = (server.child.id(), client.link.channels());
-    args.measuring.print(&format!("{}: server process {process} at {address}, {channels} channels, {memory} memory", half.title));
+    args.measuring.print(&format!("{}: server process {} at {address}, {memory} memory", half.title, server.child.id()));
     let options = args.measuring.options(true, Duration::from_millis(700));
     args.measuring.measure(std::slice::from_mut(&mut client), &args.measuring.cases(half.default_rows), &options, all)?;
     if out::is_stopping() {

@@ -1,5 +1,6 @@
 //! Measured rows as a chart: GB/s and latency over size, one line per operation.
 
+use crate::carried::{DIRECT, NVLINK};
 use crate::error::{Context, Result};
 use crate::fail;
 use crate::report::Row;
@@ -44,6 +45,10 @@ fn lines(rows: &[Row]) -> BTreeMap<String, Vec<Point>> {
         }
         if row.bidirectional {
             name += " both ways";
+        }
+        // A demo has rows of both kinds.
+        if [DIRECT, NVLINK].iter().any(|direct| row.path.starts_with(direct)) {
+            name += ", direct";
         }
         let size = if in_blocks { row.block_bytes } else { row.total_bytes };
         let point = Point { power: (size as f64).log2(), rate: row.gbytes_per_s, p50: row.p50_us, p99: row.p99_us };
@@ -210,8 +215,9 @@ mod tests {
     fn one_line_per_operation_and_total() {
         let mut rows = vec![row(), Row { block_bytes: 1024, gbytes_per_s: 1.0, ..row() }, Row { total_bytes: 4096, ..row() }];
         rows.push(Row { op: Op::Read, ..row() });
+        rows.push(Row { op: Op::Read, path: "direct (one host)".into(), ..row() });
         let lines = lines(&rows);
-        assert_eq!(lines.keys().collect::<Vec<_>>(), ["read 64 MiB", "write 4 KiB", "write 64 MiB"]);
+        assert_eq!(lines.keys().collect::<Vec<_>>(), ["read 64 MiB", "read 64 MiB, direct", "write 4 KiB", "write 64 MiB"]);
         assert_eq!(lines["write 64 MiB"].iter().map(|p| (p.power, p.rate)).collect::<Vec<_>>(), [(10.0, 1.0), (12.0, 6.5)]);
     }
 

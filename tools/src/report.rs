@@ -22,7 +22,7 @@ pub struct Row {
     pub total_bytes: u64,
     /// Bytes per block; equal to `total_bytes` when the transfer is one block.
     pub block_bytes: u64,
-    /// Data channels of the connection over plugins.
+    /// Data channels of the connection over plugins; 0 if none carried bytes of the row.
     pub channels: usize,
     /// What carried the bytes, from the counters of the connection: plugins and NICs, direct transfers, control messages.
     pub path: String,
@@ -114,6 +114,9 @@ impl Row {
     /// Sets what carried the bytes.
     pub fn set_path(&mut self, carried: &Carried) {
         (self.path, self.path_bytes) = (carried.to_string(), carried.bytes());
+        if !carried.has_channels() {
+            self.channels = 0;
+        }
     }
 
     /// Whether some iterations took so much longer or shorter than the others that the median does not stand for them.

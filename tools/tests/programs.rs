@@ -341,9 +341,9 @@ fn rows_say_what_carried_their_bytes() {
     {
         let bytes = ITERS * factor << 20;
         let all = rows(&format!("{op} --total 1M"), &[]);
-        let paths: Vec<(&str, &str)> = all.iter().map(|row| (&*row.path, &*row.path_bytes)).collect();
+        let paths: Vec<(&str, &str, usize)> = all.iter().map(|row| (&*row.path, &*row.path_bytes, row.channels)).collect();
         let (network, direct) = (format!("tcp lo {bytes}"), format!("direct {bytes}"));
-        assert_eq!(paths, [("tcp lo", &*network), ("direct (one host)", &*direct)], "{op}");
+        assert_eq!(paths, [("tcp lo", &*network, 2), ("direct (one host)", &*direct, 0)], "{op}");
     }
     let eager = rows("--op write --total 4K", &[("UCCL_P2P_DISABLE_IPC", "1")]);
     assert_eq!((eager.len(), &*eager[0].path), (1, "eager (control message)"));

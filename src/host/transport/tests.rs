@@ -6,7 +6,7 @@ use super::staged_tests::{pairing, route, run, same, start, End, Memory};
 use super::*;
 use crate::direct::Blocks;
 use crate::status::ErrorKind;
-use crate::types::Piece;
+use crate::types::{Piece, Span};
 use std::time::Duration;
 
 const HOST: Place = Place::HOST;
@@ -48,6 +48,56 @@ fn blocks_of_all_sizes_arrive_either_way() {
             let (sent, received) = (a.host.stats(false).sent_bytes, a.host.stats(false).received_bytes);
             let both = 2 * here.bytes.len() as u64;
             assert_eq!((sent, received), if way == Way::In { (0, both) } else { (both, 0) });
+        }
+    }
+}
+
+/// Simulated: memory of a GPU that another process can map.
+fn shareable(id: u64, fill: u8, len: usize) -> Memory {
+    // SAFETY: a terminated name; a new mapping that stays until the test ends.
+    let at = unsafe {
+        let fd = libc::memfd_create(c"GPU".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING);
+        assert!(fd >= 0 && libc::ftruncate(fd, len as libc::off_t) == 0);
+        let at = libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, fd, 0);
+        assert!(at != libc::MAP_FAILED);
+        at.cast::<u8>().write_bytes(fill, len);
+        at as u64
+    };
+    let span = Span { id, addr: at, len: len as u64 };
+    Memory { bytes: vec![0; len], region: Arc::new(Region::new(span, [id as u8; 16], Place::gpu(0), RemoteAccess::ALL)) }
+}
+
+#[test]
+fn bytes_between_gpus_that_nvlink_joins_count_apart() {
+    const LEN: usize = 1 << 20;
+    for joined in [false, true] {
+        for way in [Way::In, Way::Out] {
+            let (mut a, mut b) = linked([1, 1]);
+            let pairs = if joined { vec![(Place::gpu(0), Place::gpu(0))] } else { Vec::new() };
+            assert!(a.nvlink.is_empty() && b.nvlink.is_empty(), "emulated GPUs have no NVLink");
+            (a.nvlink, b.nvlink) = (pairs.clone(), pairs);
+            let (mut a, mut b) = (End::new(a), End::new(b));
+            let (here, there) = (shareable(1, 3, LEN), shareable(2, 4, LEN));
+            b.register(&there);
+            assert_eq!(route(&mut a, &mut b, way, &here, &there), Route::Direct);
+            start(&mut a, way, 5, &here, &there, 4096).unwrap();
+            assert_eq!(run(&mut a, &mut b, 1).unwrap(), (LEN as u64, vec![(5, true)]));
+            let of = |end: &End| {
+                let stats = end.host.stats(false);
+                (stats.sent_bytes + stats.received_bytes, stats.nvlink_bytes)
+            };
+            let nvlink = if joined { LEN as u64 } else { 0 };
+            assert_eq!(of(&a), (LEN as u64, nvlink), "{way:?}");
+            // The peer of a read learns how many bytes were read, and no more.
+            assert_eq!(of(&b), (LEN as u64, if way == Way::Out { nvlink } else { 0 }), "{way:?}");
+            assert_eq!(a.host.stats(false).plugin, "direct");
+            // Host memory beside it does not count.
+            let (small, to) = (Memory::numbered(3, HOST, 4096), Memory::new(4, HOST, 4096, 0));
+            b.register(&to);
+            assert_eq!(route(&mut a, &mut b, Way::Out, &small, &to), Route::Direct);
+            start(&mut a, Way::Out, 6, &small, &to, 4096).unwrap();
+            run(&mut a, &mut b, 1).unwrap();
+            assert_eq!(of(&a), (LEN as u64 + 4096, nvlink));
         }
     }
 }
