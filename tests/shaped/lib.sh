@@ -103,8 +103,8 @@ serve() { # serve [PATTERN]: starts tcpx-perf's server on host b; sets address, 
   exit 1
 }
 
-# GB/s of the row that tcpx-perf wrote last: of its median iteration, or in the field that $rate_by names
-gbytes() { sed -n "s/.*\"${rate_by:-gbytes_per_s}\": \([0-9.]*\).*/\1/p" "$scratch/row.json"; }
+# GB/s of the row that tcpx-perf wrote last: all its bytes by all its time
+gbytes() { sed -n 's/.*"gbytes_per_s": \([0-9.]*\).*/\1/p' "$scratch/row.json"; }
 
 # judge OP PERCENT MBIT PAYLOAD FRAME [tcpx-perf options]: measures, and compares with MBIT of which PAYLOAD of FRAME bytes are payload.
 # Other load on the machine lowers single results: a miss is measured again, twice at most.

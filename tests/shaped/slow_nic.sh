@@ -22,8 +22,6 @@ restart() {
   [ -z "$server" ] || { kill "$server" && wait "$server" 2>/dev/null || true; }
   serve
 }
-rate_by=gbytes_per_s_avg
-
 for mbit in 100 20 5; do
   [[ $cases == *" $mbit "* ]] || continue
   only eth1 eth2

@@ -1,5 +1,6 @@
 //! What tcpx-top shows: connections and their channels with rates, from the exported statistics; and how it is drawn.
 
+use crate::carried::{carrier, DIRECT};
 use crate::scrape::Sample;
 use ratatui::backend::TestBackend;
 use ratatui::buffer::Buffer;
@@ -16,6 +17,8 @@ use std::io;
 pub struct Channel {
     /// Its number, which sorts it.
     pub number: u64,
+    /// Its plugin.
+    pub plugin: String,
     /// Its NIC.
     pub nic: String,
     /// The peer's NIC, if it has another name.
@@ -57,8 +60,8 @@ impl View {
                 connection.peer = label("peer");
                 let wanted = number("channel");
                 let at = connection.channels.iter().position(|c| c.number == wanted).unwrap_or_else(|| {
-                    let (nic, peer_nic) = (label("nic"), label("peer_nic"));
-                    connection.channels.push(Channel { number: wanted, nic, peer_nic, values: BTreeMap::new() });
+                    let (plugin, nic, peer_nic) = (label("plugin"), label("nic"), label("peer_nic"));
+                    connection.channels.push(Channel { number: wanted, plugin, nic, peer_nic, values: BTreeMap::new() });
                     connection.channels.len() - 1
                 });
                 connection.channels[at].values.insert(name.to_owned(), sample.value);
@@ -74,15 +77,15 @@ impl View {
         view
     }
 
-    /// Sent and received bytes per second by NIC.
-    fn nics(&self) -> BTreeMap<&str, (f64, f64)> {
-        let mut nics: BTreeMap<&str, (f64, f64)> = BTreeMap::new();
+    /// Sent and received bytes per second by plugin and NIC.
+    fn paths(&self) -> BTreeMap<String, (f64, f64)> {
+        let mut paths: BTreeMap<String, (f64, f64)> = BTreeMap::new();
         for channel in self.connections.values().flat_map(|c| &c.channels) {
-            let sums = nics.entry(&channel.nic).or_default();
+            let sums = paths.entry(channel.over(&channel.nic)).or_default();
             sums.0 += channel.get("sent_bytes_per_second");
             sums.1 += channel.get("received_bytes_per_second");
         }
-        nics
+        paths
     }
 }
 
@@ -91,11 +94,20 @@ impl Channel {
         self.values.get(name).copied().unwrap_or(0.0)
     }
 
-    /// Its NIC, and the peer's if they are not the same.
-    fn nics(&self) -> String {
+    /// The word for its plugin, and these NICs.
+    fn over(&self, nics: &str) -> String {
+        match carrier(&self.plugin) {
+            "" => clean(nics),
+            DIRECT => DIRECT.to_owned(),
+            plugin => format!("{} {}", clean(plugin), clean(nics)),
+        }
+    }
+
+    /// Its plugin, its NIC, and the peer's if they are not the same.
+    fn path(&self) -> String {
         match self.peer_nic.is_empty() {
-            true => clean(&self.nic),
-            false => format!("{}>{}", clean(&self.nic), clean(&self.peer_nic)),
+            true => self.over(&self.nic),
+            false => self.over(&format!("{}>{}", self.nic, self.peer_nic)),
         }
     }
 
@@ -129,8 +141,8 @@ fn clean(text: &str) -> String {
 
 /// Most lines of the summary.
 const TOP: usize = 12;
-const HEAD: [&str; 11] = ["connection", "channel", "NIC", "out", "in", "speed", "window", "queue", "rtt", "resent", ""];
-const WIDTHS: [u16; 11] = [24, 8, 10, 12, 12, 12, 8, 10, 10, 14, 8];
+const HEAD: [&str; 11] = ["connection", "channel", "path", "out", "in", "speed", "window", "queue", "rtt", "resent", ""];
+const WIDTHS: [u16; 11] = [24, 8, 14, 12, 12, 12, 8, 10, 10, 14, 8];
 
 /// The cells of all lines, and whether to highlight each.
 fn lines(view: &View) -> Vec<([String; 11], bool)> {
@@ -169,7 +181,7 @@ fn lines(view: &View) -> Vec<([String; 11], bool)> {
                 [
                     String::new(),
                     channel.number.to_string(),
-                    channel.nics(),
+                    channel.path(),
                     rate(channel.get("sent_bytes_per_second")),
                     rate(channel.get("received_bytes_per_second")),
                     if speed > 0.0 { rate(speed) } else { "-".to_owned() },
@@ -186,7 +198,7 @@ fn lines(view: &View) -> Vec<([String; 11], bool)> {
     out
 }
 
-/// The first lines: engines and NICs.
+/// The first lines: engines, plugins and NICs.
 fn summary(view: &View) -> Vec<String> {
     let mut out = Vec::new();
     for (engine, values) in &view.engines {
@@ -203,8 +215,8 @@ fn summary(view: &View) -> Vec<String> {
             get("setups_in_failed") + get("setups_out_failed")
         ));
     }
-    for (nic, (sent, received)) in view.nics() {
-        out.push(format!("{}: {} out, {} in", clean(nic), rate(sent), rate(received)));
+    for (path, (sent, received)) in view.paths() {
+        out.push(format!("{path}: {} out, {} in", rate(sent), rate(received)));
     }
     out
 }
@@ -266,7 +278,9 @@ mod tests {
 
     fn view() -> View {
         let channel = |i: usize, nic: &str, rate: f64, slow: f64| {
-            let labels = format!("{{engine=\"e\",connection=\"1\",peer=\"10.0.0.2:5\",channel=\"{i}\",nic=\"{nic}\"}}");
+            let labels = format!(
+                "{{engine=\"e\",connection=\"1\",peer=\"10.0.0.2:5\",channel=\"{i}\",plugin=\"TCPX-soft\",nic=\"{nic}\"}}"
+            );
             format!(
                 "uccl_tcpx_channel_sent_bytes_per_second{labels} {rate}\nuccl_tcpx_channel_slow{labels} {slow}\n\
                  uccl_tcpx_channel_retransmits_total{labels} 7\n"
@@ -286,8 +300,8 @@ mod tests {
     fn the_slow_channel_is_marked_and_nics_are_summed() {
         let text = text(&view());
         let slow: Vec<&str> = text.lines().filter(|l| l.ends_with("SLOW")).collect();
-        assert!(slow.len() == 1 && slow[0].contains("eth2") && slow[0].contains("2.4 MB/s"), "{text}");
-        assert!(text.contains("eth1: 119.0 MB/s out") && text.contains("1 connections"), "{text}");
+        assert!(slow.len() == 1 && slow[0].contains(" tcp eth2 ") && slow[0].contains("2.4 MB/s"), "{text}");
+        assert!(text.contains("tcp eth1: 119.0 MB/s out") && text.contains("1 connections"), "{text}");
         let order: Vec<u64> = view().connections.values().flat_map(|c| c.channels.iter().map(|c| c.number)).collect();
         assert_eq!(order, [0, 2, 10]);
     }
