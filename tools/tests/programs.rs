@@ -339,7 +339,7 @@ fn rows_say_what_carried_their_bytes() {
     for (op, factor) in
         [("--op write", 1), ("--op read", 1), ("--op send", 1), ("--op write --bidirectional", 2), ("--op send --inflight 2", 2)]
     {
-        let bytes = ITERS * factor << 20;
+        let bytes = (ITERS * factor) << 20;
         let all = rows(&format!("{op} --total 1M"), &[]);
         let paths: Vec<(&str, &str, usize)> = all.iter().map(|row| (&*row.path, &*row.path_bytes, row.channels)).collect();
         let (network, direct) = (format!("tcp lo {bytes}"), format!("direct {bytes}"));
