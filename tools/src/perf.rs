@@ -362,7 +362,7 @@ fn run_server(args: &ServerArgs) -> Result<()> {
     });
     say!("{}", address(&node));
     if !args.once {
-        eprintln!("serving {memory} memory through plugin {}; Ctrl-C ends", node.plugin());
+        eprintln!("serving {memory} memory; Ctrl-C ends");
     }
     let clients = server::serve(&node, memory, args.once, out::stopping())?;
     if !args.once {
