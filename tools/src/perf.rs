@@ -237,6 +237,7 @@ impl Measuring {
 
     /// Measures the cases and prints each row when it is done; appends what was measured, also before an error.
     fn measure(&self, clients: &mut [Client], cases: &[Case], options: &Options, all: &mut Vec<Measured>) -> Result<()> {
+        out::stop_on_interrupt();
         self.print(&headline());
         for case in cases {
             match measure_all(clients, case, options) {
@@ -383,7 +384,6 @@ fn run_client(args: &ClientArgs) -> Result<()> {
     let client = |_| Client::connect(&Arc::new(Node::start()?), &args.address, memory);
     let mut clients = (0..args.clients).map(client).collect::<Result<Vec<_>>>()?;
     let default_rows = || vec![Case { op: Op::Write, total: 64 << 20, block: 64 << 20, inflight: 1, bidirectional: false }];
-    out::stop_on_interrupt();
     let (mut all, cases) = (Vec::new(), args.measuring.cases(default_rows));
     let options = args.measuring.options(args.verify, Duration::from_secs(1));
     let result = args.measuring.measure(&mut clients, &cases, &options, &mut all);
@@ -422,11 +422,14 @@ fn run_demo(args: &DemoArgs) -> Result<()> {
         common.channels = Some(DEMO_CHANNELS);
     }
     let memory = common.prepare_process()?;
-    out::stop_on_interrupt();
     let (mut all, mut notified, mut result) = (Vec::new(), (0, 0), Ok(()));
     for half in halves() {
-        result =
-            run_half(args, &half, memory, &mut all).map(|(count, bytes)| notified = (notified.0 + count, notified.1 + bytes));
+        match run_half(args, &half, memory, &mut all) {
+            Ok((count, bytes)) => notified = (notified.0 + count, notified.1 + bytes),
+            // The signal ends the server process, too.
+            Err(_) if out::is_stopping() => {}
+            Err(e) => result = Err(e),
+        }
         if out::is_stopping() || result.is_err() {
             break;
         }
