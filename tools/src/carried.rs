@@ -28,6 +28,11 @@ pub enum Carrier {
 }
 
 impl Carrier {
+    /// Whether channels of a plugin do.
+    pub fn is_network(self) -> bool {
+        !matches!(self, Carrier::Nvlink | Carrier::Direct)
+    }
+
     fn word(self) -> &'static str {
         match self {
             Carrier::Tcpx => "tcpx",

@@ -149,7 +149,8 @@ struct Measuring {
     /// Fail (exit status 1) if a row is slower than this, in GB/s: all its bytes by all its time.
     #[arg(long, value_name = "GBPS")]
     expect_gbps: Option<f64>,
-    /// Fail (exit status 1) if bytes of a row went another way, by the counters of the connection.
+    /// Fail (exit status 1) if bytes of a row went another way, by the counters of the connection. `demo` leaves out what cannot go
+    /// that way: channels or direct transfers.
     #[arg(long, value_name = "PATH")]
     require: Option<Carrier>,
     /// Write the rows to this file as CSV; - is standard output.
@@ -399,18 +400,19 @@ struct Half {
     default_rows: fn() -> Vec<Case>,
 }
 
-/// Both halves; the second alone shows what two processes on one host do by default.
-fn halves() -> Vec<Half> {
+/// The halves that can do what is required: the first shows what two hosts do, the second what two processes on one host do by default.
+fn halves(required: Option<Carrier>) -> Result<Vec<Half>> {
     let network = Half {
         title: "over channels, as between two hosts (UCCL_P2P_DISABLE_IPC=1)",
         start: Node::start_for_the_network,
         default_rows: suite::demo,
     };
     let host = Half { title: "on one host, as by default", start: Node::start, default_rows: suite::demo_on_one_host };
-    if direct_is_off() {
-        vec![network]
-    } else {
-        vec![network, host]
+    match (required.map(Carrier::is_network), direct_is_off()) {
+        (Some(false), true) => fail!("UCCL_P2P_DISABLE_IPC=1 forbids direct transfers, which --require asks for"),
+        (Some(false), false) => Ok(vec![host]),
+        (None, false) => Ok(vec![network, host]),
+        _ => Ok(vec![network]),
     }
 }
 
@@ -423,7 +425,7 @@ fn run_demo(args: &DemoArgs) -> Result<()> {
     }
     let memory = common.prepare_process()?;
     let (mut all, mut notified, mut result) = (Vec::new(), (0, 0), Ok(()));
-    for half in halves() {
+    for half in halves(args.measuring.require)? {
         match run_half(args, &half, memory, &mut all) {
             Ok((count, bytes)) => notified = (notified.0 + count, notified.1 + bytes),
             // The signal ends the server process, too.

@@ -356,8 +356,12 @@ fn bytes_that_went_another_way_than_required_fail_the_run() {
     let output = run(PERF, &line("--require tcp"), &network);
     assert!(output.status.success(), "{}", text(&output.stderr));
     must_fail(PERF, &line("--require tcpx"), &network, "write host of 1 MiB in blocks of 1 MiB: its bytes took tcp ");
-    // The second half goes directly.
-    must_fail(PERF, &line("--require tcp"), &[], "its bytes took direct (one host), and --require tcp forbids that");
+    must_fail(PERF, &line("--require direct"), &network, "UCCL_P2P_DISABLE_IPC=1 forbids direct transfers");
+    // A demo leaves out the other half.
+    must_work(PERF, &line("--require tcp"), "over tcp ");
+    assert!(!must_work(PERF, &line("--require direct"), "over direct (one host); ").contains("tcp "));
+    must_fail(PERF, &line("--require nvlink"), &[], "its bytes took direct (one host), and --require nvlink forbids that");
+    must_fail(PERF, &line("--total 4K --require tcp").replace("--total 1M ", ""), &[], "took eager (control message)");
     must_work(INFO, "--memory host --require tcp", "WORKING");
     must_work(INFO, "--memory host --require direct", "WORKING");
     must_fail(INFO, "--memory host --require nvlink", &[], "took direct (one host), and --require nvlink forbids that");
