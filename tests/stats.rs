@@ -66,6 +66,11 @@ fn transfers_refusals_and_set_ups_are_counted_and_outlive_their_connection() {
     let (mine, theirs) = (out.stats().unwrap(), incoming.stats().unwrap());
     let t = mine.totals;
     assert_eq!((t.transfers_started, t.transfers_completed, t.transfers_failed, t.refused_by_peer), (3, 2, 1, 1));
+    // The failed one has no time, and the peer counts its own transfers only.
+    let times = a.stats().unwrap().times;
+    assert_eq!(times.counts.map(|of_class| of_class.iter().sum::<u64>()), [1, 0, 1, 0]);
+    assert!(times.nanoseconds[0] > 0 && times.nanoseconds[1] == 0 && times.nanoseconds[2] > 0, "{times:?}");
+    assert_eq!(b.stats().unwrap().times, Default::default());
     assert_eq!((t.sent_bytes, t.eager_sent_bytes, t.notifications_sent), (4 << 20, 200, 1));
     assert_eq!((theirs.totals.received_bytes, theirs.totals.eager_received_bytes), (4 << 20, 100));
     assert_eq!((theirs.totals.peer_transfers, theirs.totals.refused), (3, 1));
@@ -125,8 +130,10 @@ fn statistics_are_offered_while_the_engine_lives() {
     let _ = config();
     let config = Config { plugin: PluginChoice::Soft, ..Config::from_env_with(&setting).unwrap() };
     let engine = Engine::new(config).unwrap();
-    let line = format!("uccl_tcpx_connections{{engine=\"{}\"}} 0", engine.metadata());
-    soon("the file lists the engine", || std::fs::read_to_string(&path).unwrap().contains(&line));
+    let address = engine.metadata().rsplit_once('?').unwrap().0.to_owned();
+    for line in ["uccl_tcpx_connections{engine=\"1\"} 0".to_owned(), format!("engine=\"1\",address=\"{address}\",gpu=\"")] {
+        soon("the file lists the engine", || std::fs::read_to_string(&path).unwrap().contains(&line));
+    }
     drop(engine);
     std::fs::remove_file(&path).unwrap();
 }

@@ -40,6 +40,7 @@ pub(crate) use request::{Request, Sketch};
 #[cfg(fuzzing)]
 pub(crate) use simulation::attacked;
 pub(crate) use state::Setting;
+pub(crate) use transfers::Timed;
 pub use transfers::TransferState;
 
 use crate::channel::router::Channels;
@@ -432,6 +433,11 @@ impl Machine {
     pub(crate) fn counts(&self) -> Totals {
         let (transfers_started, transfers_completed, transfers_failed) = self.state.transfers.outcomes();
         Totals { transfers_started, transfers_completed, transfers_failed, ..self.state.counts }
+    }
+
+    /// Transfers of this engine that have succeeded since the last call, with the time when each began. Messages are left out.
+    pub(crate) fn take_timed(&mut self) -> impl Iterator<Item = Timed> + '_ {
+        self.state.transfers.take_timed()
     }
 
     /// The peer's name.

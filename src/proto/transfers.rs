@@ -3,6 +3,7 @@
 use crate::hash::Map;
 use crate::status::{bail, Error, ErrorKind, Result};
 use std::collections::{BTreeMap, VecDeque};
+use std::time::Instant;
 
 /// Where a transfer stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +43,8 @@ pub(super) struct Running {
     verdict: Option<Result<()>>,
     /// The id that the application knows, if it is a different one.
     alias: Option<u64>,
+    /// When it began, if its time is counted.
+    begun: Option<Instant>,
 }
 
 /// For so many ended transfers the number of bytes is remembered, and for so many failed ones the text of the error. Older ones
@@ -99,6 +102,13 @@ impl Ended {
     }
 }
 
+/// A transfer that has succeeded and whose time is counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Timed {
+    pub bytes: u64,
+    pub begun: Instant,
+}
+
 /// All transfers that this engine started on one connection. Ids count up from 1. An id that was given out, is not in flight and
 /// has no recorded error has succeeded, so success costs no memory.
 #[derive(Debug, Default)]
@@ -115,15 +125,30 @@ pub(super) struct Transfers {
     renumbered: u64,
     ended: u64,
     failures: u64,
+    timed: Vec<Timed>,
 }
 
 impl Transfers {
     pub(super) fn start(&mut self, kind: Kind, total: u64, segments: usize) -> u64 {
+        self.add(kind, total, segments, None)
+    }
+
+    /// As [`Transfers::start`], for a transfer whose time counts. That of a two-sided message depends on the peer's application.
+    pub(super) fn start_timed(&mut self, kind: Kind, total: u64, segments: usize, now: Instant) -> u64 {
+        self.add(kind, total, segments, Some(now))
+    }
+
+    fn add(&mut self, kind: Kind, total: u64, segments: usize, begun: Option<Instant>) -> u64 {
         self.given += 1;
         self.segments += segments;
         log::trace!("transfer {} starts: {kind:?}, {total} bytes in {segments} segments", self.given);
-        self.running.insert(self.given, Running { kind, total, moved: 0, segments, verdict: None, alias: None });
+        self.running.insert(self.given, Running { kind, total, moved: 0, segments, verdict: None, alias: None, begun });
         self.given
+    }
+
+    /// Transfers that have succeeded since the last call, those whose time is counted.
+    pub(super) fn take_timed(&mut self) -> impl Iterator<Item = Timed> + '_ {
+        self.timed.drain(..)
     }
 
     /// The id under which a transfer can be announced. The peer takes ids in rising order, and other transfers may have been
@@ -232,6 +257,8 @@ impl Transfers {
             }
             self.failed.insert(id, Failure { error: e, reported: false });
             self.failed_order.push_back(id);
+        } else if let Some(begun) = running.begun {
+            self.timed.push(Timed { bytes: running.total, begun });
         }
         self.totals.set(id, running.total);
     }

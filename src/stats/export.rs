@@ -29,7 +29,21 @@ const MAX_REQUEST: usize = 8 << 10;
 /// Gives the statistics of an engine while it lives.
 pub(crate) type Source = Box<dyn Fn() -> Option<EngineStats> + Send + Sync>;
 
-type Sources = Arc<Mutex<Vec<Source>>>;
+/// Engines with their numbers, which count up from 1 and stay with an engine for as long as it lives.
+#[derive(Default)]
+struct Numbered {
+    given: u64,
+    engines: Vec<(u64, Source)>,
+}
+
+impl Numbered {
+    fn push(&mut self, source: Source) {
+        self.given += 1;
+        self.engines.push((self.given, source));
+    }
+}
+
+type Sources = Arc<Mutex<Numbered>>;
 
 /// Offers statistics until it is dropped.
 pub(crate) struct Exporter {
@@ -58,7 +72,8 @@ pub(crate) fn offer(target: &Target, source: Source) -> io::Result<Arc<Exporter>
 
 impl Exporter {
     fn start(target: &Target, source: Source) -> io::Result<Exporter> {
-        let sources: Sources = Arc::new(Mutex::new(vec![source]));
+        let sources = Sources::default();
+        sources.lock().push(source);
         let ending = Arc::new(Waker::new()?);
         let (gives, ends) = (sources.clone(), ending.clone());
         let work: Box<dyn FnOnce() + Send> = match target.clone() {
@@ -100,9 +115,9 @@ impl Drop for Exporter {
 /// The statistics of all engines.
 fn gather(sources: &Sources, format: Format) -> String {
     let mut engines = Vec::new();
-    sources.lock().retain(|source| match source() {
+    sources.lock().engines.retain(|(number, source)| match source() {
         Some(stats) => {
-            engines.push(stats);
+            engines.push((*number, stats));
             true
         }
         None => false,
@@ -124,7 +139,7 @@ fn wait(ending: &Waker, fd: RawFd, timeout: Duration) -> bool {
 fn write_each_second(path: &Path, sources: &Sources, ending: &Waker) {
     let mut warned = false;
     loop {
-        match rewrite(path, &gather(sources, Format::OpenMetrics)) {
+        match rewrite(path, &gather(sources, Format::Plain)) {
             Ok(()) => warned = false,
             Err(e) if !warned => {
                 warned = true;
@@ -293,14 +308,28 @@ fn welcome(listener: &Listener, guests: &mut VecDeque<Guest>) -> io::Result<()> 
     Ok(())
 }
 
-/// The format that a request asks for: OpenMetrics, but for a reader that names plain text and no OpenMetrics.
+/// The format that a request asks for: of those that it accepts the one of the highest quality, and the older one if they are equal, if
+/// the request accepts anything, or if it accepts nothing that there is. So do the client libraries of Prometheus.
 fn format_of(request: &[u8]) -> Format {
     let head = String::from_utf8_lossy(request).to_ascii_lowercase();
-    let accepts: String = head.lines().filter_map(|line| line.strip_prefix("accept:")).collect();
-    if accepts.contains("text/plain") && !accepts.contains("application/openmetrics-text") {
-        Format::Plain
-    } else {
+    let accepts = head.lines().filter_map(|line| line.strip_prefix("accept:")).flat_map(|list| list.split(','));
+    let (mut plain, mut open) = (0.0f32, 0.0f32);
+    for range in accepts {
+        let mut parts = range.split(';').map(str::trim);
+        let kind = parts.next().unwrap_or_default();
+        let parameters: Vec<(&str, &str)> = parts.filter_map(|part| part.split_once('=')).collect();
+        let of = |name: &str| parameters.iter().find(|(known, _)| *known == name).map(|&(_, value)| value);
+        let quality = of("q").map_or(1.0, |q| q.parse::<f32>().unwrap_or(0.0));
+        match (kind, of("version")) {
+            ("application/openmetrics-text", None | Some("1.0.0")) => open = open.max(quality),
+            ("text/plain", None | Some("0.0.4")) | ("text/*" | "*/*", _) => plain = plain.max(quality),
+            _ => {}
+        }
+    }
+    if open > plain {
         Format::OpenMetrics
+    } else {
+        Format::Plain
     }
 }
 
@@ -371,7 +400,7 @@ mod tests {
         assert!(Arc::ptr_eq(&first, &second));
         let text = get(&mut UnixStream::connect(&path).unwrap());
         assert!(text.starts_with("HTTP/1.1 200 OK\r\n") && text.ends_with("# EOF\n"), "{text}");
-        assert!(text.contains("engine=\"first\"") && text.contains("engine=\"second\""), "{text}");
+        assert!(text.contains("address=\"first\"") && text.contains("address=\"second\""), "{text}");
         // Whoever says nothing, or leaves, does not keep others from their answer for long.
         let _silent = UnixStream::connect(&path).unwrap();
         drop(UnixStream::connect(&path).unwrap());
@@ -400,7 +429,7 @@ mod tests {
         loop {
             let text = std::fs::read_to_string(&path).unwrap();
             assert!(text.ends_with("# EOF\n"), "{text}");
-            if text.contains("engine=\"mine\"") {
+            if text.contains("address=\"mine\"") {
                 break;
             }
             assert!(Instant::now() < until);
@@ -421,7 +450,7 @@ mod tests {
         held.iter().step_by(2).for_each(|mut stream| drop(stream.write_all(b"G")));
         held.iter().skip(1).step_by(2).for_each(|mut stream| drop(stream.write_all(b"GET / HTTP/1.1\r\n\r\n")));
         let begun = Instant::now();
-        assert!(get(&mut connect()).contains("engine=\"mine\""));
+        assert!(get(&mut connect()).contains("address=\"mine\""));
         // One after the other they would take half a minute.
         assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
         drop(held);
@@ -430,20 +459,46 @@ mod tests {
     #[test]
     fn a_reader_gets_the_format_that_it_asks_for() {
         let request = |accept: &str| format!("GET /metrics HTTP/1.1\r\nHost: x\r\n{accept}\r\n\r\n").into_bytes();
-        let sources: Sources = Arc::new(Mutex::new(vec![engine("mine")]));
+        let sources = Sources::default();
+        sources.lock().push(engine("mine"));
+        // As Prometheus 2 and 3, curl, browsers and programs ask.
         for (accept, plain) in [
-            ("User-Agent: text/plain", false),
-            ("Accept: */*", false),
+            ("User-Agent: application/openmetrics-text", true),
+            ("Accept: */*", true),
+            ("Accept: application/openmetrics-text", false),
             ("Accept: application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.4,*/*;q=0.1", false),
+            ("Accept: application/openmetrics-text;version=1.0.0;q=0.4, text/plain;version=0.0.4;q=0.5", true),
+            ("Accept: application/openmetrics-text; version=1.0.0; q=0, text/plain; q=0.1", true),
+            ("Accept: application/openmetrics-text;version=0.0.1,text/plain;version=0.0.4;q=0.5,*/*;q=0.1", true),
+            ("Accept: application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,text/plain;q=0.3", false),
             ("accept: Text/Plain; version=0.0.4", true),
             ("ACCEPT:text/html\r\nAccept: text/plain", true),
+            ("ACCEPT:text/html\r\nAccept: application/openmetrics-text", false),
+            ("Accept: image/png", true),
+            ("Accept: application/openmetrics-text;q=nan", true),
         ] {
             let text = String::from_utf8(answer(&request(accept), &sources)).unwrap();
             let kind = if plain { Format::Plain } else { Format::OpenMetrics }.content_type();
             assert!(text.contains(&format!("\r\nContent-Type: {kind}\r\n")), "{accept}: {text}");
             assert_eq!(text.contains("# TYPE uccl_tcpx_limits_hit_total counter\n"), plain, "{accept}: {text}");
-            assert_eq!(text.ends_with("# EOF\n"), !plain, "{accept}: {text}");
+            assert!(text.ends_with("# EOF\n"), "{accept}: {text}");
         }
+    }
+
+    #[test]
+    fn engines_keep_their_numbers() {
+        let living = Arc::new(Mutex::new(true));
+        let sources = Sources::default();
+        let first = living.clone();
+        sources.lock().push(Box::new(move || first.lock().then(EngineStats::default)));
+        sources.lock().push(engine("second"));
+        let has =
+            |number: u64| gather(&sources, Format::Plain).contains(&format!("uccl_tcpx_connections{{engine=\"{number}\"}}"));
+        assert!(has(1) && has(2));
+        *living.lock() = false;
+        assert!(!has(1) && has(2));
+        sources.lock().push(engine("third"));
+        assert!(!has(1) && has(2) && has(3));
     }
 
     #[test]
@@ -452,6 +507,6 @@ mod tests {
         let target = Target::parse(&port.to_string()).unwrap();
         let _exporter = offer(&target, engine("mine")).unwrap();
         let text = get(&mut std::net::TcpStream::connect(("127.0.0.1", port)).unwrap());
-        assert!(text.contains("engine=\"mine\""), "{text}");
+        assert!(text.contains("address=\"mine\""), "{text}");
     }
 }

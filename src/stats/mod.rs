@@ -3,8 +3,11 @@
 pub(crate) mod export;
 mod prometheus;
 mod text;
+pub(crate) mod times;
 
+pub use prometheus::document;
 pub(crate) use text::speed;
+pub use times::TimeTable;
 
 use std::ops::AddAssign;
 use std::time::Duration;
@@ -163,6 +166,8 @@ pub struct ConnectionStats {
     pub id: u64,
     /// The peer's address.
     pub peer: String,
+    /// The address of the peer's host, without a port.
+    pub host: String,
     /// Why it has ended, once it has.
     pub error: Option<String>,
     /// Since it came up.
@@ -210,6 +215,8 @@ pub struct EngineStats {
     pub timeouts: u64,
     /// Notifications that the application has not taken.
     pub notifications_waiting: u64,
+    /// How long reads and writes of this engine took.
+    pub times: TimeTable,
     /// Counters of all connections, those that have ended included.
     pub totals: Totals,
     /// Open connections.

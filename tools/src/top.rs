@@ -1,6 +1,7 @@
 //! tcpx-top: shows what the connections of a running process do, from its exported statistics.
 
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyModifiers};
+use ratatui::crossterm::terminal;
 use std::io::IsTerminal;
 use std::path::Path;
 use std::process::ExitCode;
@@ -32,15 +33,14 @@ fn main() -> ExitCode {
 
 /// Reads all sources.
 fn read(sources: &[String]) -> Result<View> {
-    let mut samples = Vec::new();
-    for source in sources {
-        samples.extend(parse(&fetch(source)?));
-    }
+    let samples = sources.iter().map(|source| Ok(parse(&fetch(source)?))).collect::<Result<Vec<_>>>()?;
     Ok(View::of(&samples))
 }
 
 fn once(args: &Top) -> Result<()> {
-    say!("{}", view::text(&read(&args.sources)?));
+    // A file or a pipe has no width.
+    let width = if std::io::stdout().is_terminal() { terminal::size().map_or(80, |(width, _)| width.into()) } else { 130 };
+    say!("{}", view::text(&read(&args.sources)?, width));
     Ok(())
 }
 

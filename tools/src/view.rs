@@ -1,4 +1,5 @@
-//! What tcpx-top shows: connections and their channels with rates, from the exported statistics; and how it is drawn.
+//! What tcpx-top shows: engines, connections and channels with rates, from the exported statistics; and how it is drawn, on a
+//! terminal of any width.
 
 use crate::carried::{carrier, DIRECT};
 use crate::scrape::Sample;
@@ -7,7 +8,7 @@ use ratatui::buffer::Buffer;
 use ratatui::layout::{Constraint, Layout, Rect};
 use ratatui::style::{Color, Modifier, Style};
 use ratatui::text::Line;
-use ratatui::widgets::{Block, Cell, Paragraph, Row, Table};
+use ratatui::widgets::{Block, Borders, Paragraph};
 use ratatui::{Frame, Terminal};
 use std::collections::BTreeMap;
 use std::io;
@@ -38,43 +39,62 @@ pub struct Connection {
     pub channels: Vec<Channel>,
 }
 
+/// An engine as displayed.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Engine {
+    /// Its address.
+    pub address: String,
+    /// Values by name.
+    pub values: BTreeMap<String, f64>,
+    /// Transfers by size: the bounds of the buckets with the transfers below them.
+    pub times: BTreeMap<String, Vec<(f64, f64)>>,
+}
+
+/// The source and the number of an engine.
+type EngineKey = (usize, u64);
+
 /// All data of one reading.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct View {
-    /// Engines: values by name.
-    pub engines: BTreeMap<String, BTreeMap<String, f64>>,
+    /// Engines.
+    pub engines: BTreeMap<EngineKey, Engine>,
     /// Connections by engine and id.
-    pub connections: BTreeMap<(String, u64), Connection>,
+    pub connections: BTreeMap<(EngineKey, u64), Connection>,
 }
 
 impl View {
-    /// Sorts samples into engines, connections and channels.
-    pub fn of(samples: &[Sample]) -> View {
+    /// Sorts samples of sources into engines, connections and channels.
+    pub fn of(sources: &[Vec<Sample>]) -> View {
         let mut view = View::default();
-        for sample in samples {
-            let label = |name: &str| sample.labels.get(name).cloned().unwrap_or_default();
-            let number = |name: &str| label(name).parse::<u64>().unwrap_or(0);
-            let name = sample.name.trim_end_matches("_total");
-            if let Some(name) = name.strip_prefix("channel_") {
-                let connection = view.connections.entry((label("engine"), number("connection"))).or_default();
-                connection.peer = label("peer");
-                let wanted = number("channel");
-                let at = connection.channels.iter().position(|c| c.number == wanted).unwrap_or_else(|| {
-                    let (plugin, nic, peer_nic) = (label("plugin"), label("nic"), label("peer_nic"));
-                    connection.channels.push(Channel { number: wanted, plugin, nic, peer_nic, values: BTreeMap::new() });
-                    connection.channels.len() - 1
-                });
-                connection.channels[at].values.insert(name.to_owned(), sample.value);
-            } else if let Some(name) = name.strip_prefix("connection_").filter(|_| sample.labels.contains_key("connection")) {
-                let connection = view.connections.entry((label("engine"), number("connection"))).or_default();
-                connection.peer = label("peer");
-                connection.values.insert(name.to_owned(), sample.value);
-            } else {
-                view.engines.entry(label("engine")).or_default().insert(name.to_owned(), sample.value);
-            }
+        for (source, samples) in sources.iter().enumerate() {
+            samples.iter().for_each(|sample| view.add(source, sample));
         }
         view.connections.values_mut().for_each(|c| c.channels.sort_by_key(|channel| channel.number));
         view
+    }
+
+    fn add(&mut self, source: usize, sample: &Sample) {
+        let label = |name: &str| sample.labels.get(name).cloned().unwrap_or_default();
+        let number = |name: &str| label(name).parse::<u64>().unwrap_or(0);
+        let engine = (source, number("engine"));
+        let name = sample.name.trim_end_matches("_total");
+        if !sample.labels.contains_key("connection") {
+            return self.engines.entry(engine).or_default().add(name, label, sample.value);
+        }
+        let connection = self.connections.entry((engine, number("connection"))).or_default();
+        if name == "connection_info" {
+            connection.peer = label("address");
+        } else if let Some(name) = name.strip_prefix("channel_") {
+            let wanted = number("channel");
+            let at = connection.channels.iter().position(|c| c.number == wanted).unwrap_or_else(|| {
+                let (plugin, nic, peer_nic) = (label("plugin"), label("nic"), label("peer_nic"));
+                connection.channels.push(Channel { number: wanted, plugin, nic, peer_nic, values: BTreeMap::new() });
+                connection.channels.len() - 1
+            });
+            connection.channels[at].values.insert(name.to_owned(), sample.value);
+        } else if let Some(name) = name.strip_prefix("connection_") {
+            connection.values.insert(name.to_owned(), sample.value);
+        }
     }
 
     /// Sent and received bytes per second by plugin and NIC.
@@ -86,6 +106,37 @@ impl View {
             sums.1 += channel.get("received_bytes_per_second");
         }
         paths
+    }
+}
+
+impl Engine {
+    fn add(&mut self, name: &str, label: impl Fn(&str) -> String, value: f64) {
+        match name {
+            "engine_info" => self.address = label("address"),
+            "transfer_seconds_bucket" => {
+                let bound = if label("le") == "+Inf" { f64::INFINITY } else { label("le").parse().unwrap_or(f64::INFINITY) };
+                self.times.entry(label("size")).or_default().push((bound, value));
+            }
+            _ => drop(self.values.insert(name.to_owned(), value)),
+        }
+    }
+
+    /// How long half, and 99 of 100, of the transfers of each size took at most.
+    fn times(&self) -> Vec<String> {
+        let line = |(size, buckets): (&String, &Vec<(f64, f64)>)| {
+            let all = buckets.last().map_or(0.0, |&(_, below)| below);
+            let within = |part: f64| {
+                let bound = buckets.iter().find(|&&(_, below)| below >= all * part).map_or(f64::INFINITY, |&(bound, _)| bound);
+                if bound.is_finite() {
+                    format!("<= {}", time(bound))
+                } else {
+                    "> 10 s".to_owned()
+                }
+            };
+            let size = clean(&size.replace('_', " "));
+            (all > 0.0).then(|| format!("{size}: {all:.0} transfers, p50 {}, p99 {}", within(0.5), within(0.99)))
+        };
+        self.times.iter().filter_map(line).collect()
     }
 }
 
@@ -125,12 +176,37 @@ impl Channel {
     }
 }
 
+// ---- numbers ----
+
+/// Three digits and a unit.
+fn short(n: f64, units: [&str; 4]) -> String {
+    let (n, unit) = match n {
+        n if n >= 999.5e6 => (n / 1e9, units[3]),
+        n if n >= 999.5e3 => (n / 1e6, units[2]),
+        n if n >= 999.5 => (n / 1e3, units[1]),
+        n => return format!("{n:.0} {}", units[0]),
+    };
+    let digits = match n {
+        n if n >= 99.95 => 0,
+        n if n >= 9.995 => 1,
+        _ => 2,
+    };
+    format!("{n:.digits$} {unit}")
+}
+
 fn rate(bytes_per_second: f64) -> String {
-    match bytes_per_second {
-        r if r >= 1e9 => format!("{:.2} GB/s", r / 1e9),
-        r if r >= 1e6 => format!("{:.1} MB/s", r / 1e6),
-        r if r >= 1e3 => format!("{:.1} kB/s", r / 1e3),
-        r => format!("{r:.0} B/s"),
+    short(bytes_per_second, ["B/s", "kB/s", "MB/s", "GB/s"])
+}
+
+fn bytes(n: f64) -> String {
+    short(n, ["B", "kB", "MB", "GB"])
+}
+
+fn time(seconds: f64) -> String {
+    match seconds {
+        s if s >= 1.0 => format!("{s} s"),
+        s if s >= 1e-3 => format!("{} ms", (s * 1e6).round() / 1e3),
+        s => format!("{:.0} us", s * 1e6),
     }
 }
 
@@ -139,108 +215,179 @@ fn clean(text: &str) -> String {
     text.chars().map(|c| if matches!(c, ' '..='~') { c } else { '?' }).collect()
 }
 
+/// In so many columns, with the end cut off if need be.
+fn fit(text: &str, width: usize) -> String {
+    match text.chars().count() <= width {
+        true => text.to_owned(),
+        false => text.chars().take(width.saturating_sub(1)).chain(['~']).collect(),
+    }
+}
+
+/// Parts in lines of at most `width` columns.
+fn wrap(parts: &[String], between: &str, width: usize) -> Vec<String> {
+    let mut lines: Vec<String> = Vec::new();
+    for part in parts {
+        match lines.last_mut() {
+            Some(line) if line.len() + between.len() + part.len() <= width => *line += &format!("{between}{part}"),
+            Some(_) => lines.push(format!("  {part}")),
+            None => lines.push(part.clone()),
+        }
+    }
+    lines.iter().map(|line| fit(line, width)).collect()
+}
+
+// ---- lines ----
+
+/// From this width on there are all columns.
+const WIDE: usize = 116;
 /// Most lines of the summary.
 const TOP: usize = 12;
-const HEAD: [&str; 11] = ["connection", "channel", "path", "out", "in", "speed", "window", "queue", "rtt", "resent", ""];
-const WIDTHS: [u16; 11] = [24, 8, 14, 12, 12, 12, 8, 10, 10, 14, 8];
 
-/// The cells of all lines, and whether to highlight each.
-fn lines(view: &View) -> Vec<([String; 11], bool)> {
+/// A column of the lines of channels.
+struct Column {
+    head: &'static str,
+    /// Its width on a narrow screen, if it is there, and on a wide one.
+    widths: (Option<usize>, usize),
+    of: fn(&Channel) -> String,
+}
+
+const COLUMNS: [Column; 10] = [
+    Column { head: "  ch", widths: (Some(4), 5), of: |c| format!("  {}", c.number) },
+    Column { head: "path", widths: (Some(14), 22), of: Channel::path },
+    Column { head: "out", widths: (Some(9), 10), of: |c| rate(c.get("sent_bytes_per_second")) },
+    Column { head: "in", widths: (Some(9), 10), of: |c| rate(c.get("received_bytes_per_second")) },
+    Column {
+        head: "speed",
+        widths: (None, 10),
+        of: |c| match c.get("speed_bytes_per_second") {
+            speed if speed > 0.0 => rate(speed),
+            _ => "-".to_owned(),
+        },
+    },
+    Column { head: "window", widths: (Some(7), 8), of: |c| format!("{:.0}/{:.0}", c.get("window_out"), c.get("window")) },
+    Column { head: "queue", widths: (None, 8), of: |c| bytes(c.get("queued_bytes")) },
+    Column { head: "rtt", widths: (Some(8), 9), of: |c| format!("{:.2} ms", c.get("rtt_seconds") * 1e3) },
+    Column {
+        head: "resent",
+        widths: (Some(11), 16),
+        of: |c| match (c.get("retransmits"), c.get("segments")) {
+            (again, of) if again > 0.0 && of > 0.0 => format!("{again:.0} {:.1}%", 100.0 * again / of),
+            (again, _) => format!("{again:.0}"),
+        },
+    },
+    Column { head: "", widths: (Some(8), 8), of: |c| c.mark().to_owned() },
+];
+
+/// The texts of a line in the columns of a screen.
+fn cells(width: usize, text: impl Fn(&Column) -> String) -> String {
+    let cell = |column: &Column| {
+        let width = if width >= WIDE { Some(column.widths.1) } else { column.widths.0 };
+        width.map(|width| format!("{:<width$}", fit(&text(column), width)))
+    };
+    let line = COLUMNS.iter().filter_map(cell).collect::<Vec<_>>().join(" ");
+    fit(line.trim_end(), width)
+}
+
+/// The line of a connection, and whether to highlight it. Where there is little room, its state counts most, then its peer.
+fn heading(id: u64, connection: &Connection, width: usize) -> (String, bool) {
+    let get = |name: &str| connection.values.get(name).copied().unwrap_or(0.0);
+    let sum = |name: &str| connection.channels.iter().map(|c| c.get(name)).sum::<f64>();
+    let lost = connection.channels.iter().filter(|c| c.get("lost") > 0.0).count();
+    let (silent, resent) = (get("silent_seconds"), get("resent_chunks"));
+    let state = match () {
+        () if get("up") == 0.0 => "  ENDED".to_owned(),
+        () if silent > 4.0 => format!("  silent {silent:.0} s"),
+        () if lost > 0 => format!("  {lost} lost"),
+        () => String::new(),
+    };
+    let mut parts = vec![
+        format!("  {} open", connection.channels.len() - lost),
+        format!(", {:.0} in flight", get("transfers_in_flight")),
+        format!(", out {}", rate(sum("sent_bytes_per_second"))),
+        format!(", in {}", rate(sum("received_bytes_per_second"))),
+    ];
+    if resent > 0.0 {
+        parts.push(format!(", resent {:.0} + {resent:.0} chunks", sum("retransmits")));
+    }
+    parts.push(format!(", queue {}", bytes(sum("queued_bytes"))));
+    let mut line = fit(&format!("{id} {}", clean(&connection.peer)), width.saturating_sub(state.len()));
+    for part in parts {
+        if line.len() + part.len() + state.len() <= width {
+            line += &part;
+        }
+    }
+    (line + &state, !state.is_empty())
+}
+
+/// How a line looks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Look {
+    Plain,
+    Connection,
+    Marked,
+}
+
+/// The lines of connections and channels.
+fn lines(view: &View, width: usize) -> Vec<(String, Look)> {
     let mut out = Vec::new();
     for ((_, id), connection) in &view.connections {
-        let get = |name: &str| connection.values.get(name).copied().unwrap_or(0.0);
-        let sum = |name: &str| connection.channels.iter().map(|c| c.get(name)).sum::<f64>();
-        let state = if get("up") > 0.0 { String::new() } else { "ENDED".to_owned() };
-        let silent = get("silent_seconds");
-        let state = if state.is_empty() && silent > 4.0 { format!("silent {silent:.0} s") } else { state };
-        let (resent, lost) = (get("resent_chunks"), connection.channels.iter().filter(|c| c.get("lost") > 0.0).count());
-        let state = if state.is_empty() && lost > 0 { format!("{lost} lost") } else { state };
-        let marked = !state.is_empty();
-        out.push((
-            [
-                format!("{id} {}", clean(&connection.peer)),
-                format!("{} open", connection.channels.len() - lost),
-                String::new(),
-                rate(sum("sent_bytes_per_second")),
-                rate(sum("received_bytes_per_second")),
-                String::new(),
-                format!("{:.0} fly", get("transfers_in_flight")),
-                rate(sum("queued_bytes")).replace("/s", ""),
-                String::new(),
-                match resent {
-                    n if n > 0.0 => format!("{:.0}, {n:.0} ch", sum("retransmits")),
-                    _ => format!("{:.0}", sum("retransmits")),
-                },
-                state,
-            ],
-            marked,
-        ));
+        let (line, marked) = heading(*id, connection, width);
+        out.push((line, if marked { Look::Marked } else { Look::Connection }));
         for channel in &connection.channels {
-            let (mark, speed) = (channel.mark(), channel.get("speed_bytes_per_second"));
-            out.push((
-                [
-                    String::new(),
-                    channel.number.to_string(),
-                    channel.path(),
-                    rate(channel.get("sent_bytes_per_second")),
-                    rate(channel.get("received_bytes_per_second")),
-                    if speed > 0.0 { rate(speed) } else { "-".to_owned() },
-                    format!("{:.0}/{:.0}", channel.get("window_out"), channel.get("window")),
-                    rate(channel.get("queued_bytes")).replace("/s", ""),
-                    format!("{:.2} ms", channel.get("rtt_seconds") * 1e3),
-                    format!("{:.0}/{:.0}", channel.get("retransmits"), channel.get("segments")),
-                    mark.to_owned(),
-                ],
-                !mark.is_empty(),
-            ));
+            let look = if channel.mark().is_empty() { Look::Plain } else { Look::Marked };
+            out.push((cells(width, |column| (column.of)(channel)), look));
         }
     }
     out
 }
 
-/// The first lines: engines, plugins and NICs.
-fn summary(view: &View) -> Vec<String> {
+/// The first lines: engines with the times of their transfers, plugins and NICs.
+fn summary(view: &View, width: usize) -> Vec<String> {
     let mut out = Vec::new();
-    for (engine, values) in &view.engines {
-        let get = |name: &str| values.get(name).copied().unwrap_or(0.0);
-        out.push(format!(
-            "engine {}: up {:.0} s, {:.0} connections ({:.0} opened, {:.0} lost), refused {:.0}, limits hit {:.0}, set-ups failed {:.0}",
-            clean(engine),
-            get("up_seconds"),
-            get("connections"),
-            get("connections_opened"),
-            get("connections_lost"),
-            get("refused"),
-            get("limits_hit"),
-            get("setups_in_failed") + get("setups_out_failed")
-        ));
+    for ((_, number), engine) in &view.engines {
+        let get = |name: &str| engine.values.get(name).copied().unwrap_or(0.0);
+        let name = if engine.address.is_empty() { number.to_string() } else { clean(&engine.address) };
+        let parts = [
+            format!("engine {name}: up {:.0} s", get("uptime_seconds")),
+            format!(
+                "{:.0} connections ({:.0} opened, {:.0} lost)",
+                get("connections"),
+                get("connections_opened"),
+                get("connections_lost")
+            ),
+            format!("refused {:.0}", get("refused")),
+            format!("limits hit {:.0}", get("limits_hit")),
+            format!("set-ups failed {:.0}", get("setups_in_failed") + get("setups_out_failed")),
+        ];
+        out.extend(wrap(&parts, ", ", width));
+        out.extend(wrap(&engine.times(), "; ", width));
     }
-    for (path, (sent, received)) in view.paths() {
-        out.push(format!("{path}: {} out, {} in", rate(sent), rate(received)));
-    }
+    let path = |(path, (sent, received)): (&String, &(f64, f64))| format!("{path}: {} out, {} in", rate(*sent), rate(*received));
+    out.extend(wrap(&view.paths().iter().map(path).collect::<Vec<_>>(), "; ", width));
     out
 }
 
-/// Everything as plain text.
-pub fn text(view: &View) -> String {
-    let cells = |cells: &[String; 11]| {
-        let padded = cells.iter().zip(WIDTHS).map(|(text, width)| format!("{text:<width$}", width = usize::from(width)));
-        padded.collect::<Vec<_>>().join(" ").trim_end().to_owned()
-    };
-    let mut out = summary(view);
-    out.push(cells(&HEAD.map(str::to_owned)));
-    out.extend(lines(view).iter().map(|(line, _)| cells(line)));
+fn head(width: usize) -> String {
+    cells(width, |column| column.head.to_owned())
+}
+
+// ---- text and screen ----
+
+/// Everything as plain text, in lines of at most `width` columns.
+pub fn text(view: &View, width: usize) -> String {
+    let mut out = summary(view, width);
+    out.push(head(width));
+    out.extend(lines(view, width).into_iter().map(|(line, _)| line));
     out.join("\n")
 }
 
 /// The help line of the interactive screen.
-pub const KEYS: &str =
-    "q: quit, arrows: scroll; red: slower than the others, stalled, lost, silent or ended; ch: chunks sent again after a loss";
+pub const KEYS: &str = "q: quit, arrows: scroll; red: slow, stalled, lost, silent or ended";
 
 /// A screen large enough for everything.
 pub fn screen(view: &View) -> io::Result<Buffer> {
-    let width = WIDTHS.iter().sum::<u16>() + WIDTHS.len() as u16 + 1;
-    let height = summary(view).len().min(TOP) + lines(view).len() + 6;
+    let width = WIDE as u16;
+    let height = summary(view, WIDE).len().min(TOP) + lines(view, WIDE).len() + 3;
     let area = Rect::new(0, 0, width, height.min(usize::from(u16::MAX / width)) as u16);
     let mut terminal = Terminal::new(TestBackend::new(area.width, area.height))?;
     terminal.draw(|frame| draw(frame, view, 0, KEYS))?;
@@ -249,96 +396,27 @@ pub fn screen(view: &View) -> io::Result<Buffer> {
 
 /// Draws the view, scrolled to line `offset`; `note` is the last line.
 pub fn draw(frame: &mut Frame<'_>, view: &View, offset: usize, note: &str) {
-    let top = summary(view);
-    let areas = Layout::vertical([Constraint::Length(top.len().min(TOP) as u16 + 2), Constraint::Min(3), Constraint::Length(1)])
-        .split(frame.area());
-    let head = Paragraph::new(top.into_iter().map(Line::from).collect::<Vec<_>>()).block(Block::bordered().title(" tcpx-top "));
-    frame.render_widget(head, areas[0]);
-    let row = |(cells, marked): ([String; 11], bool)| {
-        let connection = !cells[0].is_empty();
-        let style = match (marked, connection) {
-            (true, _) => Style::new().fg(Color::Red).add_modifier(Modifier::BOLD),
-            (false, true) => Style::new().add_modifier(Modifier::BOLD),
-            (false, false) => Style::new(),
+    let width = usize::from(frame.area().width);
+    let top = summary(view, width);
+    let heights =
+        [Constraint::Length(top.len().min(TOP) as u16 + 1), Constraint::Length(1), Constraint::Min(1), Constraint::Length(1)];
+    let areas = Layout::vertical(heights).split(frame.area());
+    let title = Block::new().borders(Borders::TOP).title(" tcpx-top ");
+    frame.render_widget(Paragraph::new(top.into_iter().map(Line::from).collect::<Vec<_>>()).block(title), areas[0]);
+    let reversed = Style::new().add_modifier(Modifier::REVERSED);
+    frame.render_widget(Paragraph::new(head(width)).style(reversed), areas[1]);
+    let line = |(line, look): (String, Look)| {
+        let style = match look {
+            Look::Marked => Style::new().fg(Color::Red).add_modifier(Modifier::BOLD),
+            Look::Connection => Style::new().add_modifier(Modifier::BOLD),
+            Look::Plain => Style::new(),
         };
-        Row::new(cells.map(Cell::from)).style(style)
+        Line::styled(line, style)
     };
-    let rows = lines(view).into_iter().skip(offset).map(row);
-    let table = Table::new(rows, WIDTHS.map(Constraint::Length))
-        .header(Row::new(HEAD).style(Style::new().add_modifier(Modifier::REVERSED)))
-        .block(Block::bordered());
-    frame.render_widget(table, areas[1]);
-    frame.render_widget(Paragraph::new(note.to_owned()), areas[2]);
+    let shown: Vec<Line<'_>> = lines(view, width).into_iter().skip(offset).map(line).collect();
+    frame.render_widget(Paragraph::new(shown), areas[2]);
+    frame.render_widget(Paragraph::new(fit(note, width)), areas[3]);
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::scrape::parse;
-
-    fn view() -> View {
-        let channel = |i: usize, nic: &str, rate: f64, slow: f64| {
-            let labels = format!(
-                "{{engine=\"e\",connection=\"1\",peer=\"10.0.0.2:5\",channel=\"{i}\",plugin=\"TCPX-soft\",nic=\"{nic}\"}}"
-            );
-            format!(
-                "uccl_tcpx_channel_sent_bytes_per_second{labels} {rate}\nuccl_tcpx_channel_slow{labels} {slow}\n\
-                 uccl_tcpx_channel_retransmits_total{labels} 7\n"
-            )
-        };
-        let text = format!(
-            "uccl_tcpx_up_seconds{{engine=\"e\"}} 9\nuccl_tcpx_connections{{engine=\"e\"}} 1\n\
-             uccl_tcpx_connection_up{{engine=\"e\",connection=\"1\",peer=\"10.0.0.2:5\"}} 1\n{}{}{}",
-            channel(10, "eth1", 118e6, 0.0),
-            channel(2, "eth2", 2.4e6, 1.0),
-            channel(0, "eth1", 1e6, 0.0)
-        );
-        View::of(&parse(&text))
-    }
-
-    #[test]
-    fn the_slow_channel_is_marked_and_nics_are_summed() {
-        let text = text(&view());
-        let slow: Vec<&str> = text.lines().filter(|l| l.ends_with("SLOW")).collect();
-        assert!(slow.len() == 1 && slow[0].contains(" tcp eth2 ") && slow[0].contains("2.4 MB/s"), "{text}");
-        assert!(text.contains("tcp eth1: 119.0 MB/s out") && text.contains("1 connections"), "{text}");
-        let order: Vec<u64> = view().connections.values().flat_map(|c| c.channels.iter().map(|c| c.number)).collect();
-        assert_eq!(order, [0, 2, 10]);
-    }
-
-    #[test]
-    fn lost_channels_are_marked_and_not_open() {
-        let labels = |channel: usize| {
-            format!("{{engine=\"e\",connection=\"1\",peer=\"p\",channel=\"{channel}\",nic=\"eth{channel}\",peer_nic=\"ib0\"}}")
-        };
-        let channel = |i: usize| format!("uccl_tcpx_channel_lost{} {}\n", labels(i), i % 2);
-        let of = "{engine=\"e\",connection=\"1\",peer=\"p\"}";
-        let all: String = (0..3).map(channel).collect();
-        let more = format!("uccl_tcpx_connection_up{of} 1\nuccl_tcpx_connection_resent_chunks_total{of} 5\n");
-        let text = text(&View::of(&parse(&format!("{all}{more}"))));
-        let lost: Vec<&str> = text.lines().filter(|line| line.ends_with(" LOST")).collect();
-        assert!(lost.len() == 1 && lost[0].contains("eth1>ib0"), "{text}");
-        let connection = text.lines().find(|line| line.starts_with("1 p")).expect("the connection");
-        assert!(connection.contains("2 open") && connection.contains("5 ch") && connection.ends_with("1 lost"), "{text}");
-    }
-
-    #[test]
-    fn a_screen_for_a_picture_has_room_for_everything() {
-        let screen = screen(&view()).unwrap();
-        let text: String = screen.content().iter().map(|cell| cell.symbol()).collect();
-        for part in ["10.0.0.2:5", "SLOW", "eth1: 119.0 MB/s out", "q: quit"] {
-            assert!(text.contains(part), "{part}: {text}");
-        }
-        assert_eq!(screen.area.height, 13, "a box of 3 lines, one of 5, and the last line");
-    }
-
-    #[test]
-    fn it_draws_in_any_size() {
-        for (width, height) in [(140, 20), (40, 8), (10, 3), (1, 1)] {
-            let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
-            terminal.draw(|frame| draw(frame, &view(), 0, "q: quit")).unwrap();
-            let text: String = terminal.backend().buffer().content().iter().map(|cell| cell.symbol()).collect();
-            assert!(width < 140 || (text.contains("SLOW") && text.contains("10.0.0.2:5") && text.contains("q: quit")), "{text}");
-        }
-    }
-}
+mod tests;

@@ -269,8 +269,8 @@ fn top_refuses_what_are_no_statistics() {
     let folder = std::env::temp_dir().join(format!("tcpx-top-file-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
     let path = folder.join("metrics.prom");
-    std::fs::write(&path, "uccl_tcpx_up_seconds{engine=\"e\"} 9\n# EOF\n").unwrap();
-    must_work(TOP, &path.display().to_string(), "engine e: up 9 s");
+    std::fs::write(&path, "uccl_tcpx_uptime_seconds{engine=\"1\"} 9\n# EOF\n").unwrap();
+    must_work(TOP, &path.display().to_string(), "engine 1: up 9 s");
     let hour = std::time::SystemTime::now() - std::time::Duration::from_secs(3600);
     std::fs::File::options().write(true).open(&path).unwrap().set_modified(hour).unwrap();
     must_fail(TOP, &path.display().to_string(), &[], "its process has ended, or hangs");

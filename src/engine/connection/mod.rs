@@ -146,6 +146,7 @@ impl Connection {
         Ok(ConnectionStats {
             id: self.shared.id,
             peer: self.shared.peer.name.clone(),
+            host: self.shared.peer.ip.to_string(),
             error: core.machine.dead().map(|e| e.to_str().to_owned()),
             age: now.saturating_duration_since(core.born),
             silent: core.machine.silence(now).0,

@@ -103,6 +103,7 @@ impl Drop for Held<'_> {
         if !self.unwinding && std::thread::panicking() {
             self.shared.abandon_locked(&mut self.core);
         }
+        self.shared.context.counters.times.record(self.core.machine.take_timed());
     }
 }
 

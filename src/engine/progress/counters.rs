@@ -1,9 +1,12 @@
-//! Counters of an engine that no single connection keeps, and the totals of connections that have ended.
+//! Counters of an engine that no single connection keeps, the times of its transfers, and the totals of connections that have ended.
 
+use crate::proto::Timed;
+use crate::stats::times::{bucket, class, TimeTable, BUCKETS, CLASSES};
 use crate::stats::{EngineStats, Totals};
 use crate::status::ErrorKind;
 use process::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 /// A counter that only rises.
 #[derive(Debug, Default)]
@@ -16,6 +19,31 @@ impl Counter {
 
     fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// How many transfers of each class of sizes took how long, and the nanoseconds of each class.
+#[derive(Debug, Default)]
+pub(crate) struct Times {
+    counts: [[Counter; BUCKETS]; CLASSES],
+    nanoseconds: [AtomicU64; CLASSES],
+}
+
+impl Times {
+    /// Counts transfers that have just succeeded.
+    pub(crate) fn record(&self, ended: impl Iterator<Item = Timed>) {
+        let mut now = None;
+        for Timed { bytes, begun } in ended {
+            let took = now.get_or_insert_with(Instant::now).saturating_duration_since(begun);
+            let class = class(bytes);
+            self.counts[class][bucket(took)].add();
+            self.nanoseconds[class].fetch_add(took.as_nanos() as u64, Ordering::Relaxed);
+        }
+    }
+
+    fn table(&self) -> TimeTable {
+        let counts = std::array::from_fn(|class| std::array::from_fn(|bucket| self.counts[class][bucket].get()));
+        TimeTable { counts, nanoseconds: std::array::from_fn(|class| self.nanoseconds[class].load(Ordering::Relaxed)) }
     }
 }
 
@@ -32,6 +60,7 @@ pub(crate) struct Counters {
     pub setups_out_failed: Counter,
     pub limits_hit: Counter,
     timeouts: Counter,
+    pub times: Times,
     past: Mutex<Totals>,
 }
 
@@ -83,5 +112,6 @@ impl Counters {
         stats.setups_out_failed = self.setups_out_failed.get();
         stats.limits_hit = self.limits_hit.get();
         stats.timeouts = self.timeouts.get();
+        stats.times = self.times.table();
     }
 }
