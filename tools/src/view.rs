@@ -184,7 +184,8 @@ fn short(n: f64, units: [&str; 4]) -> String {
         n if n >= 999.5e6 => (n / 1e9, units[3]),
         n if n >= 999.5e3 => (n / 1e6, units[2]),
         n if n >= 999.5 => (n / 1e3, units[1]),
-        n => return format!("{n:.0} {}", units[0]),
+        // An empty sum is -0.
+        n => return format!("{:.0} {}", n + 0.0, units[0]),
     };
     let digits = match n {
         n if n >= 99.95 => 0,
@@ -238,53 +239,56 @@ fn wrap(parts: &[String], between: &str, width: usize) -> Vec<String> {
 
 // ---- lines ----
 
-/// From this width on there are all columns.
-const WIDE: usize = 116;
+/// From this width on there are all columns, and most of them from this one on.
+const WIDE: usize = 120;
+const USUAL: usize = 78;
 /// Most lines of the summary.
 const TOP: usize = 12;
 
 /// A column of the lines of channels.
 struct Column {
     head: &'static str,
-    /// Its width on a narrow screen, if it is there, and on a wide one.
-    widths: (Option<usize>, usize),
+    /// Its width on a narrow screen, and on a wide one.
+    widths: (usize, usize),
+    /// The narrowest screen that has it.
+    from: usize,
     of: fn(&Channel) -> String,
 }
 
+const fn column(head: &'static str, widths: (usize, usize), from: usize, of: fn(&Channel) -> String) -> Column {
+    Column { head, widths, from, of }
+}
+
+/// The state comes last, and no screen is too narrow for it.
 const COLUMNS: [Column; 10] = [
-    Column { head: "  ch", widths: (Some(4), 5), of: |c| format!("  {}", c.number) },
-    Column { head: "path", widths: (Some(14), 22), of: Channel::path },
-    Column { head: "out", widths: (Some(9), 10), of: |c| rate(c.get("sent_bytes_per_second")) },
-    Column { head: "in", widths: (Some(9), 10), of: |c| rate(c.get("received_bytes_per_second")) },
-    Column {
-        head: "speed",
-        widths: (None, 10),
-        of: |c| match c.get("speed_bytes_per_second") {
-            speed if speed > 0.0 => rate(speed),
-            _ => "-".to_owned(),
-        },
-    },
-    Column { head: "window", widths: (Some(7), 8), of: |c| format!("{:.0}/{:.0}", c.get("window_out"), c.get("window")) },
-    Column { head: "queue", widths: (None, 8), of: |c| bytes(c.get("queued_bytes")) },
-    Column { head: "rtt", widths: (Some(8), 9), of: |c| format!("{:.2} ms", c.get("rtt_seconds") * 1e3) },
-    Column {
-        head: "resent",
-        widths: (Some(11), 16),
-        of: |c| match (c.get("retransmits"), c.get("segments")) {
-            (again, of) if again > 0.0 && of > 0.0 => format!("{again:.0} {:.1}%", 100.0 * again / of),
-            (again, _) => format!("{again:.0}"),
-        },
-    },
-    Column { head: "", widths: (Some(8), 8), of: |c| c.mark().to_owned() },
+    column("  ch", (4, 5), 0, |c| format!("  {}", c.number)),
+    column("path", (14, 26), 0, Channel::path),
+    column("out", (9, 10), 0, |c| rate(c.get("sent_bytes_per_second"))),
+    column("in", (9, 10), 0, |c| rate(c.get("received_bytes_per_second"))),
+    column("speed", (0, 10), WIDE, |c| match c.get("speed_bytes_per_second") {
+        speed if speed > 0.0 => rate(speed),
+        _ => "-".to_owned(),
+    }),
+    column("window", (7, 8), USUAL, |c| format!("{:.0}/{:.0}", c.get("window_out"), c.get("window"))),
+    column("queue", (0, 8), WIDE, |c| bytes(c.get("queued_bytes"))),
+    column("rtt", (8, 9), USUAL, |c| match c.get("rtt_seconds") {
+        rtt if rtt > 0.0 => format!("{:.2} ms", rtt * 1e3),
+        _ => "-".to_owned(),
+    }),
+    column("resent", (11, 16), 0, |c| match (c.get("retransmits"), c.get("segments")) {
+        (again, of) if again > 0.0 && of > 0.0 => format!("{again:.0} {:.1}%", 100.0 * again / of),
+        (again, _) => format!("{again:.0}"),
+    }),
+    column("", (7, 8), 0, |c| c.mark().to_owned()),
 ];
 
 /// The texts of a line in the columns of a screen.
 fn cells(width: usize, text: impl Fn(&Column) -> String) -> String {
     let cell = |column: &Column| {
-        let width = if width >= WIDE { Some(column.widths.1) } else { column.widths.0 };
-        width.map(|width| format!("{:<width$}", fit(&text(column), width)))
+        let width = if width >= WIDE { column.widths.1 } else { column.widths.0 };
+        format!("{:<width$}", fit(&text(column), width))
     };
-    let line = COLUMNS.iter().filter_map(cell).collect::<Vec<_>>().join(" ");
+    let line = COLUMNS.iter().filter(|column| column.from <= width).map(cell).collect::<Vec<_>>().join(" ");
     fit(line.trim_end(), width)
 }
 
