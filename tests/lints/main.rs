@@ -5,4 +5,5 @@ mod configuration;
 mod docs;
 mod exports;
 mod header;
+mod metrics;
 mod readme;
