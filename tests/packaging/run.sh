@@ -186,7 +186,9 @@ subdirectory() { # FETCH
     # The build of the prefix is complete; cargo is not needed again.
     [ -e "$target/release/libuccl_p2p.a" ] && prebuilt=ON
     cmake -S "$here/subdirectory_consumer" -B "$build" -DUCCL_P2P_SOURCE="$root" -DFETCH="$1" \
-        -DUCCL_P2P_CARGO_TARGET_DIR="$target" -DUCCL_P2P_PREBUILT=$prebuilt && cmake --build "$build" || return 1
+        -DCARGO_TARGET="$target" -DPREBUILT=$prebuilt && cmake --build "$build" || return 1
+    # The parent's settings count, and none of the default's folders is made.
+    [ ! -e "$build/uccl_p2p/cargo" ] && [ ! -e "$build/_deps/uccl_p2p-build/cargo" ] || { echo "UCCL_P2P_CARGO_TARGET_DIR of the parent is ignored"; return 1; }
     local program
     for program in c_p2p c_p2p_static cpp_p2p cpp_p2p_static; do run "$build/$program" "$version" || return 1; done
 }
