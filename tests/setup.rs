@@ -242,6 +242,48 @@ fn unauthenticated_connections_cannot_fill_the_log() {
     assert!(lines < 200, "{lines} lines about 2000 unauthenticated connections");
 }
 
+/// Both engines say which versions they speak; what is no engine does not fill the listener's log.
+#[test]
+fn a_peer_of_another_version_is_in_the_log_of_the_listener() {
+    let server = Server::start(1024, &[]);
+    let mut of_another_version = opening(config());
+    of_another_version[8..10].copy_from_slice(&9u16.to_le_bytes());
+    for words in [&of_another_version[..], b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"] {
+        let mut sock = TcpStream::connect(("127.0.0.1", server.port)).unwrap();
+        sock.write_all(words).unwrap();
+        let _ = sock.read_to_end(&mut Vec::new());
+    }
+    let said = || server.log().lines().filter(|line| line.contains("127.0.0.1:")).map(str::to_owned).collect::<Vec<_>>();
+    assert!(until(Duration::from_secs(20), || !said().is_empty()), "{}", server.log());
+    let said = said();
+    assert!(said.len() == 1 && said[0].contains("the peer speaks version 9 of the control protocol, this library"), "{said:?}");
+}
+
+/// A listener answers nothing to bytes that are not this protocol's, so the connector has to say what that may mean.
+#[test]
+fn a_damaged_first_byte_is_named_as_a_possible_cause() {
+    let mut server = Server::start(1024, &[]);
+    server.ask("accept");
+    let relay = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let (port, there) = (relay.local_addr().unwrap().port(), server.port);
+    // A connector may try again.
+    std::thread::spawn(move || {
+        for from in relay.incoming() {
+            let (mut from, mut to) = (from.unwrap(), TcpStream::connect(("127.0.0.1", there)).unwrap());
+            let mut words = [0; 16];
+            from.read_exact(&mut words).unwrap();
+            words[0] ^= 1;
+            to.write_all(&words).unwrap();
+            let _ = std::io::copy(&mut to, &mut from);
+        }
+    });
+    let error = Engine::new(config()).unwrap().connect("127.0.0.1", "", port).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::RemoteDisconnect, "{error}");
+    for part in ["during the handshake", "had not answered", "were damaged on the way", "UCCL_TCPX_ALLOW"] {
+        assert!(error.to_string().contains(part), "{error}");
+    }
+}
+
 // ---- many at once ----
 
 #[test]

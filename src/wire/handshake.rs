@@ -306,6 +306,11 @@ impl Handshake {
         whole - self.rx.len()
     }
 
+    /// Whether the peer's last message is of another version of this protocol.
+    pub(crate) fn is_of_another_version(&self) -> bool {
+        plausible(&self.rx) && self.rx.first_chunk().is_some_and(|header| Header::decode(header).version != VERSION)
+    }
+
     /// Bytes to send before anything of the session.
     pub(crate) fn output(&self) -> &[u8] {
         &self.tx[self.sent..]

@@ -563,7 +563,9 @@ impl Acceptor {
             self.not_restored(connection, error, now);
             return drop(entry.driver.give_up(error));
         }
-        if role == Role::Unauthenticated && error.kind() != ErrorKind::Auth {
+        // An engine with another key or of another version is worth a warning; a stranger is not.
+        let is_engine = error.kind() == ErrorKind::Auth || entry.driver.setup().link.is_of_another_version();
+        if role == Role::Unauthenticated && !is_engine {
             self.context.table.context.counters.setup_failed(error.kind());
             self.logs.lines.log(log::Level::Info, now, format_args!("{address}: dropped: {error}"));
         } else {

@@ -105,6 +105,20 @@ fn again(driver: &SetupDriver, error: &Error) -> Again {
     }
 }
 
+/// A listener answers nothing to bytes that are not of this protocol, and to hosts that may not connect: what a close without an answer
+/// may mean.
+fn explained(driver: &SetupDriver, error: Error) -> Error {
+    let setup = driver.setup();
+    match error.kind() == ErrorKind::RemoteDisconnect && setup.is_unauthenticated() && setup.is_silent() {
+        true => err!(
+            RemoteDisconnect,
+            "{error}, and had not answered: it does not speak this protocol, its UCCL_TCPX_ALLOW does not contain this host, it has no \
+             room, or the first bytes were damaged on the way; its log at level info says which"
+        ),
+        false => error,
+    }
+}
+
 /// Sleeps for about `time`; the jitter keeps connectors that were refused together from returning together.
 fn rest(context: &SetupContext, time: Duration) -> Result<()> {
     let mut random = [0; 4];
@@ -132,7 +146,7 @@ fn run(
             Finished::Joined => Err(never(err!(Internal, "a connect has joined a connection"))),
         },
         Err(e) => {
-            let again = again(&driver, &e);
+            let (again, e) = (again(&driver, &e), explained(&driver, e));
             let sock = driver.give_up(&e);
             if e.kind() != ErrorKind::RemoteDisconnect && again == Again::Never {
                 linger(sock);

@@ -107,6 +107,11 @@ pub(crate) struct SealedLink {
 }
 
 impl SealedLink {
+    /// Whether the peer speaks another version of the protocol.
+    pub(crate) fn is_of_another_version(&self) -> bool {
+        self.handshake.as_ref().is_some_and(Handshake::is_of_another_version)
+    }
+
     pub(crate) fn new(handshake: Handshake) -> SealedLink {
         SealedLink {
             handshake: Some(handshake),
