@@ -15,11 +15,8 @@ if(UCCL_P2P_STRIP AND CMAKE_STRIP)
     install(SCRIPT "${CMAKE_CURRENT_BINARY_DIR}/strip.cmake")
 endif()
 
-install(FILES "${from_lib}/${shared_file}" DESTINATION "${CMAKE_INSTALL_LIBDIR}"
-    PERMISSIONS OWNER_READ OWNER_WRITE OWNER_EXECUTE GROUP_READ GROUP_EXECUTE WORLD_READ WORLD_EXECUTE)
-install(FILES "${lib}/${soname}" "${lib}/libuccl_p2p.so" "${from_lib}/libuccl_p2p.a" DESTINATION "${CMAKE_INSTALL_LIBDIR}")
-install(FILES "${from_lib}/uccl/${soft_plugin_file}" DESTINATION "${CMAKE_INSTALL_LIBDIR}/uccl"
-    PERMISSIONS OWNER_READ OWNER_WRITE OWNER_EXECUTE GROUP_READ GROUP_EXECUTE WORLD_READ WORLD_EXECUTE)
+install(FILES "${from_lib}/${shared_file}" "${lib}/${soname}" "${lib}/libuccl_p2p.so" "${from_lib}/libuccl_p2p.a" DESTINATION "${CMAKE_INSTALL_LIBDIR}")
+install(FILES "${from_lib}/uccl/${soft_plugin_file}" DESTINATION "${CMAKE_INSTALL_LIBDIR}/uccl")
 install(DIRECTORY "${PROJECT_SOURCE_DIR}/include/" DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}"
     FILES_MATCHING PATTERN "*.h" PATTERN "*.hpp")
 foreach(tool IN LISTS tools)
@@ -27,7 +24,20 @@ foreach(tool IN LISTS tools)
     install(FILES "${PROJECT_SOURCE_DIR}/docs/man/${tool}.1" DESTINATION "${CMAKE_INSTALL_MANDIR}/man1")
 endforeach()
 
-install(FILES "${PROJECT_SOURCE_DIR}/LICENSE" "${PROJECT_SOURCE_DIR}/THIRD-PARTY-NOTICES.txt" DESTINATION "${CMAKE_INSTALL_DOCDIR}")
+install(DIRECTORY "${PROJECT_SOURCE_DIR}/docs/man/" DESTINATION "${CMAKE_INSTALL_MANDIR}/man3" FILES_MATCHING PATTERN "*.3")
+install(FILES "${PROJECT_SOURCE_DIR}/docs/man/uccl_p2p.7" DESTINATION "${CMAKE_INSTALL_MANDIR}/man7")
+
+# The folders as they are in the repository, so that links between pages work.
+foreach(file LICENSE THIRD-PARTY-NOTICES.txt README.md CHANGELOG.md)
+    install(FILES "${PROJECT_SOURCE_DIR}/${file}" DESTINATION "${CMAKE_INSTALL_DOCDIR}")
+endforeach()
+install(FILES "${PROJECT_SOURCE_DIR}/nixl/README.md" DESTINATION "${CMAKE_INSTALL_DOCDIR}/nixl")
+install(FILES "${PROJECT_SOURCE_DIR}/cmake/README.md" DESTINATION "${CMAKE_INSTALL_DOCDIR}/cmake")
+install(DIRECTORY "${PROJECT_SOURCE_DIR}/docs" DESTINATION "${CMAKE_INSTALL_DOCDIR}"
+    FILES_MATCHING PATTERN "*.md" PATTERN "*.svg" PATTERN "man" EXCLUDE PATTERN "newcomer.d" EXCLUDE)
+install(DIRECTORY "${PROJECT_SOURCE_DIR}/examples" DESTINATION "${CMAKE_INSTALL_DOCDIR}"
+    FILES_MATCHING PATTERN "*.c" PATTERN "*.cpp" PATTERN "*.py")
+install(DIRECTORY "${PROJECT_SOURCE_DIR}/deploy" DESTINATION "${CMAKE_INSTALL_DOCDIR}")
 
 set(package_dir "${CMAKE_INSTALL_LIBDIR}/cmake/uccl_p2p")
 configure_package_config_file("${CMAKE_CURRENT_LIST_DIR}/uccl_p2pConfig.cmake.in" "${CMAKE_CURRENT_BINARY_DIR}/uccl_p2pConfig.cmake"

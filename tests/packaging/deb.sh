@@ -16,6 +16,12 @@ version=$(dpkg-deb -f "$deb" Version)
 multiarch=$(gcc -print-multiarch)
 dpkg-deb -f "$deb" Depends | grep -E 'libc6 \(>= 2\.[0-9]+\)' || fail "no version of libc6 among the dependencies"
 
+if command -v lintian >/dev/null; then
+    lintian --allow-root --fail-on error,warning "$deb" || fail "lintian"
+else
+    echo "SKIPPED: lintian is not installed"
+fi
+
 system=$work/system
 mkdir -p "$system/var/lib/dpkg/"{updates,info,triggers}
 touch "$system/var/lib/dpkg/"{status,available}
@@ -29,6 +35,8 @@ as_package --install "$deb"
 [ "$(dpkg-query --admindir="$system/var/lib/dpkg" --show --showformat='${db:Status-Status}' uccl-tcpx)" = installed ] || fail "not installed"
 (cd "$system" && md5sum --quiet -c "$system/var/lib/dpkg/info/uccl-tcpx.md5sums")
 [ -s "$system/usr/share/doc/uccl-tcpx/copyright" ] && [ -s "$system/usr/share/doc/uccl-tcpx/THIRD-PARTY-NOTICES.txt" ] || fail "no licences"
+[ -s "$system/usr/share/man/man3/uccl_engine_write.3.gz" ] && [ -s "$system/usr/share/doc/uccl-tcpx/docs/README.md" ] || fail "no documentation"
+gcc -Wall -Wextra -Werror -fsyntax-only -I"$system/usr/include" "$system/usr/share/doc/uccl-tcpx/examples/two_processes.c" || fail "the example does not compile"
 
 lib=$system/usr/lib/$multiarch
 export PKG_CONFIG_PATH=$lib/pkgconfig

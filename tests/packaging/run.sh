@@ -60,7 +60,9 @@ files_present() {
         include/uccl_engine.hpp include/uccl_tcpx_endpoint.hpp lib/cmake/uccl_p2p/uccl_p2pConfig.cmake \
         lib/cmake/uccl_p2p/uccl_p2pConfigVersion.cmake lib/pkgconfig/uccl_p2p.pc bin/tcpx-info bin/tcpx-perf \
         bin/tcpx-top share/man/man1/tcpx-info.1 share/man/man1/tcpx-perf.1 share/man/man1/tcpx-top.1 \
-        share/doc/uccl_p2p/LICENSE share/doc/uccl_p2p/THIRD-PARTY-NOTICES.txt; do
+        share/man/man3/uccl_engine.3 share/man/man3/uccl_engine_write.3 share/man/man7/uccl_p2p.7 \
+        share/doc/uccl_p2p/LICENSE share/doc/uccl_p2p/THIRD-PARTY-NOTICES.txt share/doc/uccl_p2p/docs/README.md \
+        share/doc/uccl_p2p/examples/two_processes.c share/doc/uccl_p2p/deploy/grafana/uccl.json; do
         [ -f "$prefix/$file" ] && [ ! -L "$prefix/$file" ] || { echo "no file $file"; missing=1; }
     done
     [ "$(readlink "$prefix/lib/libuccl_p2p.so.0")" = "libuccl_p2p.so.$version" ] || { echo "lib/libuccl_p2p.so.0 is no link to it"; missing=1; }
