@@ -102,6 +102,7 @@ impl<T> Metric<T> {
 
     fn counter(name: &'static str, help: &'static str, read: impl Fn(&T) -> u64 + 'static) -> Metric<T> {
         let (base, factor) = base(name);
+        let help = help.strip_suffix(", microseconds").unwrap_or(help);
         Metric::new((base, name), Kind::Counter, help, move |thing| Some(factor.of(read(thing))))
     }
 
@@ -475,6 +476,7 @@ mod tests {
             let other = ["us", "ms", "ns", "kb", "mb", "microseconds", "milliseconds"];
             assert!(!parts.iter().any(|part| other.contains(part)), "{name}");
         }
+        assert!(!document().contains("microsecond"), "a text names another unit");
         let all = names.len();
         names.sort();
         names.dedup();

@@ -165,10 +165,10 @@ mod tests {
     #[test]
     fn samples_are_parsed() {
         let text = "# TYPE uccl_tcpx_channel_slow gauge\nuccl_tcpx_channel_slow{engine=\"a:1?-1\",peer=\"x\\\"y\\\\\\n,}\",channel=\"0\"} 1.0\n\
-                    uccl_tcpx_up_seconds 2.5\nother 3\nuccl_tcpx_bad{x 1\nuccl_tcpx_none{} 4\n# EOF\n";
+                    uccl_tcpx_uptime_seconds 2.5\nother 3\nuccl_tcpx_bad{x 1\nuccl_tcpx_none{} 4\n# EOF\n";
         let samples = parse(text);
         assert_eq!(samples.len(), 3, "{samples:?}");
         assert_eq!((samples[0].labels["peer"].as_str(), samples[0].value), ("x\"y\\\n,}", 1.0));
-        assert_eq!((samples[1].name.as_str(), samples[1].value), ("up_seconds", 2.5));
+        assert_eq!((samples[1].name.as_str(), samples[1].value), ("uptime_seconds", 2.5));
     }
 }
