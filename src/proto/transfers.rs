@@ -409,6 +409,24 @@ mod tests {
     }
 
     #[test]
+    fn the_time_of_what_succeeds_is_counted_once_and_of_messages_never() {
+        let (mut t, begun) = (Transfers::default(), Instant::now());
+        let timed = |t: &mut Transfers| t.take_timed().map(|timed| timed.bytes).collect::<Vec<_>>();
+        let ids = [10, 20, 30].map(|total| t.start_timed(Kind::Direct, total, 1, begun));
+        let message = t.start(Kind::Receive, 0, 1);
+        assert_eq!(timed(&mut t), [0; 0]);
+        // Under a later id.
+        let later = t.announced_as(ids[1]);
+        t.finish(later, Ok(()));
+        t.finish(ids[0], Err(err!(RemoteAccess, "no")));
+        t.finish(message, Ok(()));
+        assert_eq!(timed(&mut t), [20]);
+        t.finish(ids[2], Ok(()));
+        t.finish(ids[2], Ok(()));
+        assert_eq!((timed(&mut t), timed(&mut t)), (vec![30], vec![]));
+    }
+
+    #[test]
     fn a_transfer_that_is_announced_late_keeps_its_id() {
         let mut t = Transfers::default();
         let (first, second) = (t.start(Kind::Direct, 10, 1), write(&mut t, 20));

@@ -115,3 +115,23 @@ impl Counters {
         stats.times = self.times.table();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn times_are_counted_by_size_and_bucket() {
+        let times = Times::default();
+        let ago = |time: Duration| Instant::now().checked_sub(time).unwrap_or_else(Instant::now);
+        let ended = [(1, Duration::ZERO), (64 << 10, Duration::ZERO), (2 << 20, Duration::from_secs(60))];
+        times.record(ended.into_iter().map(|(bytes, time)| Timed { bytes, begun: ago(time) }));
+        // From a clock that is ahead.
+        times.record(std::iter::once(Timed { bytes: 1 << 20, begun: Instant::now() + Duration::from_secs(60) }));
+        let table = times.table();
+        assert_eq!(table.counts.map(|of_class| of_class.iter().sum::<u64>()), [2, 1, 1, 0]);
+        assert_eq!((table.counts[1][0], table.counts[2][BUCKETS - 1]), (1, 1));
+        assert!(table.nanoseconds[2] >= 60_000_000_000 && table.nanoseconds[1] == 0, "{table:?}");
+    }
+}
