@@ -126,7 +126,8 @@ mod tests {
         let times = Times::default();
         let ago = |time: Duration| Instant::now().checked_sub(time).unwrap_or_else(Instant::now);
         let ended = [(1, Duration::ZERO), (64 << 10, Duration::ZERO), (2 << 20, Duration::from_secs(60))];
-        times.record(ended.into_iter().map(|(bytes, time)| Timed { bytes, begun: ago(time) }));
+        let ended = ended.map(|(bytes, time)| Timed { bytes, begun: ago(time) });
+        times.record(ended.into_iter());
         // From a clock that is ahead.
         times.record(std::iter::once(Timed { bytes: 1 << 20, begun: Instant::now() + Duration::from_secs(60) }));
         let table = times.table();
