@@ -5,7 +5,7 @@ from .tables import Table
 
 def plot(title, lines, ceiling):
     """GB/s over block size as SVG: one line a system, the ceiling dashed."""
-    width, height, left, right, top, bottom = 860, 480, 70, 220, 50, 60
+    width, height, left, right, top, bottom = 910, 480, 70, 270, 50, 60
     inner, tall = width - left - right, height - top - bottom
     peak = max([ceiling or 0] + [v for _, points in lines for _, v in points] + [0.1]) * 1.1
     sizes = sorted({b for _, points in lines for b, _ in points}) or [1]
