@@ -84,10 +84,13 @@ struct About {
     member: &'static str,
 }
 
+/// The number of a thing, if it has one.
+type Read<T> = Box<dyn Fn(&T) -> Option<Number>>;
+
 /// A metric of things of one kind. A thing that has no number is left out.
 struct Metric<T> {
     about: About,
-    read: Box<dyn Fn(&T) -> Option<Number>>,
+    read: Read<T>,
 }
 
 impl<T> Metric<T> {
