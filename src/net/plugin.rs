@@ -6,7 +6,7 @@ use super::search;
 use super::secure::{Guard, Secret};
 use super::signals::Quiet;
 use super::table::{Answer, Ext, NetTable, Properties};
-use super::traits::{is_tcpx, Traits};
+use super::traits::{is_tcpx, is_tcpxo, DeviceTraits, Traits};
 use super::{within, Scope};
 use crate::config::{Config, PluginChoice};
 use crate::status::{bail, err, Result};
@@ -81,7 +81,7 @@ fn check(plugin: &str, call: &str, result: ncclResult_t) -> Result<()> {
         _ => "unknown error",
     };
     // Once a comm is up, a plugin reports a lost peer as a system or remote error of a request.
-    let asks_a_comm = matches!(call, "test" | "isend" | "irecv" | "irecvConsumed" | "progress");
+    let asks_a_comm = matches!(call, "test" | "isend" | "irecv" | "iflush" | "irecvConsumed" | "progress");
     if asks_a_comm && matches!(result, abi::NCCL_SYSTEM_ERROR | abi::NCCL_REMOTE_ERROR) {
         return Err(err!(RemoteDisconnect, "plugin {plugin}: {call} returned {result} ({why})"));
     }
@@ -182,7 +182,7 @@ impl Plugin {
 
     fn start(table: &'static dyn NetTable, ext: Option<Ext>, path: Option<PathBuf>, scope: &Scope) -> Result<Plugin> {
         let name = table.name();
-        let traits = Traits::of(&name, ext.as_ref(), false, 0);
+        let traits = Traits::of(&name, ext.as_ref(), DeviceTraits::default());
         let mut plugin = Plugin {
             table,
             ext,
@@ -200,10 +200,8 @@ impl Plugin {
             // SAFETY: called once per process (load_once), first.
             plugin.set_up("init", || unsafe { table.init(logger) })
         })?;
-        let listed = plugin.list()?;
-        let ptr_support = listed.iter().fold(0, |all, p| all | p.ptr_support);
-        let global = !listed.is_empty() && listed.iter().all(|p| p.reg_is_global);
-        plugin.traits = Traits::of(&plugin.name, plugin.ext.as_ref(), global, ptr_support);
+        let listed = within(scope, || plugin.list())?;
+        plugin.traits = Traits::of(&plugin.name, plugin.ext.as_ref(), DeviceTraits::of(&listed));
         plugin.devices = listed.into_iter().enumerate().map(|(dev, p)| Device::new(dev, p)).collect();
         Ok(plugin)
     }
@@ -230,14 +228,13 @@ impl Plugin {
         Ok(self.list()?.into_iter().enumerate().map(|(dev, p)| Device::new(dev, p)).collect())
     }
 
-    /// "soft", "tcpx" or the table's name: both engines of a connection must have the same.
+    /// "soft", "tcpx", "tcpxo" or the table's name: both engines of a connection must have the same.
     pub fn wire_name(&self) -> &str {
-        if self.ext.is_some() {
-            "soft"
-        } else if is_tcpx(&self.name) {
-            "tcpx"
-        } else {
-            &self.name
+        match &self.name {
+            _ if self.ext.is_some() => "soft",
+            name if is_tcpx(name) => "tcpx",
+            name if is_tcpxo(name) => "tcpxo",
+            name => name,
         }
     }
 
@@ -507,6 +504,19 @@ impl Plugin {
         self.request("irecvConsumed", || Some(unsafe { self.table.consumed(comm, request) }.unwrap_or(abi::NCCL_SUCCESS)))
     }
 
+    /// Lets the GPU see a received message, as far as the plugin must do something for it: the request of that, or null.
+    ///
+    /// # Safety
+    /// As [`Plugin::irecv`], for a receive of `comm` that is done.
+    pub(super) unsafe fn flush(&self, comm: *mut c_void, posted: &Buffer) -> Result<*mut c_void> {
+        let mut request = std::ptr::null_mut();
+        let Buffer { data, len, mhandle } = *posted;
+        // SAFETY: by the caller's contract.
+        let call = || Some(unsafe { self.table.flush(comm, data, len as c_int, mhandle, &mut request) }.unwrap_or(abi::NCCL_SUCCESS));
+        self.request("iflush", call)?;
+        Ok(request)
+    }
+
     /// Sets a doorbell; `false` when the plugin has none.
     ///
     /// # Safety
@@ -603,6 +613,14 @@ impl Plugin {
         };
         self.set_up("close", call)
     }
+}
+
+/// The registered memory of a posted receive.
+#[derive(Clone, Copy)]
+pub(super) struct Buffer {
+    pub data: *mut c_void,
+    pub len: usize,
+    pub mhandle: MHandle,
 }
 
 /// Which close function a comm needs.
@@ -713,7 +731,7 @@ mod tests {
     #[test]
     fn every_call_on_a_comm_reports_a_lost_peer() {
         let kind = |call, result| check("one", call, result).unwrap_err().kind();
-        for call in ["test", "isend", "irecv", "irecvConsumed", "progress"] {
+        for call in ["test", "isend", "irecv", "iflush", "irecvConsumed", "progress"] {
             for result in [abi::NCCL_SYSTEM_ERROR, abi::NCCL_REMOTE_ERROR] {
                 assert_eq!(kind(call, result), ErrorKind::RemoteDisconnect, "{call}");
             }

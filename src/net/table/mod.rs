@@ -58,6 +58,8 @@ pub(super) trait NetTable: Sync {
         mhandle: *mut c_void,
         request: &mut *mut c_void,
     ) -> Answer;
+    /// Leaves `request` null where nothing is to be waited for.
+    unsafe fn flush(&self, comm: *mut c_void, data: *mut c_void, size: c_int, mhandle: *mut c_void, request: &mut *mut c_void) -> Answer;
     unsafe fn test(&self, request: *mut c_void, done: &mut c_int, size: &mut c_int) -> Answer;
     unsafe fn close_send(&self, comm: *mut c_void) -> Answer;
     unsafe fn close_recv(&self, comm: *mut c_void) -> Answer;
@@ -128,6 +130,18 @@ macro_rules! calls_alike {
             let (mut data, mut size, mut tag, mut mhandle) = (data, size, tag, mhandle);
             // SAFETY: as above; arrays of one.
             self.irecv.map(|call| unsafe { call(comm, 1, &mut data, &mut size, &mut tag, &mut mhandle, request) })
+        }
+        unsafe fn flush(
+            &self,
+            comm: *mut c_void,
+            data: *mut c_void,
+            size: c_int,
+            mhandle: *mut c_void,
+            request: &mut *mut c_void,
+        ) -> Answer {
+            let (mut data, mut size, mut mhandle) = (data, size, mhandle);
+            // SAFETY: as above; arrays of one.
+            self.iflush.map(|call| unsafe { call(comm, 1, &mut data, &mut size, &mut mhandle, request) })
         }
         unsafe fn test(&self, request: *mut c_void, done: &mut c_int, size: &mut c_int) -> Answer {
             // SAFETY: as above.
