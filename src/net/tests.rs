@@ -173,7 +173,7 @@ fn foreign() -> Arc<Plugin> {
         Ok(other) => panic!("no trait {other}"),
         Err(_) => {}
     };
-    let plugin = Plugin::for_test(&nccl_net_strict_foreign::ncclNetPlugin_v7, take_away).expect("plugin");
+    let plugin = Plugin::for_test(&nccl_net_strict_foreign::TCPX, take_away).expect("plugin");
     assert_eq!((plugin.wire_name(), plugin.abi_version), ("tcpx", 7));
     let t = &plugin.traits;
     assert!(t.follows_gpu && t.polled && t.device_memory && !t.host_memory && !t.vectored && !t.doorbell && !t.progress_bytes);
