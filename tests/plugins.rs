@@ -1,5 +1,6 @@
 //! Finding and loading plugins, as an application meets it: places and their order, broken files, tables of both versions, the
-//! environment. Each case has its own process. The plugins are simulated: the strict foreign plugin, and one of version 8 in C.
+//! environment. Each case has its own process. The plugins are simulated: the strict foreign plugin, and two in C, one of version 8 and
+//! one with the name of GPUDirect-TCPXO.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -8,6 +9,8 @@ use uccl_p2p::engine::{Direction, Engine, LocalSegment};
 use uccl_p2p::status::ErrorKind;
 
 const CASE: &str = "UCCL_PLUGINS_TEST_CASE";
+/// Names the folder of the socket of TCPXO's receive manager.
+const MANAGER: &str = "FILE_BASED_UDS_PATH_PREFIX";
 
 // ---- fixtures ----
 
@@ -51,8 +54,13 @@ fn foreign() -> Option<PathBuf> {
 }
 
 fn v8(scratch: &Scratch) -> PathBuf {
-    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/plugins/net_v8.c");
-    let out = scratch.0.join("net_v8.so");
+    compiled(scratch, "net_v8")
+}
+
+/// A plugin of tests/plugins, compiled.
+fn compiled(scratch: &Scratch, name: &str) -> PathBuf {
+    let source = format!("{}/tests/plugins/{name}.c", env!("CARGO_MANIFEST_DIR"));
+    let out = scratch.0.join(format!("{name}.so"));
     let status = Command::new("cc").args(["-shared", "-fPIC", "-Wall", "-Werror", "-o"]).arg(&out).arg(source).status();
     assert!(status.expect("a C compiler").success());
     out
@@ -61,8 +69,8 @@ fn v8(scratch: &Scratch) -> PathBuf {
 fn run(case: &str, environment: &[(&str, &str)]) -> Output {
     let mut child = Command::new(std::env::current_exe().expect("this program"));
     child.args(["--exact", "child", "--nocapture", "--test-threads=1"]);
-    for name in ["UCCL_TCPX_PLUGIN", "UCCL_TCPX_PLUGIN_PATH", "UCCL_P2P_TRANSPORT", "LD_LIBRARY_PATH", "NCCL_DYNAMIC_CHUNK_SIZE"]
-    {
+    let unset = ["UCCL_TCPX_PLUGIN", "UCCL_TCPX_PLUGIN_PATH", "UCCL_P2P_TRANSPORT", "LD_LIBRARY_PATH", "NCCL_DYNAMIC_CHUNK_SIZE"];
+    for name in unset.into_iter().chain([MANAGER]) {
         child.env_remove(name);
     }
     child.env(CASE, case).env("UCCL_P2P_LOG_LEVEL", "info").env("UCCL_TCPX_EMULATE_DEVICE", "1").env("NCCL_SOCKET_IFNAME", "lo");
@@ -112,6 +120,54 @@ fn candidates_are_tried_in_turn() {
     passes("load_error", &[("LD_LIBRARY_PATH", &other), ("UCCL_TCPX_PLUGIN", "tcpx")], &["not installed"]);
     // A plugin without devices is not used.
     passes("is_soft", &[("LD_LIBRARY_PATH", &good), ("STRICT_FOREIGN_DEVICES", "none")], &["found no network device"]);
+}
+
+#[test]
+fn where_both_plugins_are_installed_the_receive_manager_decides() {
+    let Some(foreign) = foreign() else {
+        panic!("libnccl_net_strict_foreign.so is missing: cargo build -p strict-foreign-plugin")
+    };
+    let s = Scratch::new("both");
+    let tcpx = s.dir("tcpx", &[("libnccl-net-tcpx.so", &foreign)]);
+    let tcpxo = s.dir("tcpxo", &[("libnccl-net.so", &compiled(&s, "fastrak"))]);
+    let (both, manager) = (format!("{tcpx}:{tcpxo}"), s.dir("run", &[]));
+    let path = ("LD_LIBRARY_PATH", both.as_str());
+    passes("is_tcpx", &[path], &[]);
+    // It is looked at, and not initialised: that would end the process.
+    passes("is_soft", &[("LD_LIBRARY_PATH", &tcpxo)], &["holds plugin FasTrak, which is not GPUDirect-TCPX"]);
+    passes("is_soft", &[path, (MANAGER, &manager), ("UCCL_TCPX_PLUGIN", "soft")], &[]);
+    passes("is_tcpx", &[path, (MANAGER, &manager)], &[]);
+    let _listening = std::os::unix::net::UnixListener::bind(format!("{manager}/rxdm_uds_nic_mapping")).expect("socket");
+    passes("is_tcpxo", &[path, (MANAGER, &manager)], &[]);
+    passes("is_tcpx", &[path, (MANAGER, &manager), ("UCCL_TCPX_PLUGIN", "tcpx")], &[]);
+    passes("is_tcpxo", &[path, (MANAGER, &manager), ("UCCL_TCPX_PLUGIN", "tcpxo")], &[]);
+    let not_installed = "UCCL_TCPX_PLUGIN=tcpxo, but the GPUDirect-TCPXO plugin is not installed";
+    passes("load_error", &[("LD_LIBRARY_PATH", &tcpx), ("UCCL_TCPX_PLUGIN", "tcpxo")], &[not_installed, "/var/lib/tcpxo/lib64"]);
+    passes("is_soft", &[(MANAGER, &manager)], &["the receive manager of GPUDirect-TCPXO runs on this host, but"]);
+}
+
+/// Where something is missing, an init of TCPXO ends the process.
+#[test]
+fn tcpxo_is_not_initialised_where_it_would_end_the_process() {
+    let Some(foreign) = foreign() else {
+        panic!("libnccl_net_strict_foreign.so is missing: cargo build -p strict-foreign-plugin")
+    };
+    let s = Scratch::new("missing");
+    let (dir, manager) = (s.dir("tcpxo", &[("libnccl-net.so", &foreign)]), s.dir("run", &[]));
+    let path = foreign.display().to_string();
+    let missing = [("STRICT_FOREIGN_CONTRACT", "tcpxo"), ("STRICT_FOREIGN_MANAGER", "none"), (MANAGER, manager.as_str())];
+    let run = |case: &str, more: &[(&str, &str)], said: &str| passes(case, &[&missing, more].concat(), &[said]);
+    let real = ("UCCL_TCPX_EMULATE_DEVICE", "0");
+    let silent = "the receive manager of GPUDirect-TCPXO does not answer";
+    run("load_error", &[real, ("UCCL_TCPX_PLUGIN_PATH", &path)], silent);
+    run("load_error", &[real, ("LD_LIBRARY_PATH", &dir), ("UCCL_TCPX_PLUGIN", "tcpxo")], silent);
+    let _listening = std::os::unix::net::UnixListener::bind(format!("{manager}/rxdm_uds_nic_mapping")).expect("socket");
+    // No GPU, or none that it knows.
+    run("load_error", &[real, ("UCCL_TCPX_PLUGIN_PATH", &path)], "GPU");
+    run("is_soft", &[real, ("LD_LIBRARY_PATH", &dir)], "the GPUDirect-TCPXO plugin cannot be used and is left out");
+    // The simulated plugin does end it, which emulated GPU memory allows.
+    let out = crate::run("is_soft", &[&missing[..], &[("UCCL_TCPX_PLUGIN_PATH", path.as_str())]].concat());
+    assert!(!out.status.success() && text(&out).contains("init without the receive manager"), "{}", text(&out));
 }
 
 #[test]
@@ -210,6 +266,7 @@ fn child() {
     match case.as_str() {
         "is_soft" => assert_eq!(engine().plugin_name(), "TCPX-soft"),
         "is_tcpx" => assert_eq!(engine().plugin_name(), "GPUDirectTCPX_v7"),
+        "is_tcpxo" => assert_eq!((engine().plugin_name(), engine().plugin().wire_name()), ("FasTrak", "tcpxo")),
         "load_error" => {
             let error = Engine::new(Config::from_env().expect("configuration")).expect_err("no engine");
             println!("{error}");

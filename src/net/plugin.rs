@@ -1,15 +1,17 @@
 //! Loading a NCCL net plugin and calling its table. A plugin is initialised once per process and never unloaded. All calls go
 //! through here, with the locks and the signal mask that the plugin's traits require; `comm` keeps the order of calls.
 
+pub use super::device::Device;
 use super::registrations::{MHandle, Registrar, Registrations};
-use super::search;
+use super::search::{self, Kind};
 use super::secure::{Guard, Secret};
 use super::signals::Quiet;
 use super::table::{Answer, Ext, NetTable, Properties};
+use super::tcpxo::Machine;
 use super::traits::{is_tcpx, is_tcpxo, DeviceTraits, Traits};
 use super::{within, Scope};
 use crate::config::{Config, PluginChoice};
-use crate::status::{bail, err, Result};
+use crate::status::{bail, err, ErrorKind, Result};
 use nccl_net_abi as abi;
 use nccl_net_abi::{ncclNetDeviceHandle_v7, ncclResult_t, ucclIoVec};
 use process::{Mutex, PerProcess};
@@ -18,8 +20,9 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Arc, Once};
 
-/// Folders and file names searched for GPUDirect-TCPX, in order; LD_LIBRARY_PATH follows.
-pub const TCPX_PLACES: ([&str; 3], [&str; 2]) = (search::TCPX_DIRS, search::TCPX_FILES);
+/// Folders and file names searched for GPUDirect-TCPX and GPUDirect-TCPXO, in order; LD_LIBRARY_PATH follows.
+pub const PLACES: [(&[&str], &[&str]); 2] =
+    [(search::TCPX.dirs, search::TCPX.files), (search::TCPXO.dirs, search::TCPXO.files)];
 
 /// Largest message of a foreign plugin. A larger one could need more fragments than TCPX has room for, and TCPX would end the
 /// process.
@@ -33,21 +36,6 @@ const DEFAULT_LIMIT: usize = 512 << 10;
 
 /// The variable that limits the messages of TCPX.
 const CHUNK_VARIABLE: &CStr = c"NCCL_DYNAMIC_CHUNK_SIZE";
-
-/// A device of a plugin.
-#[derive(Clone, Debug)]
-pub struct Device {
-    /// Name, as the plugin gives it.
-    pub name: String,
-    /// Directory of the PCI device under /sys, if it is one.
-    pub pci_path: Option<String>,
-    /// Mbit/s; 0 if unknown.
-    pub speed_mbps: i32,
-    /// Or of NCCL_PTR_HOST (1), NCCL_PTR_CUDA (2), NCCL_PTR_DMABUF (4).
-    pub ptr_support: i32,
-    /// Received CUDA memory must be unpacked from a bounce buffer.
-    pub unpack: bool,
-}
 
 /// A loaded and initialised plugin.
 pub struct Plugin {
@@ -121,32 +109,52 @@ impl Plugin {
             if !path.exists() {
                 bail!(PluginLoad, "UCCL_TCPX_PLUGIN_PATH={} does not exist", path.display());
             }
-            return Plugin::load(path, config, gpu);
+            return Plugin::load(path, None, config, gpu);
         }
         if config.plugin == PluginChoice::Soft {
             return Plugin::soft();
         }
-        let dirs = search::TCPX_DIRS.map(Path::new);
+        let (machine, must) = (Machine::here(), config.plugin != PluginChoice::Auto);
+        let wanted: &[&Kind] = match config.plugin {
+            PluginChoice::Tcpx => &[&search::TCPX],
+            PluginChoice::Tcpxo => &[&search::TCPXO],
+            // Where both are installed the machine decides.
+            _ if machine.has_manager() => &[&search::TCPXO, &search::TCPX],
+            _ => &[&search::TCPX],
+        };
         let library_path = std::env::var("LD_LIBRARY_PATH").ok();
-        let must = config.plugin == PluginChoice::Tcpx;
-        let load = |path: &Path| Plugin::load(path, config, gpu);
-        match first_usable(&search::candidates(&dirs, library_path.as_deref()), must, load)? {
-            Some(plugin) => Ok(plugin),
-            None if must => bail!(
+        for kind in wanted {
+            let load = |path: &Path| Plugin::load(path, Some(kind), config, gpu);
+            if let Some(plugin) = first_usable(kind, &kind.candidates(library_path.as_deref()), must, load)? {
+                return Ok(plugin);
+            }
+        }
+        match wanted {
+            [kind] if must => bail!(
                 PluginLoad,
-                "UCCL_TCPX_PLUGIN=tcpx, but the GPUDirect-TCPX plugin is not installed: looked for {} in {} and LD_LIBRARY_PATH (set UCCL_TCPX_PLUGIN_PATH to name it, or UCCL_TCPX_PLUGIN=soft for ordinary TCP)",
-                search::TCPX_FILES.join(" and "),
-                search::TCPX_DIRS.join(", ")
+                "UCCL_TCPX_PLUGIN={}, but the {} plugin is not installed: looked for {} in {} and LD_LIBRARY_PATH (set UCCL_TCPX_PLUGIN_PATH to name it, or UCCL_TCPX_PLUGIN=soft for ordinary TCP)",
+                kind.word,
+                kind.title,
+                kind.files.join(" and "),
+                kind.dirs.join(", ")
             ),
-            None => {
-                warn_about_soft(config);
+            _ => {
+                warn_about_soft(config, &machine);
                 Plugin::soft()
             }
         }
     }
 
-    fn load(path: &Path, config: &Config, gpu: &dyn Fn() -> Result<Scope>) -> Result<Arc<Plugin>> {
-        load_once(Some(path), || {
+    /// Loads a plugin of any kind, or of the given one.
+    ///
+    /// # Errors
+    /// `Unsupported` where the file holds a plugin of another kind, which is then not initialised.
+    fn load(path: &Path, kind: Option<&Kind>, config: &Config, gpu: &dyn Fn() -> Result<Scope>) -> Result<Arc<Plugin>> {
+        let admit = |name: &str| match kind.filter(|kind| !(kind.is)(name)) {
+            Some(kind) => Err(err!(Unsupported, "{}: holds plugin {name}, which is not {}", path.display(), kind.title)),
+            None => Ok(()),
+        };
+        let plugin = load_once(Some(path), || {
             // SAFETY: loading runs the library's initialisers; the user chose the library, or put it where plugins are.
             let library = match process::without_fork(|| unsafe { libloading::Library::new(path) }) {
                 Ok(library) => library,
@@ -162,13 +170,20 @@ impl Plugin {
             if ext.is_some() {
                 return Plugin::start(table, ext, Some(path.to_owned()), &None);
             }
+            admit(&table.name())?;
             if is_tcpx(&table.name()) {
                 crate::config::check_tcpx()?;
             }
             set_chunk_size(config);
-            // Google's plugin uses the current GPU from its init on.
-            Plugin::start(table, ext, Some(path.to_owned()), &gpu()?)
-        })
+            // Google's plugins use the current GPU from their init on.
+            let scope = gpu()?;
+            if is_tcpxo(&table.name()) && !config.emulate_device {
+                Machine::here().check(scope.as_ref().and_then(|gpu| gpu.address()).as_deref())?;
+            }
+            Plugin::start(table, ext, Some(path.to_owned()), &scope)
+        })?;
+        admit(&plugin.name)?;
+        Ok(plugin)
     }
 
     /// Largest message that its comms carry.
@@ -274,26 +289,6 @@ impl Plugin {
     fn request(&self, name: &str, call: impl FnOnce() -> Answer) -> Result<()> {
         let _quiet = self.traits.raises_sigpipe.then(Quiet::begin);
         answered(&self.name, name, call())
-    }
-}
-
-impl Device {
-    /// Its speed as text.
-    pub fn speed(&self) -> String {
-        match self.speed_mbps {
-            mbps @ 1.. => format!("{mbps} Mbit/s"),
-            _ => "speed unknown".to_owned(),
-        }
-    }
-
-    fn new(dev: usize, p: Properties) -> Device {
-        Device {
-            name: p.name.unwrap_or_else(|| format!("dev{dev}")),
-            pci_path: p.pci_path,
-            speed_mbps: p.speed_mbps,
-            ptr_support: p.ptr_support,
-            unpack: p.device_type == abi::NCCL_NET_DEVICE_UNPACK,
-        }
     }
 }
 
@@ -651,37 +646,45 @@ fn load_once(path: Option<&Path>, load: impl FnOnce() -> Result<Plugin>) -> Resu
     Ok(plugin)
 }
 
-/// The first candidate that is GPUDirect-TCPX and starts. One that fails is an error if it `must` start, and otherwise skipped
+/// The first candidate that is a plugin of this kind and starts. One that fails is an error if it `must` start, and otherwise skipped
 /// with a warning.
 fn first_usable<P: std::ops::Deref<Target = Plugin>>(
+    kind: &Kind,
     candidates: &[PathBuf],
     must: bool,
     load: impl Fn(&Path) -> Result<P>,
 ) -> Result<Option<P>> {
     for path in candidates {
         match load(path) {
-            Ok(plugin) if is_tcpx(&plugin.name) && !plugin.devices.is_empty() => return Ok(Some(plugin)),
-            Ok(plugin) if is_tcpx(&plugin.name) => {
+            Ok(plugin) if !plugin.devices.is_empty() => return Ok(Some(plugin)),
+            Ok(_) => {
                 let what = format!("{}: the plugin found no network device", path.display());
                 if must {
-                    bail!(PluginLoad, "{what} (NCCL_GPUDIRECTTCPX_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)");
+                    bail!(PluginLoad, "{what} ({})", kind.interfaces);
                 }
                 log::warn!("{what}; it is left out");
             }
-            Ok(plugin) => log::info!("{}: holds plugin {}, which is not GPUDirect-TCPX", path.display(), plugin.name),
+            Err(e) if e.kind() == ErrorKind::Unsupported => log::info!("{e}"),
             Err(e) if must => {
-                bail!(PluginLoad, "UCCL_TCPX_PLUGIN=tcpx, but {e} (set UCCL_TCPX_PLUGIN_PATH to use another file)")
+                bail!(PluginLoad, "UCCL_TCPX_PLUGIN={}, but {e} (set UCCL_TCPX_PLUGIN_PATH to use another file)", kind.word)
             }
-            Err(e) => log::warn!("the TCPX plugin cannot be used and is left out: {e}"),
+            Err(e) => log::warn!("the {} plugin cannot be used and is left out: {e}", kind.title),
         }
     }
     Ok(None)
 }
 
-/// Warns once that ordinary TCP is used although TCPX may have been intended.
-fn warn_about_soft(config: &Config) {
+/// Warns once that ordinary TCP is used although a plugin of Google's may have been intended.
+fn warn_about_soft(config: &Config, machine: &Machine) {
     static ONCE: PerProcess<Once> = PerProcess::new(Once::new);
     ONCE.get().call_once(|| {
+        if machine.has_manager() {
+            log::warn!(
+                "the receive manager of GPUDirect-TCPXO runs on this host, but data goes over ordinary TCP: the plugin is not installed, or cannot be used ({} in the usual places; UCCL_TCPX_PLUGIN_PATH names it)",
+                search::TCPXO.files.join(" or ")
+            );
+            return;
+        }
         // The folder of Google's instructions, and the plugin's default.
         let prefix = std::env::var("NCCL_GPUDIRECTTCPX_UNIX_CLIENT_PREFIX");
         let managers = prefix.as_deref().map_or(vec!["/run/tcpx", "/tmp"], |prefix| vec![prefix]);
@@ -725,7 +728,6 @@ fn descriptors_left(n: usize) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::status::ErrorKind;
     use std::sync::atomic::AtomicBool;
 
     #[test]
