@@ -21,8 +21,7 @@ use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Arc, Once};
 
 /// Folders and file names searched for GPUDirect-TCPX and GPUDirect-TCPXO, in order; LD_LIBRARY_PATH follows.
-pub const PLACES: [(&[&str], &[&str]); 2] =
-    [(search::TCPX.dirs, search::TCPX.files), (search::TCPXO.dirs, search::TCPXO.files)];
+pub const PLACES: [(&[&str], &[&str]); 2] = [(search::TCPX.dirs, search::TCPX.files), (search::TCPXO.dirs, search::TCPXO.files)];
 
 /// Largest message of a foreign plugin. A larger one could need more fragments than TCPX has room for, and TCPX would end the
 /// process.
@@ -507,7 +506,8 @@ impl Plugin {
         let mut request = std::ptr::null_mut();
         let Buffer { data, len, mhandle } = *posted;
         // SAFETY: by the caller's contract.
-        let call = || Some(unsafe { self.table.flush(comm, data, len as c_int, mhandle, &mut request) }.unwrap_or(abi::NCCL_SUCCESS));
+        let call =
+            || Some(unsafe { self.table.flush(comm, data, len as c_int, mhandle, &mut request) }.unwrap_or(abi::NCCL_SUCCESS));
         self.request("iflush", call)?;
         Ok(request)
     }

@@ -1,8 +1,8 @@
 //! What GPUDirect-TCPXO needs of a machine. Its init ends the process where something of this is missing, so it is looked at before. Reads
 //! files and knocks at a socket; knows nothing of the plugin's answers.
 
-use super::pairing;
 use super::device::Device;
+use super::pairing;
 use super::rxdm::knock;
 use super::topology;
 use crate::status::{bail, err, Result};
@@ -81,7 +81,10 @@ impl Machine {
         let there = (self.interfaces)();
         let control = (self.variable)("NCCL_FASTRAK_CTRL_DEV").unwrap_or(CONTROL.into());
         if !there.iter().any(|name| NameFilter::parse(&control).admits(name)) {
-            bail!(PluginLoad, "the control interface of GPUDirect-TCPXO, {control}, is not there or has no address (NCCL_FASTRAK_CTRL_DEV)");
+            bail!(
+                PluginLoad,
+                "the control interface of GPUDirect-TCPXO, {control}, is not there or has no address (NCCL_FASTRAK_CTRL_DEV)"
+            );
         }
         self.check_nic(&gpu, &there)
     }
@@ -158,7 +161,11 @@ mod tests {
             ["lo", "eth0", "eth1", "eth2", "eth3", "eth4"].map(str::to_owned).into()
         }
         let full = Machine { root: root.clone(), variable, interfaces: all };
-        let with = |variable: fn(&str) -> Option<String>, interfaces: fn() -> Vec<String>| Machine { root: root.clone(), variable, interfaces };
+        let with = |variable: fn(&str) -> Option<String>, interfaces: fn() -> Vec<String>| Machine {
+            root: root.clone(),
+            variable,
+            interfaces,
+        };
         let error = |machine: Machine, gpu: Option<&str>| machine.check(gpu).expect_err("missing").to_string();
         fs::create_dir_all(root.join("run")).expect("folder");
         assert!(error(with(variable, all), Some("0000:90:00.0")).contains("receive manager of GPUDirect-TCPXO does not answer"));
@@ -169,12 +176,15 @@ mod tests {
             assert_eq!(full.check(Some(gpu)), Ok(()), "{gpu}");
         }
         assert!(error(with(variable, all), None).contains("needs a GPU"));
-        assert!(error(with(variable, all), Some("0000:00:05.0")).contains("does not know GPU 0000:00:05.0 (PCI device 0x1ae0:0x0084)"));
+        assert!(error(with(variable, all), Some("0000:00:05.0"))
+            .contains("does not know GPU 0000:00:05.0 (PCI device 0x1ae0:0x0084)"));
         assert!(error(with(variable, || vec!["eth1".into()]), Some("0000:90:00.0")).contains("eth0, is not there"));
         // The second GPU of a switch has its second NIC.
         let without = || ["eth0", "eth1", "eth3", "eth4"].map(str::to_owned).into();
         assert_eq!(with(variable, without).check(Some("0000:90:00.0")), Ok(()));
-        assert!(error(with(variable, without), Some("0000:90:01.0")).contains("cannot use eth2, the data NIC of GPU 0000:90:01.0"));
+        assert!(
+            error(with(variable, without), Some("0000:90:01.0")).contains("cannot use eth2, the data NIC of GPU 0000:90:01.0")
+        );
         let named = |name: &str| if name == "NCCL_FASTRAK_IFNAME" { Some("eth1,eth3".into()) } else { variable(name) };
         assert!(error(with(named, all), Some("0000:91:01.0")).contains("cannot use eth4"));
         let subset = |name: &str| if name == "NCCL_FASTRAK_ALLOW_NIC_SUBSET" { Some("1".into()) } else { variable(name) };

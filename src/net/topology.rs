@@ -1,7 +1,7 @@
 //! The host's network interfaces and PCI devices: the control interface, NUMA nodes, distance of NICs to a GPU.
 
-use super::pairing::shared_depth;
 use super::device::Device;
+use super::pairing::shared_depth;
 use soft_plugin::interfaces;
 use std::net::IpAddr;
 use std::path::Path;
@@ -70,7 +70,8 @@ pub(super) fn pci_interfaces(root: &Path) -> Vec<Device> {
 
 /// Directories under /sys of the machine's NVIDIA GPUs, those of other processes too.
 pub(super) fn gpus(root: &Path) -> Vec<String> {
-    let is = |at: &Path, name: &str, text: &str| std::fs::read_to_string(at.join(name)).is_ok_and(|found| found.starts_with(text));
+    let is =
+        |at: &Path, name: &str, text: &str| std::fs::read_to_string(at.join(name)).is_ok_and(|found| found.starts_with(text));
     let gpu = |entry: std::fs::DirEntry| {
         let at = std::fs::canonicalize(entry.path()).ok()?;
         // 3D and VGA controllers.

@@ -111,7 +111,15 @@ mod tests {
 
     #[test]
     fn variables_are_sorted_into_groups() {
-        let set = ["NCCL_SOCKET_IFNAME", "NCCL_FASTRAK_IFNAME", TCPXO_FOLDER, "UCCL_TCPX_SOFT_THREADS", "UCCL_TCPX_NUM_CHANELS", "UCCL_TCPX_PLUGIN", "HOME"];
+        let set = [
+            "NCCL_SOCKET_IFNAME",
+            "NCCL_FASTRAK_IFNAME",
+            TCPXO_FOLDER,
+            "UCCL_TCPX_SOFT_THREADS",
+            "UCCL_TCPX_NUM_CHANELS",
+            "UCCL_TCPX_PLUGIN",
+            "HOME",
+        ];
         let groups = environment(set.iter().map(|n| (n.to_string(), "x".to_string())), &["UCCL_TCPX_PLUGIN"]);
         let names = |group: &[Variable]| group.iter().map(|v| v.name.clone()).collect::<Vec<_>>();
         assert_eq!(names(&groups.passed_through), [TCPXO_FOLDER, "NCCL_FASTRAK_IFNAME", "NCCL_SOCKET_IFNAME"]);

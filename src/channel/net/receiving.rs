@@ -221,7 +221,13 @@ impl Receiving {
     }
 
     /// Posts a receive of device memory. A plugin with bounce buffers leaves the data there, others in a staging buffer.
-    fn post_device(&mut self, next: &Arrival, place: Place, copier: &mut Copier, usage: &Usage) -> Result<(bool, Option<*mut u8>)> {
+    fn post_device(
+        &mut self,
+        next: &Arrival,
+        place: Place,
+        copier: &mut Copier,
+        usage: &Usage,
+    ) -> Result<(bool, Option<*mut u8>)> {
         let staging = self.device_in(place, copier, usage)?;
         let (data, mhandle) = (staging.next(), staging.mhandle());
         let recv = &mut self.comm;

@@ -189,7 +189,12 @@ impl Sending {
         // SAFETY: the chunk is at most a stride long; parts are registered device memory by the caller's contract.
         let packing = Copying::begin(|| unsafe { device(copier)?.pack(&chunk.parts, data, place) })?;
         self.counts.copied += 1;
-        Ok(Source::Contiguous { data, mhandle, packing, place: if usage.device == DeviceMode::HostStaging { Place::HOST } else { place } })
+        Ok(Source::Contiguous {
+            data,
+            mhandle,
+            packing,
+            place: if usage.device == DeviceMode::HostStaging { Place::HOST } else { place },
+        })
     }
 
     /// The staging ring for memory of `place`.

@@ -59,7 +59,14 @@ pub(super) trait NetTable: Sync {
         request: &mut *mut c_void,
     ) -> Answer;
     /// Leaves `request` null where nothing is to be waited for.
-    unsafe fn flush(&self, comm: *mut c_void, data: *mut c_void, size: c_int, mhandle: *mut c_void, request: &mut *mut c_void) -> Answer;
+    unsafe fn flush(
+        &self,
+        comm: *mut c_void,
+        data: *mut c_void,
+        size: c_int,
+        mhandle: *mut c_void,
+        request: &mut *mut c_void,
+    ) -> Answer;
     unsafe fn test(&self, request: *mut c_void, done: &mut c_int, size: &mut c_int) -> Answer;
     unsafe fn close_send(&self, comm: *mut c_void) -> Answer;
     unsafe fn close_recv(&self, comm: *mut c_void) -> Answer;
