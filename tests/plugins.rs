@@ -1,5 +1,5 @@
-//! Finding and loading plugins, as an application meets it: places and their order, broken files, tables of both versions, the
-//! environment. Each case has its own process. The plugins are simulated: the strict foreign plugin, and two in C, one of version 8 and
+//! Finding and loading plugins, as an application meets it: places and their order, broken files, tables of all versions, the
+//! environment. Each case has its own process. The plugins are simulated: the strict foreign plugin, and two in C, one of each version and
 //! one with the name of GPUDirect-TCPXO.
 
 use std::path::{Path, PathBuf};
@@ -11,6 +11,7 @@ use uccl_p2p::status::ErrorKind;
 const CASE: &str = "UCCL_PLUGINS_TEST_CASE";
 /// Names the folder of the socket of TCPXO's receive manager.
 const MANAGER: &str = "FILE_BASED_UDS_PATH_PREFIX";
+const VERSION: &str = "UCCL_PLUGINS_TEST_VERSION";
 
 // ---- fixtures ----
 
@@ -53,16 +54,19 @@ fn foreign() -> Option<PathBuf> {
     found.into_iter().find(|p| p.exists())
 }
 
-fn v8(scratch: &Scratch) -> PathBuf {
-    compiled(scratch, "net_v8")
+/// A simulated plugin whose table has this version; one of version 7, whose init fails, stands beside newer ones.
+fn with_table(scratch: &Scratch, version: u32) -> PathBuf {
+    let own = format!("-DVERSION={version}");
+    compiled(scratch, "net_table", &format!("net_v{version}"), &[&own, if version > 7 { "-DOLDER=7" } else { "-DALONE" }])
 }
 
-/// A plugin of tests/plugins, compiled.
-fn compiled(scratch: &Scratch, name: &str) -> PathBuf {
-    let source = format!("{}/tests/plugins/{name}.c", env!("CARGO_MANIFEST_DIR"));
+/// A plugin of tests/plugins, compiled with these options, under a name.
+fn compiled(scratch: &Scratch, source: &str, name: &str, options: &[&str]) -> PathBuf {
+    let root = env!("CARGO_MANIFEST_DIR");
     let out = scratch.0.join(format!("{name}.so"));
-    let status = Command::new("cc").args(["-shared", "-fPIC", "-Wall", "-Werror", "-o"]).arg(&out).arg(source).status();
-    assert!(status.expect("a C compiler").success());
+    let mut cc = Command::new("cc");
+    cc.args(["-shared", "-fPIC", "-Wall", "-Werror"]).args(options).arg(format!("-I{root}/net-abi/tests")).arg("-o").arg(&out);
+    assert!(cc.arg(format!("{root}/tests/plugins/{source}.c")).status().expect("a C compiler").success());
     out
 }
 
@@ -98,7 +102,7 @@ fn candidates_are_tried_in_turn() {
         panic!("libnccl_net_strict_foreign.so is missing: cargo build -p strict-foreign-plugin")
     };
     let s = Scratch::new("turn");
-    let (broken, v8) = (s.broken(), v8(&s));
+    let (broken, v8) = (s.broken(), with_table(&s, 8));
     let good = s.dir("good", &[("libnccl-net-tcpx.so", &foreign)]);
     let plain = s.dir("plain", &[("libnccl-net.so", &foreign)]);
     let bad = s.dir("bad", &[("libnccl-net-tcpx.so", &broken)]);
@@ -129,7 +133,7 @@ fn where_both_plugins_are_installed_the_receive_manager_decides() {
     };
     let s = Scratch::new("both");
     let tcpx = s.dir("tcpx", &[("libnccl-net-tcpx.so", &foreign)]);
-    let tcpxo = s.dir("tcpxo", &[("libnccl-net.so", &compiled(&s, "fastrak"))]);
+    let tcpxo = s.dir("tcpxo", &[("libnccl-net.so", &compiled(&s, "fastrak", "fastrak", &[]))]);
     let (both, manager) = (format!("{tcpx}:{tcpxo}"), s.dir("run", &[]));
     let path = ("LD_LIBRARY_PATH", both.as_str());
     passes("is_tcpx", &[path], &[]);
@@ -240,10 +244,13 @@ fn the_environment_is_set_for_foreign_plugins_only() {
 }
 
 #[test]
-fn a_table_of_version_8_is_preferred_and_read_right() {
-    let s = Scratch::new("v8");
-    let path = v8(&s).display().to_string();
-    passes("is_v8", &[("UCCL_TCPX_PLUGIN_PATH", &path)], &["simulated plugin: v8 has 1 devices"]);
+fn the_newest_table_is_preferred_and_read_right() {
+    let s = Scratch::new("tables");
+    for version in 7..=12 {
+        let path = with_table(&s, version).display().to_string();
+        let said = format!("simulated plugin: v{version} has 1 devices");
+        passes("is_table", &[("UCCL_TCPX_PLUGIN_PATH", &path), (VERSION, &version.to_string())], &[&said]);
+    }
 }
 
 // ---- cases ----
@@ -289,14 +296,16 @@ fn child() {
             engine();
             assert_eq!(chunk_size().as_deref(), Some("0x20000"));
         }
-        "is_v8" => {
+        "is_table" => {
             let engine = engine();
-            assert_eq!((engine.plugin_name(), engine.plugin().abi_version), ("simulated-v8", 8));
+            let version = std::env::var(VERSION).expect("set").parse().expect("number");
+            let name = format!("simulated-v{version}");
+            assert_eq!((engine.plugin_name(), engine.plugin().abi_version), (&*name, version));
             let nics = engine.nics();
-            let nic = nics.iter().find(|n| n.plugin == "simulated-v8").expect("its device");
+            let nic = nics.iter().find(|n| n.plugin == name).expect("its device");
             assert_eq!((nic.name.as_str(), nic.speed_mbps, nic.ptr_support), ("ib0", 400_000, 3));
             assert_eq!(nic.pci_path.as_deref(), Some("/sys/devices/pci0000:00/0000:00:05.0"));
-            assert!(engine.plugin().traits.shared_registrations, "registrations are global");
+            assert_eq!(engine.plugin().traits.shared_registrations, version >= 8, "registrations are global");
         }
         "chunks" => moves(&|| Config::from_env().expect("configuration")),
         "chunk_setting" => moves(&|| Config::from_env_with(&[("UCCL_TCPX_CHUNK_BYTES", "4M")]).expect("configuration")),

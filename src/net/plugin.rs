@@ -44,7 +44,7 @@ pub struct Plugin {
     pub name: String,
     /// The file it was loaded from; `None` for the built-in software plugin.
     pub path: Option<PathBuf>,
-    /// Version of the table, 7 or 8.
+    /// Version of the table, 7 to 12.
     pub abi_version: u32,
     /// Its devices.
     pub devices: Vec<Device>,
@@ -164,7 +164,7 @@ impl Plugin {
             // SAFETY: it is a NCCL net plugin; the library is never unloaded.
             let (table, ext) = unsafe { (super::table::find(library), Ext::find(library)) };
             let Some(table) = table else {
-                bail!(PluginLoad, "{}: exports neither ncclNetPlugin_v8 nor ncclNetPlugin_v7", path.display())
+                bail!(PluginLoad, "{}: exports no table of a NCCL net plugin (ncclNetPlugin_v7 to _v12)", path.display())
             };
             if ext.is_some() {
                 return Plugin::start(table, ext, Some(path.to_owned()), &None);
@@ -216,6 +216,7 @@ impl Plugin {
         })?;
         let listed = within(scope, || plugin.list())?;
         plugin.traits = Traits::of(&plugin.name, plugin.ext.as_ref(), DeviceTraits::of(&listed));
+        plugin.limit = listed.iter().filter_map(|p| p.max_message).fold(plugin.limit, |limit, most| limit.min(most.get()));
         plugin.devices = listed.into_iter().enumerate().map(|(dev, p)| Device::new(dev, p)).collect();
         Ok(plugin)
     }
@@ -438,7 +439,7 @@ impl Plugin {
     ) -> Result<*mut c_void> {
         let mut request = std::ptr::null_mut();
         // SAFETY: by the caller's contract.
-        self.request("isend", || unsafe { self.table.isend(comm, data, size as c_int, tag, mhandle, &mut request) })?;
+        self.request("isend", || unsafe { self.table.isend(comm, data, size, tag, mhandle, &mut request) })?;
         Ok(request)
     }
 
@@ -464,7 +465,7 @@ impl Plugin {
     ) -> Result<*mut c_void> {
         let mut request = std::ptr::null_mut();
         // SAFETY: by the caller's contract.
-        self.request("irecv", || unsafe { self.table.irecv(comm, data, size as c_int, tag, mhandle, &mut request) })?;
+        self.request("irecv", || unsafe { self.table.irecv(comm, data, size, tag, mhandle, &mut request) })?;
         Ok(request)
     }
 
