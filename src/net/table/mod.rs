@@ -1,14 +1,15 @@
 //! The tables of NCCL net plugins behind one trait for all versions; `versions` adapts what differs. Calls only: `comm` keeps
 //! their order, `plugin` handles locks and signals.
 
+mod context;
 mod ext;
 #[cfg(test)]
 mod tests;
 mod versions;
 
 pub(super) use ext::Ext;
-use versions::WithContext;
 
+use context::WithContext;
 use nccl_net_abi as abi;
 use nccl_net_abi::{ncclDebugLogger_t, ncclNetDeviceHandle_v7, ncclResult_t};
 use std::ffi::{c_char, c_int, c_void, CStr};

@@ -1,31 +1,10 @@
 //! The tables of versions 7 to 12 as [`NetTable`]. What several versions have alike is written once, below.
 
+use super::context::WithContext;
 use super::{Answer, NetTable, Properties};
 use nccl_net_abi as abi;
 use nccl_net_abi::{ncclDebugLogger_t, ncclNetDeviceHandle_v7, ncclResult_t};
 use std::ffi::{c_int, c_void};
-use std::ops::Deref;
-use std::sync::atomic::{AtomicPtr, Ordering};
-
-/// A table from version 11 on, and the context that its `init` wrote. The plugin gets it back at every listen and connect.
-pub(super) struct WithContext<T: 'static> {
-    table: &'static T,
-    context: AtomicPtr<c_void>,
-}
-
-impl<T> WithContext<T> {
-    pub(super) fn new(table: &'static T) -> WithContext<T> {
-        WithContext { table, context: AtomicPtr::default() }
-    }
-}
-
-impl<T> Deref for WithContext<T> {
-    type Target = T;
-
-    fn deref(&self) -> &T {
-        self.table
-    }
-}
 
 /// The configuration of connections: none.
 const UNCONFIGURED: abi::ncclNetCommConfig_v10 = abi::ncclNetCommConfig_v10 { trafficClass: abi::NCCL_NET_TRAFFIC_CLASS_UNDEF };
@@ -136,17 +115,17 @@ macro_rules! set_up {
             // The id tells NCCL's communicators apart; the engine has none.
             // SAFETY: by the trait's contract, here and below; the plugin reads the configuration during the call.
             let answer = self.init.map(|call| unsafe { call(&mut context, 0, &mut config, logger, Some(no_profiler)) });
-            self.context.store(context, Ordering::Release);
+            self.set_context(context);
             answer
         }
         unsafe fn listen(&self, dev: c_int, handle: *mut c_void, comm: &mut *mut c_void) -> Answer {
             // SAFETY: as above; the context is that of init.
-            self.listen.map(|call| unsafe { call(self.context.load(Ordering::Acquire), dev, handle, comm) })
+            self.listen.map(|call| unsafe { call(self.context(), dev, handle, comm) })
         }
         unsafe fn connect(&self, dev: c_int, handle: *mut c_void, comm: &mut *mut c_void) -> Answer {
             let mut unused = std::ptr::null_mut();
             // SAFETY: as above.
-            self.connect.map(|call| unsafe { call(self.context.load(Ordering::Acquire), dev, handle, comm, &mut unused) })
+            self.connect.map(|call| unsafe { call(self.context(), dev, handle, comm, &mut unused) })
         }
     };
 }
