@@ -19,10 +19,12 @@ use std::time::Duration;
 /// Which NCCL net plugin carries the data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PluginChoice {
-    /// TCPX if its library is found, otherwise the software plugin.
+    /// TCPXO where its receive manager runs, else TCPX, if the library is found; otherwise the software plugin.
     Auto,
-    /// Google's plugin; failing to load it is an error.
+    /// GPUDirect-TCPX; failing to load it is an error.
     Tcpx,
+    /// GPUDirect-TCPXO; failing to load it is an error.
+    Tcpxo,
     /// The software plugin over ordinary TCP.
     Soft,
 }
@@ -179,6 +181,7 @@ fn plugin_choice(source: Source<'_>) -> Result<(PluginChoice, bool)> {
     };
     let choice = match source.word(&table::PLUGIN)? {
         Some("tcpx") => PluginChoice::Tcpx,
+        Some("tcpxo") => PluginChoice::Tcpxo,
         Some("soft") => PluginChoice::Soft,
         Some(_) => PluginChoice::Auto,
         None => transport,

@@ -310,16 +310,16 @@ fn sixty_four_connections_to_one_engine() {
 
 #[test]
 fn the_tcpx_plugin_is_never_replaced_silently() {
-    let wanted = Config { plugin: PluginChoice::Tcpx, plugin_path: None, ..config() };
-    let (dirs, files) = uccl_p2p::net::plugin::TCPX_PLACES;
-    if dirs.iter().any(|d| files.iter().any(|f| std::path::Path::new(d).join(f).exists())) {
-        println!("SKIPPED: GPUDirect-TCPX is installed here");
-        return;
-    }
-    let error = Engine::new(wanted).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::PluginLoad);
-    for place in dirs.iter().chain(&files) {
-        assert!(error.to_string().contains(place), "{error}");
+    for (plugin, (dirs, files)) in [PluginChoice::Tcpx, PluginChoice::Tcpxo].into_iter().zip(uccl_p2p::net::plugin::PLACES) {
+        if dirs.iter().any(|d| files.iter().any(|f| std::path::Path::new(d).join(f).exists())) {
+            println!("SKIPPED: {plugin:?} is installed here");
+            return;
+        }
+        let error = Engine::new(Config { plugin, plugin_path: None, ..config() }).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::PluginLoad);
+        for place in dirs.iter().chain(files) {
+            assert!(error.to_string().contains(place), "{error}");
+        }
     }
     let missing = Config { plugin_path: Some("/nonexistent/libnccl-net.so".into()), ..config() };
     assert_eq!(Engine::new(missing).unwrap_err().kind(), ErrorKind::PluginLoad);

@@ -71,11 +71,30 @@ fn bytes_arrive_over_any_number_of_channels() {
     run("moves", &[("STRICT_FOREIGN_CONNECT_MS", "300"), ("STRICT_FOREIGN_ACCEPT_MS", "500"), ("UCCL_TCPX_NUM_CHANNELS", "8")]);
 }
 
+/// The plugin as GPUDirect-TCPXO.
+const TCPXO: (&str, &str) = ("STRICT_FOREIGN_CONTRACT", "tcpxo");
+
+fn delivers() -> bool {
+    std::env::var(TCPXO.0).is_ok_and(|contract| contract == TCPXO.1)
+}
+
+#[test]
+fn bytes_arrive_in_place() {
+    for channels in ["1", "3", "16"] {
+        let log = run("moves", &[TCPXO, ("UCCL_TCPX_NUM_CHANNELS", channels)]);
+        assert!(connected(&log).contains("channels over FasTrak (simulated) on lo for GPU 0 here and GPU 0 there;"), "{log}");
+    }
+    run("moves", &[TCPXO, ("UCCL_TCPX_CHUNK_BYTES", "4M")]);
+    run("moves", &[TCPXO, ("UCCL_TCPX_CHUNK_BYTES", "16K"), ("UCCL_TCPX_NUM_CHANNELS", "2")]);
+}
+
 #[test]
 fn a_send_that_fails_costs_no_transfer() {
     // As a transfer starts, and while it runs.
     for sends in ["0", "3", "40"] {
         run("failing_send", &[("STRICT_FOREIGN_SENDS", sends), ("UCCL_TCPX_NUM_CHANNELS", "2")]);
+        // The closed comms go on writing to what they had, while the chunks are sent again.
+        run("failing_send", &[TCPXO, ("STRICT_FOREIGN_SENDS", sends), ("UCCL_TCPX_NUM_CHANNELS", "2")]);
     }
 }
 
@@ -83,9 +102,12 @@ fn a_send_that_fails_costs_no_transfer() {
 fn what_a_comm_that_does_not_close_has_is_never_sent_again() {
     // The sending comm, or the receiving one.
     for closes in ["0", "1", "2", "3"] {
-        let more = [("STRICT_FOREIGN_SENDS", "3"), ("STRICT_FOREIGN_CLOSES", closes), ("UCCL_TCPX_NUM_CHANNELS", "2")];
+        let mut more = vec![("STRICT_FOREIGN_SENDS", "3"), ("STRICT_FOREIGN_CLOSES", closes), ("UCCL_TCPX_NUM_CHANNELS", "2")];
         let log = run("failing_close", &more);
         assert!(log.contains("a comm of plugin GPUDirectTCPX_v7 stays open: "), "{log}");
+        more.push(TCPXO);
+        let log = run("failing_close", &more);
+        assert!(log.contains("a comm of plugin FasTrak (simulated) stays open: "), "{log}");
     }
 }
 
@@ -105,6 +127,7 @@ fn settings_that_would_end_the_process_are_refused() {
 #[test]
 fn what_chunks_of_a_gpu_need_is_there_before_the_first_of_them() {
     run("ready", &[("UCCL_TCPX_NUM_CHANNELS", "4")]);
+    run("ready", &[TCPXO, ("UCCL_TCPX_NUM_CHANNELS", "4")]);
 }
 
 #[test]
@@ -138,24 +161,34 @@ fn registrations_are_one_a_region_and_nic() {
     run("registrations", &[("STRICT_FOREIGN_DEVICES", "eth1@127.0.0.1,eth2@127.0.0.2"), ("UCCL_TCPX_NUM_CHANNELS", "16")]);
 }
 
+/// A closed comm of TCPXO may go on using registered memory, so the plugin gets no memory of the application.
+#[test]
+fn a_plugin_that_delivers_registers_no_region() {
+    run("staging_alone", &[TCPXO, ("UCCL_TCPX_NUM_CHANNELS", "3")]);
+}
+
 #[test]
 fn memory_of_two_gpus_of_a_process_takes_comms_of_its_own_gpu() {
-    let log = run("two_gpus", &[("UCCL_TCPX_EMULATE_DEVICES", "2"), ("UCCL_TCPX_NUM_CHANNELS", "3")]);
-    let line = connected(&log);
-    for (here, there) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
-        let carried = format!("3 channels over GPUDirectTCPX_v7 on lo for GPU {here} here and GPU {there} there;");
-        assert!(line.contains(&carried), "{carried} {line}");
+    for (more, name) in [(None, "GPUDirectTCPX_v7"), (Some(TCPXO), "FasTrak (simulated)")] {
+        let mut environment = vec![("UCCL_TCPX_EMULATE_DEVICES", "2"), ("UCCL_TCPX_NUM_CHANNELS", "3")];
+        environment.extend(more);
+        let log = run("two_gpus", &environment);
+        let line = connected(&log);
+        for (here, there) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+            let carried = format!("3 channels over {name} on lo for GPU {here} here and GPU {there} there;");
+            assert!(line.contains(&carried), "{carried} {line}");
+        }
+        assert!(line.contains("all else: host memory, GPUs without registered memory at this time"), "{line}");
     }
-    assert!(line.contains("all else: host memory, GPUs without registered memory at this time"), "{line}");
 }
 
 #[test]
 fn a_peer_that_dies_in_the_middle_leaves_nothing_behind() {
-    for gpus in ["1", "2"] {
-        run(
-            "peer_dies",
-            &[("UCCL_TCPX_NUM_CHANNELS", "4"), ("UCCL_TCPX_EMULATE_DEVICES", gpus), ("UCCL_TCPX_TRANSFER_TIMEOUT_MS", "3000")],
-        );
+    for (gpus, more) in [("1", None), ("2", None), ("1", Some(TCPXO)), ("2", Some(TCPXO))] {
+        let mut environment =
+            vec![("UCCL_TCPX_NUM_CHANNELS", "4"), ("UCCL_TCPX_EMULATE_DEVICES", gpus), ("UCCL_TCPX_TRANSFER_TIMEOUT_MS", "3000")];
+        environment.extend(more);
+        run("peer_dies", &environment);
     }
 }
 
@@ -166,7 +199,7 @@ fn rounds() -> u32 {
 
 #[test]
 fn a_close_in_the_middle_of_transfers_ends_neither_process() {
-    for late in [None, Some(("STRICT_FOREIGN_LATE", "1"))] {
+    for late in [None, Some(("STRICT_FOREIGN_LATE", "1")), Some(TCPXO)] {
         let mut environment = vec![("UCCL_TCPX_NUM_CHANNELS", "4")];
         environment.extend(late);
         run("closes", &environment);
@@ -176,6 +209,7 @@ fn a_close_in_the_middle_of_transfers_ends_neither_process() {
 #[test]
 fn a_reset_by_the_network_ends_neither_process() {
     run("network_resets", &[("UCCL_TCPX_NUM_CHANNELS", "4")]);
+    run("network_resets", &[TCPXO, ("UCCL_TCPX_NUM_CHANNELS", "4")]);
 }
 
 #[test]
@@ -246,6 +280,7 @@ fn child() {
         "refuses_encryption" => refuses_encryption(),
         "registrations" => registrations(),
         "ready" => ready(),
+        "staging_alone" => staging_alone(),
         "inline_threshold" => inline_threshold(),
         "no_nic_in_common" => no_nic_in_common(),
         "two_gpus" => two_gpus(2, 2, Carried::Early),
@@ -585,7 +620,7 @@ fn moves() {
         (a.register(here.as_mut_ptr() as usize, len).expect("near"), b.register(there.as_mut_ptr() as usize, len).expect("far"));
     both_ways(&out, (&mut here, near), &b, (&mut there, far));
     both_ways(&inc, (&mut there, far), &a, (&mut here, near));
-    assert_eq!(counter(IMPORTS), 1);
+    assert_eq!(counter(IMPORTS), u64::from(!delivers()));
     settles("receive pages are given back", PAGES_OUT, 0);
     println!("{} warnings of the plugin", counter(WARNINGS));
     drop((out, inc));
@@ -640,6 +675,28 @@ fn ready() {
         out.wait(id, None).expect("done");
         assert_eq!(counter(REGISTRATIONS_EVER), registered, "registered before the connection: {early}");
     }
+}
+
+fn staging_alone() {
+    let (a, b) = (engine(), engine());
+    let (out, _inc) = pair(&a, &b);
+    let (size, regions) = (1 << 20, 8);
+    let (from, mut to) = (vec![5u8; regions * size], vec![0u8; regions * size]);
+    let mut registered = 0;
+    for i in 0..regions {
+        let source = a.register(from.as_ptr() as usize + i * size, size).expect("source");
+        let target = b.register(to.as_mut_ptr() as usize + i * size, size).expect("target");
+        let item = b.fifo_item(target, to.as_ptr() as usize + i * size, size).expect("item");
+        let local = LocalSegment { mr: source, addr: from.as_ptr() as usize + i * size, len: size };
+        let id = out.transfer(Direction::Write, std::iter::once((local, item))).expect("transfer");
+        out.wait(id, None).expect("done");
+        if i == 0 {
+            registered = counter(REGISTRATIONS_EVER);
+        }
+    }
+    assert!(from == to && registered > 0);
+    // Three channels, each with a send comm and a receive comm at both ends.
+    assert!(counter(REGISTRATIONS_EVER) <= 12, "{registered} registrations at first, then {}", counter(REGISTRATIONS_EVER));
 }
 
 fn inline_threshold() {

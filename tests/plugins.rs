@@ -1,5 +1,6 @@
-//! Finding and loading plugins, as an application meets it: places and their order, broken files, tables of both versions, the
-//! environment. Each case has its own process. The plugins are simulated: the strict foreign plugin, and one of version 8 in C.
+//! Finding and loading plugins, as an application meets it: places and their order, broken files, tables of all versions, the
+//! environment. Each case has its own process. The plugins are simulated: the strict foreign plugin, and two in C, one of each version and
+//! one with the name of GPUDirect-TCPXO.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -8,6 +9,9 @@ use uccl_p2p::engine::{Direction, Engine, LocalSegment};
 use uccl_p2p::status::ErrorKind;
 
 const CASE: &str = "UCCL_PLUGINS_TEST_CASE";
+/// Names the folder of the socket of TCPXO's receive manager.
+const MANAGER: &str = "FILE_BASED_UDS_PATH_PREFIX";
+const VERSION: &str = "UCCL_PLUGINS_TEST_VERSION";
 
 // ---- fixtures ----
 
@@ -50,19 +54,27 @@ fn foreign() -> Option<PathBuf> {
     found.into_iter().find(|p| p.exists())
 }
 
-fn v8(scratch: &Scratch) -> PathBuf {
-    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/plugins/net_v8.c");
-    let out = scratch.0.join("net_v8.so");
-    let status = Command::new("cc").args(["-shared", "-fPIC", "-Wall", "-Werror", "-o"]).arg(&out).arg(source).status();
-    assert!(status.expect("a C compiler").success());
+/// A simulated plugin whose table has this version; one of version 7, whose init fails, stands beside newer ones.
+fn with_table(scratch: &Scratch, version: u32) -> PathBuf {
+    let own = format!("-DVERSION={version}");
+    compiled(scratch, "net_table", &format!("net_v{version}"), &[&own, if version > 7 { "-DOLDER=7" } else { "-DALONE" }])
+}
+
+/// A plugin of tests/plugins, compiled with these options, under a name.
+fn compiled(scratch: &Scratch, source: &str, name: &str, options: &[&str]) -> PathBuf {
+    let root = env!("CARGO_MANIFEST_DIR");
+    let out = scratch.0.join(format!("{name}.so"));
+    let mut cc = Command::new("cc");
+    cc.args(["-shared", "-fPIC", "-Wall", "-Werror"]).args(options).arg(format!("-I{root}/net-abi/tests")).arg("-o").arg(&out);
+    assert!(cc.arg(format!("{root}/tests/plugins/{source}.c")).status().expect("a C compiler").success());
     out
 }
 
 fn run(case: &str, environment: &[(&str, &str)]) -> Output {
     let mut child = Command::new(std::env::current_exe().expect("this program"));
     child.args(["--exact", "child", "--nocapture", "--test-threads=1"]);
-    for name in ["UCCL_TCPX_PLUGIN", "UCCL_TCPX_PLUGIN_PATH", "UCCL_P2P_TRANSPORT", "LD_LIBRARY_PATH", "NCCL_DYNAMIC_CHUNK_SIZE"]
-    {
+    let unset = ["UCCL_TCPX_PLUGIN", "UCCL_TCPX_PLUGIN_PATH", "UCCL_P2P_TRANSPORT", "LD_LIBRARY_PATH", "NCCL_DYNAMIC_CHUNK_SIZE"];
+    for name in unset.into_iter().chain([MANAGER]) {
         child.env_remove(name);
     }
     child.env(CASE, case).env("UCCL_P2P_LOG_LEVEL", "info").env("UCCL_TCPX_EMULATE_DEVICE", "1").env("NCCL_SOCKET_IFNAME", "lo");
@@ -90,7 +102,7 @@ fn candidates_are_tried_in_turn() {
         panic!("libnccl_net_strict_foreign.so is missing: cargo build -p strict-foreign-plugin")
     };
     let s = Scratch::new("turn");
-    let (broken, v8) = (s.broken(), v8(&s));
+    let (broken, v8) = (s.broken(), with_table(&s, 8));
     let good = s.dir("good", &[("libnccl-net-tcpx.so", &foreign)]);
     let plain = s.dir("plain", &[("libnccl-net.so", &foreign)]);
     let bad = s.dir("bad", &[("libnccl-net-tcpx.so", &broken)]);
@@ -112,6 +124,54 @@ fn candidates_are_tried_in_turn() {
     passes("load_error", &[("LD_LIBRARY_PATH", &other), ("UCCL_TCPX_PLUGIN", "tcpx")], &["not installed"]);
     // A plugin without devices is not used.
     passes("is_soft", &[("LD_LIBRARY_PATH", &good), ("STRICT_FOREIGN_DEVICES", "none")], &["found no network device"]);
+}
+
+#[test]
+fn where_both_plugins_are_installed_the_receive_manager_decides() {
+    let Some(foreign) = foreign() else {
+        panic!("libnccl_net_strict_foreign.so is missing: cargo build -p strict-foreign-plugin")
+    };
+    let s = Scratch::new("both");
+    let tcpx = s.dir("tcpx", &[("libnccl-net-tcpx.so", &foreign)]);
+    let tcpxo = s.dir("tcpxo", &[("libnccl-net.so", &compiled(&s, "fastrak", "fastrak", &[]))]);
+    let (both, manager) = (format!("{tcpx}:{tcpxo}"), s.dir("run", &[]));
+    let path = ("LD_LIBRARY_PATH", both.as_str());
+    passes("is_tcpx", &[path], &[]);
+    // It is looked at, and not initialised: that would end the process.
+    passes("is_soft", &[("LD_LIBRARY_PATH", &tcpxo)], &["holds plugin FasTrak, which is not GPUDirect-TCPX"]);
+    passes("is_soft", &[path, (MANAGER, &manager), ("UCCL_TCPX_PLUGIN", "soft")], &[]);
+    passes("is_tcpx", &[path, (MANAGER, &manager)], &[]);
+    let _listening = std::os::unix::net::UnixListener::bind(format!("{manager}/rxdm_uds_nic_mapping")).expect("socket");
+    passes("is_tcpxo", &[path, (MANAGER, &manager)], &[]);
+    passes("is_tcpx", &[path, (MANAGER, &manager), ("UCCL_TCPX_PLUGIN", "tcpx")], &[]);
+    passes("is_tcpxo", &[path, (MANAGER, &manager), ("UCCL_TCPX_PLUGIN", "tcpxo")], &[]);
+    let not_installed = "UCCL_TCPX_PLUGIN=tcpxo, but the GPUDirect-TCPXO plugin is not installed";
+    passes("load_error", &[("LD_LIBRARY_PATH", &tcpx), ("UCCL_TCPX_PLUGIN", "tcpxo")], &[not_installed, "/var/lib/tcpxo/lib64"]);
+    passes("is_soft", &[(MANAGER, &manager)], &["the receive manager of GPUDirect-TCPXO runs on this host, but"]);
+}
+
+/// Where something is missing, an init of TCPXO ends the process.
+#[test]
+fn tcpxo_is_not_initialised_where_it_would_end_the_process() {
+    let Some(foreign) = foreign() else {
+        panic!("libnccl_net_strict_foreign.so is missing: cargo build -p strict-foreign-plugin")
+    };
+    let s = Scratch::new("missing");
+    let (dir, manager) = (s.dir("tcpxo", &[("libnccl-net.so", &foreign)]), s.dir("run", &[]));
+    let path = foreign.display().to_string();
+    let missing = [("STRICT_FOREIGN_CONTRACT", "tcpxo"), ("STRICT_FOREIGN_MANAGER", "none"), (MANAGER, manager.as_str())];
+    let run = |case: &str, more: &[(&str, &str)], said: &str| passes(case, &[&missing, more].concat(), &[said]);
+    let real = ("UCCL_TCPX_EMULATE_DEVICE", "0");
+    let silent = "the receive manager of GPUDirect-TCPXO does not answer";
+    run("load_error", &[real, ("UCCL_TCPX_PLUGIN_PATH", &path)], silent);
+    run("load_error", &[real, ("LD_LIBRARY_PATH", &dir), ("UCCL_TCPX_PLUGIN", "tcpxo")], silent);
+    let _listening = std::os::unix::net::UnixListener::bind(format!("{manager}/rxdm_uds_nic_mapping")).expect("socket");
+    // No GPU, or none that it knows.
+    run("load_error", &[real, ("UCCL_TCPX_PLUGIN_PATH", &path)], "GPU");
+    run("is_soft", &[real, ("LD_LIBRARY_PATH", &dir)], "the GPUDirect-TCPXO plugin cannot be used and is left out");
+    // The simulated plugin does end it, which emulated GPU memory allows.
+    let out = crate::run("is_soft", &[&missing[..], &[("UCCL_TCPX_PLUGIN_PATH", path.as_str())]].concat());
+    assert!(!out.status.success() && text(&out).contains("init without the receive manager"), "{}", text(&out));
 }
 
 #[test]
@@ -184,10 +244,13 @@ fn the_environment_is_set_for_foreign_plugins_only() {
 }
 
 #[test]
-fn a_table_of_version_8_is_preferred_and_read_right() {
-    let s = Scratch::new("v8");
-    let path = v8(&s).display().to_string();
-    passes("is_v8", &[("UCCL_TCPX_PLUGIN_PATH", &path)], &["simulated plugin: v8 has 1 devices"]);
+fn the_newest_table_is_preferred_and_read_right() {
+    let s = Scratch::new("tables");
+    for version in 7..=12 {
+        let path = with_table(&s, version).display().to_string();
+        let said = format!("simulated plugin: v{version} has 1 devices");
+        passes("is_table", &[("UCCL_TCPX_PLUGIN_PATH", &path), (VERSION, &version.to_string())], &[&said]);
+    }
 }
 
 // ---- cases ----
@@ -210,6 +273,7 @@ fn child() {
     match case.as_str() {
         "is_soft" => assert_eq!(engine().plugin_name(), "TCPX-soft"),
         "is_tcpx" => assert_eq!(engine().plugin_name(), "GPUDirectTCPX_v7"),
+        "is_tcpxo" => assert_eq!((engine().plugin_name(), engine().plugin().wire_name()), ("FasTrak", "tcpxo")),
         "load_error" => {
             let error = Engine::new(Config::from_env().expect("configuration")).expect_err("no engine");
             println!("{error}");
@@ -232,14 +296,16 @@ fn child() {
             engine();
             assert_eq!(chunk_size().as_deref(), Some("0x20000"));
         }
-        "is_v8" => {
+        "is_table" => {
             let engine = engine();
-            assert_eq!((engine.plugin_name(), engine.plugin().abi_version), ("simulated-v8", 8));
+            let version = std::env::var(VERSION).expect("set").parse().expect("number");
+            let name = format!("simulated-v{version}");
+            assert_eq!((engine.plugin_name(), engine.plugin().abi_version), (&*name, version));
             let nics = engine.nics();
-            let nic = nics.iter().find(|n| n.plugin == "simulated-v8").expect("its device");
+            let nic = nics.iter().find(|n| n.plugin == name).expect("its device");
             assert_eq!((nic.name.as_str(), nic.speed_mbps, nic.ptr_support), ("ib0", 400_000, 3));
             assert_eq!(nic.pci_path.as_deref(), Some("/sys/devices/pci0000:00/0000:00:05.0"));
-            assert!(engine.plugin().traits.shared_registrations, "registrations are global");
+            assert_eq!(engine.plugin().traits.shared_registrations, version >= 8, "registrations are global");
         }
         "chunks" => moves(&|| Config::from_env().expect("configuration")),
         "chunk_setting" => moves(&|| Config::from_env_with(&[("UCCL_TCPX_CHUNK_BYTES", "4M")]).expect("configuration")),

@@ -79,6 +79,18 @@ fn configuration(rng: &mut Rng) -> Vec<(&'static str, String)> {
         Ok(path) if rng.below(3) == 0 => all.push(("UCCL_TCPX_PLUGIN_PATH", path)),
         _ => {}
     }
+    // The strict foreign plugin, as TCPX or as TCPXO, which end the process at a breach of their contract.
+    match std::env::var("UCCL_SOAK_FOREIGN") {
+        Ok(path) if rng.below(3) == 0 => {
+            let set = [("UCCL_TCPX_EMULATE_DEVICE", "1"), ("UCCL_P2P_DISABLE_IPC", "1"), ("UCCL_TCPX_PLUGIN_PATH", &path)];
+            let quick = [("STRICT_FOREIGN_CONNECT_MS", "1"), ("STRICT_FOREIGN_ACCEPT_MS", "2")];
+            let contract = ("STRICT_FOREIGN_CONTRACT", *rng.pick(&["tcpx", "tcpxo"]));
+            let given = set.into_iter().chain(quick).chain([contract]);
+            all.retain(|(name, _)| !set.iter().any(|(given, _)| given == name));
+            all.extend(given.map(|(name, value)| (name, value.to_owned())));
+        }
+        _ => {}
+    }
     all
 }
 

@@ -76,6 +76,20 @@ impl Gpu {
         bytes
     }
 
+    /// Writes bytes to a device address.
+    pub(crate) fn put(&self, at: usize, bytes: &[u8]) {
+        let queue = lock(&self.queue);
+        let host = queue.stage.mapped().host;
+        for (i, part) in bytes.chunks(STAGE).enumerate() {
+            // SAFETY: registered memory of this GPU; the stage holds that many bytes and `finish` waits for the copy.
+            unsafe {
+                std::ptr::copy_nonoverlapping(part.as_ptr(), host, part.len());
+                must("a receive", queue.stream.host_to_device((at + i * STAGE) as u64, host, part.len()));
+                must("a receive", queue.stream.finish(LIMIT));
+            }
+        }
+    }
+
     /// Queues copies from pinned memory and waits for them.
     ///
     /// # Safety

@@ -1,7 +1,8 @@
 //! A plugin for tests that behaves towards its caller like GPUDirect-TCPX, and ends the process where that would crash, corrupt data
 //! or hang. It exports only `ncclNetPlugin_v7`, with Google's table name. Device memory is simulated by host memory, and so are the
-//! bounce buffers.
+//! bounce buffers. With `STRICT_FOREIGN_CONTRACT=tcpxo` it keeps the contract of GPUDirect-TCPXO in its place.
 //!
+//! - `tcpxo`: the second contract; everything else is of the first, or of both
 //! - `rules`: violations, the one-thread rule of set-up, settings and counters
 //! - `setup`: listen, connect and accept, with their own threads
 //! - `memory`: registrations, and the receive memory that comms share
@@ -21,13 +22,13 @@ mod logger;
 mod memory;
 pub mod rules;
 mod setup;
+pub mod tcpxo;
 
 use nccl_net_abi::ncclNet_v7;
+use std::cell::UnsafeCell;
 
-/// The plugin table, v7.
-#[no_mangle]
-#[allow(non_upper_case_globals)]
-pub static ncclNetPlugin_v7: ncclNet_v7 = ncclNet_v7 {
+/// The plugin table of the first contract, v7.
+pub static TCPX: ncclNet_v7 = ncclNet_v7 {
     name: c"GPUDirectTCPX_v7".as_ptr(),
     init: Some(abi::init),
     devices: Some(abi::devices),
@@ -48,3 +49,25 @@ pub static ncclNetPlugin_v7: ncclNet_v7 = ncclNet_v7 {
     getDeviceMr: None,
     irecvConsumed: Some(abi::consumed),
 };
+
+/// A table that is decided when the library is loaded.
+#[repr(transparent)]
+pub struct Exported(UnsafeCell<ncclNet_v7>);
+// SAFETY: written by the loader's thread alone, before any other can read it.
+unsafe impl Sync for Exported {}
+
+/// The plugin table, v7, of the contract that `STRICT_FOREIGN_CONTRACT` names.
+#[no_mangle]
+#[allow(non_upper_case_globals)]
+pub static ncclNetPlugin_v7: Exported = Exported(UnsafeCell::new(ncclNet_v7 { ..TCPX }));
+
+#[used]
+#[link_section = ".init_array"]
+static AT_LOAD: extern "C" fn() = choose;
+
+extern "C" fn choose() {
+    if rules::text("STRICT_FOREIGN_CONTRACT").is_some_and(|contract| contract == "tcpxo") {
+        // SAFETY: the library is being loaded.
+        unsafe { *ncclNetPlugin_v7.0.get() = tcpxo::TABLE };
+    }
+}

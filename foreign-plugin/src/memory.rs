@@ -26,7 +26,7 @@ pub(crate) struct Mr {
 static LIVE: Mutex<Option<HashMap<usize, Mr>>> = Mutex::new(None);
 
 /// Whether every page of a range is mapped.
-fn mapped(base: usize, size: usize) -> bool {
+pub(crate) fn mapped(base: usize, size: usize) -> bool {
     let mut state = vec![0u8; size.div_ceil(PAGE)];
     // SAFETY: the array has an entry for each page; addresses that are not mapped give ENOMEM.
     unsafe { libc::mincore(base as *mut _, size, state.as_mut_ptr()) == 0 }

@@ -108,11 +108,13 @@ pub(crate) struct Settings {
     pub cuda: bool,
     /// `STRICT_FOREIGN_LATE=1`: the kernel sends from the memory of a send until the peer has acknowledged it, as with TCPX.
     pub late: bool,
+    /// `STRICT_FOREIGN_MANAGER=none`: there is no receive manager, for which TCPXO ends the process at its init.
+    pub manager_missing: bool,
     /// `STRICT_FOREIGN_UNLOCKED=1`: set-up calls of several threads race instead of ending the process.
     pub unlocked: bool,
 }
 
-fn text(name: &str) -> Option<String> {
+pub(crate) fn text(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|v| !v.is_empty())
 }
 
@@ -156,6 +158,7 @@ pub(crate) fn settings() -> &'static Settings {
             lenient: text("STRICT_FOREIGN_LENIENT").is_some(),
             cuda: text("STRICT_FOREIGN_CUDA").is_some(),
             late: text("STRICT_FOREIGN_LATE").is_some(),
+            manager_missing: text("STRICT_FOREIGN_MANAGER").is_some_and(|word| word == "none"),
             unlocked: text("STRICT_FOREIGN_UNLOCKED").is_some(),
         }
     })

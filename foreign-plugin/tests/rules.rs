@@ -2,8 +2,8 @@
 
 use nccl_net_abi::*;
 use nccl_net_strict_foreign::flows::reset_connections;
-use nccl_net_strict_foreign::ncclNetPlugin_v7 as NET;
 use nccl_net_strict_foreign::rules::counters;
+use nccl_net_strict_foreign::TCPX as NET;
 use std::ffi::{c_char, c_int, c_ulong, c_void};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Output};

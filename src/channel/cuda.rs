@@ -1,4 +1,4 @@
-//! GPU memory through CUDA: the unpack and pack jobs of a round are launched together, and completion is read from mapped memory.
+//! GPU memory through CUDA: the copies of a round are launched together, and completion is read from mapped memory.
 //! Knows jobs and places, nothing of connections and plugins.
 
 use super::device::{DeviceCopier, StagingMemory, Ticket, View};
@@ -29,6 +29,7 @@ struct Queued {
 enum Kind {
     Unpack { meta: MappedPtr, slot: usize, bounce: u64, read_count: bool },
     Pack { staging: u64 },
+    Scatter { staging: u64 },
 }
 
 impl Queued {
@@ -38,6 +39,7 @@ impl Queued {
                 Job::unpack(meta, slot, bounce, self.len, &self.segments, read_count)
             }
             Kind::Pack { staging } => Job::gather(&self.segments, staging, self.len),
+            Kind::Scatter { staging } => Job::scatter(staging, &self.segments, self.len),
         }
     }
 }
@@ -121,7 +123,7 @@ impl Jobs {
             let n = self.next_batch();
             let jobs: Vec<Job<'_>> = self.queued[..n].iter().map(Queued::job).collect();
             let launcher = self.turn % self.launchers.len();
-            // SAFETY: the caller of `unpack` or `pack` keeps the jobs' memory until they are done.
+            // SAFETY: the caller of `unpack`, `pack` or `scatter` keeps the jobs' memory until they are done.
             let Some(launched) = (unsafe { self.launchers[launcher].submit(&jobs) })? else { return Ok(()) };
             drop(jobs);
             self.turn += 1;
@@ -347,6 +349,14 @@ impl DeviceCopier for CudaDevice {
         let kind = Kind::Pack { staging: staging as u64 };
         let job = self.units[unit].packing.queue(Queued { kind, segments: segments(parts), len })?;
         Ok(Ticket::Job { unit, pack: true, job })
+    }
+
+    unsafe fn scatter(&mut self, staging: *const u8, parts: &[Part], place: Place) -> Result<Ticket> {
+        let len = parts.iter().map(|p| p.len).sum();
+        let unit = self.index(place)?;
+        let kind = Kind::Scatter { staging: staging as u64 };
+        let job = self.units[unit].unpacking.queue(Queued { kind, segments: segments(parts), len })?;
+        Ok(Ticket::Job { unit, pack: false, job })
     }
 
     fn flush(&mut self) -> Result<()> {

@@ -15,7 +15,7 @@ pub(crate) enum Ticket {
     Job {
         /// Index of the GPU among those of the copier.
         unit: usize,
-        /// Packing; otherwise unpacking. Each kind completes in its own order.
+        /// Packing; otherwise unpacking or scattering. Each kind completes in its own order.
         pack: bool,
         /// Its number among the jobs of its kind.
         job: u64,
@@ -68,6 +68,12 @@ pub(crate) trait DeviceCopier: Send {
     /// # Safety
     /// `parts` lie in registered memory of `place`, `staging` holds their sum, and both stay until the job is done.
     unsafe fn pack(&mut self, parts: &[Part], staging: *mut u8, place: Place) -> Result<Ticket>;
+
+    /// Copies what `staging`, memory of [`DeviceCopier::staging`], holds to `parts`. Starts at the next `flush`.
+    ///
+    /// # Safety
+    /// As [`DeviceCopier::pack`], the other way.
+    unsafe fn scatter(&mut self, staging: *const u8, parts: &[Part], place: Place) -> Result<Ticket>;
 
     /// Starts the jobs submitted since the last flush.
     fn flush(&mut self) -> Result<()>;
@@ -156,6 +162,12 @@ impl DeviceCopier for EmulatedDevice {
     unsafe fn pack(&mut self, parts: &[Part], staging: *mut u8, _place: Place) -> Result<Ticket> {
         // SAFETY: by the caller's contract.
         unsafe { gather(parts, staging) };
+        Ok(Ticket::Done)
+    }
+
+    unsafe fn scatter(&mut self, staging: *const u8, parts: &[Part], _place: Place) -> Result<Ticket> {
+        // SAFETY: by the caller's contract.
+        unsafe { spread(staging, parts) };
         Ok(Ticket::Done)
     }
 

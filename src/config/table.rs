@@ -43,8 +43,8 @@ macro_rules! table {
 }
 
 table! {
-    PLUGIN = var("UCCL_TCPX_PLUGIN", Kind::Word(&["auto", "tcpx", "soft"]), "auto", "Network plugin: auto (GPUDirect-TCPX if its library is found and works, else soft), tcpx (fail without it), soft.");
-    TRANSPORT = var("UCCL_P2P_TRANSPORT", Kind::Text, "unset", "UCCL's transport variable. tcpx means UCCL_TCPX_PLUGIN=auto: GPUDirect-TCPX if it is installed, else ordinary TCP with a warning. tcp means soft; other values are ignored. UCCL_TCPX_PLUGIN takes precedence.");
+    PLUGIN = var("UCCL_TCPX_PLUGIN", Kind::Word(&["auto", "tcpx", "tcpxo", "soft"]), "auto", "Network plugin: auto (GPUDirect-TCPXO where its receive manager runs, else GPUDirect-TCPX, if the library is found and works, else soft), tcpx and tcpxo (fail without it), soft.");
+    TRANSPORT = var("UCCL_P2P_TRANSPORT", Kind::Text, "unset", "UCCL's transport variable. tcpx means UCCL_TCPX_PLUGIN=auto: GPUDirect-TCPX or GPUDirect-TCPXO if it is installed, else ordinary TCP with a warning. tcp means soft; other values are ignored. UCCL_TCPX_PLUGIN takes precedence.");
     PLUGIN_PATH = var("UCCL_TCPX_PLUGIN_PATH", Kind::Text, "unset", "Path of the plugin's shared object, loaded in place of the standard ones. It may be any plugin.");
     NUM_CHANNELS = var("UCCL_TCPX_NUM_CHANNELS", Kind::Number(1, 64), "by cores and NICs", "Channels of a connection. Default: the number of cores up to 8; from 16 cores half of them, up to 16; at least one per NIC. Over GPUDirect-TCPX: 2 to 4 per NIC that serves the GPU. The smaller of the two engines' values applies.");
     CHUNK_BYTES = var("UCCL_TCPX_CHUNK_BYTES", Kind::Number(4096, super::MAX_CHUNK_BYTES as u64), "524288", "Largest message on a channel, bytes; at most NCCL_DYNAMIC_CHUNK_SIZE. Foreign plugins take at most 512 KiB; the software plugin's limit follows the value in the environment when it starts. The smaller of the two engines' values applies.");

@@ -2,7 +2,7 @@
 //! are consumed in order, a listen comm accepts once, and memory that the plugin keeps pointers to does not move. Callers cannot
 //! break these rules. Set-up, registration and close run with the comm's GPU current.
 
-use super::plugin::{CommKind, Plugin};
+use super::plugin::{Buffer, CommKind, Plugin};
 use super::registrations::{piece, Registrar, Registration};
 use super::secure::{Guard, HalfKeys};
 use super::signals::Quiet;
@@ -607,11 +607,21 @@ pub(crate) struct Done {
     pub len: Option<usize>,
 }
 
+/// A receive that was posted.
+struct PostedRecv {
+    request: *mut c_void,
+    slot: usize,
+    /// Its memory, if the plugin writes there: it is flushed once the receive is done.
+    flush: Option<Buffer>,
+    /// The receive is done, with this result, and the request is that of the flush.
+    done: Option<Done>,
+}
+
 /// The receiving half of a channel.
 pub(crate) struct RecvComm {
     raw: RawComm,
     dev_handle: Pinned<ncclNetDeviceHandle_v7>,
-    posted: VecDeque<(*mut c_void, usize)>,
+    posted: VecDeque<PostedRecv>,
     finished: VecDeque<*mut c_void>,
     next_slot: usize,
 }
@@ -662,13 +672,13 @@ impl RecvComm {
     /// Posts one receive. `false`: try again.
     ///
     /// # Safety
-    /// For a host mhandle `[data, data + len)` stays writable and unread until the receive is done or the comm closed. For a CUDA
-    /// mhandle the plugin does not touch the destination.
+    /// `[data, data + len)` stays writable and unread until the receive is done or the registration is dropped. For a CUDA mhandle a
+    /// plugin that does not deliver never touches it.
     pub(crate) unsafe fn recv(&mut self, data: *mut c_void, len: usize, tag: c_int, mhandle: MHandle) -> Result<bool> {
         self.admit(len)?;
         // SAFETY: by the caller's contract; the window was checked.
         let request = unsafe { self.raw.plugin.irecv(self.raw.comm, data, len, tag, mhandle) }?;
-        Ok(self.accepted(request))
+        Ok(self.accepted(request, self.raw.plugin.traits.delivers.then_some(Buffer { data, len, mhandle })))
     }
 
     /// Posts one receive scattered to host memory. Only with the extension.
@@ -679,7 +689,7 @@ impl RecvComm {
         self.admit(len)?;
         // SAFETY: by the caller's contract; the window was checked.
         let request = unsafe { self.raw.plugin.irecvv(self.raw.comm, iov, tag) }?;
-        Ok(self.accepted(request))
+        Ok(self.accepted(request, None))
     }
 
     fn admit(&self, len: usize) -> Result<()> {
@@ -689,11 +699,11 @@ impl RecvComm {
         Ok(())
     }
 
-    fn accepted(&mut self, request: *mut c_void) -> bool {
+    fn accepted(&mut self, request: *mut c_void, flush: Option<Buffer>) -> bool {
         if request.is_null() {
             return false;
         }
-        self.posted.push_back((request, self.next_slot));
+        self.posted.push_back(PostedRecv { request, slot: self.next_slot, flush, done: None });
         self.next_slot = (self.next_slot + 1) % MAX_REQUESTS;
         true
     }
@@ -701,12 +711,21 @@ impl RecvComm {
     /// Tests the oldest unfinished receive. When done, returns its slot of the meta queue; its window slot stays taken until
     /// [`RecvComm::consume_oldest`].
     pub(crate) fn test_oldest(&mut self) -> Result<Option<Done>> {
-        let Some(&(request, slot)) = self.posted.front() else { return Ok(None) };
-        // SAFETY: the front is the oldest unfinished request.
-        let Some(len) = (unsafe { self.raw.plugin.test(request) })? else { return Ok(None) };
+        let Some(oldest) = self.posted.front_mut() else { return Ok(None) };
+        // SAFETY: the front is the oldest unfinished request, or that of its flush.
+        let Some(len) = (unsafe { self.raw.plugin.test(oldest.request) })? else { return Ok(None) };
+        let (done, received) = (oldest.done.unwrap_or(Done { slot: oldest.slot, len }), oldest.request);
+        if let Some(buffer) = oldest.flush.take() {
+            // SAFETY: the receive is done, and its memory untouched.
+            let request = unsafe { self.raw.plugin.flush(self.raw.comm, &buffer) }?;
+            if !request.is_null() {
+                (oldest.request, oldest.done) = (request, Some(done));
+                return Ok(None);
+            }
+        }
         self.posted.pop_front();
-        self.finished.push_back(request);
-        Ok(Some(Done { slot, len }))
+        self.finished.push_back(received);
+        Ok(Some(done))
     }
 
     /// Returns the oldest finished receive to the plugin. Its bounce memory must not be read afterwards.

@@ -1,5 +1,5 @@
-//! The 128-byte handle of a listen comm: which of the peer's bytes the plugin sees, and the address inside. TCPX keeps pointers
-//! and an index in handles, so the plugin sees as few of the peer's bytes as possible.
+//! The 128-byte handle of a listen comm: which of the peer's bytes the plugin sees, and the address inside. TCPX and TCPXO keep
+//! pointers in handles, so the plugin sees as few of the peer's bytes as possible.
 
 use super::traits::HandleCheck;
 use crate::status::{bail, Result};
@@ -17,6 +17,19 @@ const THREADS_AT: usize = 40;
 const REDIRECT_AT: usize = 44;
 const CONTROL_AT: usize = 48;
 
+/// A TCPXO handle: the version of its layout, the number of the GPU, a socket address that is not used, an address as text, ports,
+/// the state of a connect, and a pointer to its comm.
+mod tcpxo {
+    use std::ops::Range;
+
+    pub const VERSION: usize = 0;
+    pub const GPU: usize = 1;
+    pub const ADDRESS: Range<usize> = 32..72;
+    pub const PORTS: Range<usize> = 72..88;
+    pub const STATE: usize = 88;
+    pub const END: usize = 104;
+}
+
 fn word(handle: &Handle, at: usize) -> [u8; 4] {
     handle[at..].first_chunk().copied().unwrap_or_default()
 }
@@ -31,6 +44,7 @@ pub(super) fn admit(how: HandleCheck, own: &Handle, peer: &Handle) -> Result<Han
     match how {
         HandleCheck::Own => Ok(*peer),
         HandleCheck::Tcpx => admit_tcpx(own, peer),
+        HandleCheck::Tcpxo => admit_tcpxo(own, peer),
         HandleCheck::Tail => {
             let used = own.iter().rposition(|&b| b != 0).map_or(0, |last| last + 1).next_multiple_of(16);
             fresh_from(used, peer)?;
@@ -78,6 +92,32 @@ fn admit_tcpx(own: &Handle, peer: &Handle) -> Result<Handle> {
     Ok(admitted)
 }
 
+/// Takes the GPU's number, the address and the ports from the peer and everything else from `own`. The state is that of a new handle:
+/// in any other the plugin follows the pointer behind it. What no value was written to is uninitialised memory.
+fn admit_tcpxo(own: &Handle, peer: &Handle) -> Result<Handle> {
+    if own[tcpxo::VERSION] != peer[tcpxo::VERSION] {
+        let [ours, theirs] = [own, peer].map(|handle| handle[tcpxo::VERSION]);
+        bail!(Protocol, "the peer's plugin makes handles of version {theirs}, ours of version {ours}");
+    }
+    if own[tcpxo::STATE] != 0 || peer[tcpxo::STATE] != 0 {
+        bail!(Protocol, "the peer's handle is not a new one: its state is {}", peer[tcpxo::STATE]);
+    }
+    let Some(ip) = text_address(peer) else { bail!(Protocol, "the peer's handle has no address") };
+    let mut admitted = *own;
+    admitted[tcpxo::GPU] = peer[tcpxo::GPU];
+    admitted[tcpxo::PORTS].copy_from_slice(&peer[tcpxo::PORTS]);
+    admitted[tcpxo::ADDRESS].fill(0);
+    let text = ip.to_string();
+    admitted[tcpxo::ADDRESS][..text.len()].copy_from_slice(text.as_bytes());
+    admitted[tcpxo::STATE..tcpxo::END].fill(0);
+    Ok(admitted)
+}
+
+/// The address in a TCPXO handle.
+fn text_address(handle: &Handle) -> Option<IpAddr> {
+    std::ffi::CStr::from_bytes_until_nul(&handle[tcpxo::ADDRESS]).ok()?.to_str().ok()?.parse().ok()
+}
+
 /// The data address of a handle, if its layout is known.
 pub(super) fn address(how: HandleCheck, handle: &Handle) -> Option<SocketAddr> {
     addresses(how, handle).next()
@@ -87,7 +127,7 @@ pub(super) fn address(how: HandleCheck, handle: &Handle) -> Option<SocketAddr> {
 pub(super) fn data_sockets(how: HandleCheck, own: &Handle) -> usize {
     match how {
         HandleCheck::Tcpx => u32::from_ne_bytes(word(own, SOCKETS_AT)) as usize,
-        HandleCheck::Own | HandleCheck::Tail => 0,
+        HandleCheck::Own | HandleCheck::Tcpxo | HandleCheck::Tail => 0,
     }
 }
 
@@ -96,6 +136,10 @@ pub(super) fn addresses(how: HandleCheck, handle: &Handle) -> impl Iterator<Item
     let both = match how {
         HandleCheck::Own => [soft_plugin::address_of(handle), None],
         HandleCheck::Tcpx => [0, CONTROL_AT].map(|at| address_at(handle, at)),
+        HandleCheck::Tcpxo => {
+            let [low, high] = [handle[tcpxo::PORTS.start], handle[tcpxo::PORTS.start + 1]];
+            [text_address(handle).map(|ip| SocketAddr::new(ip, u16::from_ne_bytes([low, high]))), None]
+        }
         HandleCheck::Tail => [None, None],
     };
     both.into_iter().flatten()
@@ -170,6 +214,44 @@ mod tests {
         assert_eq!(admit(HandleCheck::Tcpx, &own, &peer), Ok(peer));
         peer[80] = 1;
         assert!(admit(HandleCheck::Tcpx, &own, &peer).is_err());
+    }
+
+    /// A new handle of TCPXO, with litter where no value was written to.
+    fn fresh_tcpxo(ip: &str, gpu: u8, litter: u8) -> Handle {
+        let mut handle = [litter; NCCL_NET_HANDLE_MAXSIZE];
+        (handle[0], handle[1], handle[88]) = (1, gpu, 0);
+        handle[32..32 + ip.len()].copy_from_slice(ip.as_bytes());
+        handle[32 + ip.len()] = 0;
+        handle[72..76].copy_from_slice(&[0x34, 0x12, 0x78, 0x56]);
+        handle[96..].fill(0);
+        handle
+    }
+
+    #[test]
+    fn of_tcpxo_no_pointer_and_no_litter_come_from_the_peer() {
+        let own = fresh_tcpxo("10.0.0.5", 3, 0xAA);
+        let peer = fresh_tcpxo("10.128.3.10", 5, 0xBB);
+        let admitted = admit(HandleCheck::Tcpxo, &own, &peer).unwrap();
+        assert_eq!((admitted[0], admitted[1], &admitted[4..32]), (1, 5, &own[4..32]));
+        assert_eq!((&admitted[32..44], &admitted[43..72]), (&b"10.128.3.10\0"[..], &[0; 29][..]));
+        assert_eq!((&admitted[72..88], &admitted[88..]), (&peer[72..88], &[0; 40][..]));
+        let port = u16::from_ne_bytes([0x34, 0x12]);
+        assert_eq!(address(HandleCheck::Tcpxo, &peer), Some(SocketAddr::new([10, 128, 3, 10].into(), port)));
+        // Bytes that decide what the plugin follows are refused.
+        for (at, byte) in [(0, 2), (88, 1), (88, 3), (32, b'x'), (32, 0)] {
+            let mut bad = peer;
+            bad[at] = byte;
+            assert!(admit(HandleCheck::Tcpxo, &own, &bad).is_err(), "byte {at}");
+        }
+        let mut endless = peer;
+        endless[32..72].fill(b'1');
+        assert!(admit(HandleCheck::Tcpxo, &own, &endless).is_err());
+        // A pointer never passes, whatever the state says.
+        for at in 89..128 {
+            let mut odd = peer;
+            odd[at] ^= 0x80;
+            assert_eq!(admit(HandleCheck::Tcpxo, &own, &odd), Ok(admitted), "byte {at}");
+        }
     }
 
     #[test]

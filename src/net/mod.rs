@@ -4,6 +4,7 @@
 
 mod abandoned_connects;
 pub(crate) mod comm;
+pub mod device;
 mod handle;
 pub(crate) mod links;
 pub(crate) mod pairing;
@@ -17,6 +18,7 @@ pub(crate) mod setup;
 pub(crate) mod signals;
 mod sockets;
 mod table;
+mod tcpxo;
 #[cfg(test)]
 mod tests;
 pub(crate) mod topology;

@@ -1,7 +1,7 @@
 //! Which NICs serve a GPU, how many channels they get, and which NIC is paired with which of the peer's. Pure functions that give
 //! both engines the same results. Knows no plugin.
 
-use super::plugin::Device;
+use super::device::Device;
 use std::collections::BTreeMap;
 
 /// Components that two PCI paths share from the root: more means closer.
@@ -18,6 +18,24 @@ pub(crate) fn closest(devices: &[Device], gpu_pci_path: Option<&str>) -> Vec<usi
     };
     let most = devices.iter().map(depth).max().unwrap_or(0);
     (0..devices.len()).filter(|&i| depth(&devices[i]) == most).collect()
+}
+
+/// The devices of a GPU: the closest ones. Where a switch has several, they and its GPUs, given as directories under /sys, are paired in
+/// the order of their addresses, as Google's receive managers do.
+pub(crate) fn own(devices: &[Device], gpu_pci_path: Option<&str>, gpus: &[String]) -> Vec<usize> {
+    let mut near = closest(devices, gpu_pci_path);
+    let (Some(gpu), [first, _, ..]) = (gpu_pci_path, &near[..]) else { return near };
+    let Some(nic) = devices[*first].pci_path.as_deref() else { return near };
+    let depth = shared_depth(gpu, nic);
+    let address = |path: &str| path.rsplit('/').next().unwrap_or_default().to_owned();
+    let mut beside: Vec<&String> = gpus.iter().filter(|other| shared_depth(other, nic) == depth).collect();
+    beside.sort_by_key(|other| address(other));
+    near.sort_by_key(|&i| devices[i].pci_path.as_deref().map(address));
+    let (number, gpus_of_a_nic) = (beside.iter().position(|other| *other == gpu), beside.len() / near.len());
+    match number.filter(|_| gpus_of_a_nic > 0).and_then(|number| near.get(number / gpus_of_a_nic)) {
+        Some(&own) => vec![own],
+        None => near,
+    }
 }
 
 /// Channels of a NIC pair by default if the plugin keeps a core busy for each: 2 to 4.
@@ -119,6 +137,21 @@ mod tests {
         assert_eq!(closest(&nics, Some(&format!("{}/0000:05:00.0", path(5)))), [1]);
         let unknown = [device("a", ""), device("b", "")];
         assert_eq!(closest(&unknown, Some(&path(5))), [0, 1]);
+    }
+
+    #[test]
+    fn gpus_and_nics_of_a_switch_are_paired_in_order() {
+        let at = |switch: usize, port: usize| format!("/sys/devices/pci0000:80/0000:8{switch}:00.0/0000:9{switch}:{port:02x}.0");
+        let gpus: Vec<String> = (0..2).flat_map(|switch| (0..2).map(move |port| at(switch, port))).collect();
+        // Not in the order of their addresses.
+        let nics = [device("b", &at(0, 9)), device("a", &at(0, 8)), device("d", &at(1, 9)), device("c", &at(1, 8))];
+        let of = |gpu: &String| own(&nics, Some(gpu), &gpus).iter().map(|&i| nics[i].name.as_str()).collect::<Vec<_>>();
+        assert_eq!(gpus.iter().map(of).collect::<Vec<_>>(), [["a"], ["b"], ["c"], ["d"]]);
+        // One NIC serves both GPUs of its switch, as on A3 machines with TCPX.
+        assert_eq!([0, 1].map(|gpu| own(&nics[..1], Some(&gpus[gpu]), &gpus)), [[0], [0]]);
+        // Where the GPU is not listed, or none is given, nothing is paired.
+        assert_eq!(own(&nics, Some(&gpus[0]), &[]), [1, 0]);
+        assert_eq!(own(&nics, None, &gpus).len(), 4);
     }
 
     #[test]

@@ -1,15 +1,17 @@
 //! Loading a NCCL net plugin and calling its table. A plugin is initialised once per process and never unloaded. All calls go
 //! through here, with the locks and the signal mask that the plugin's traits require; `comm` keeps the order of calls.
 
+pub use super::device::Device;
 use super::registrations::{MHandle, Registrar, Registrations};
-use super::search;
+use super::search::{self, Kind};
 use super::secure::{Guard, Secret};
 use super::signals::Quiet;
 use super::table::{Answer, Ext, NetTable, Properties};
-use super::traits::{is_tcpx, Traits};
+use super::tcpxo::Machine;
+use super::traits::{is_tcpx, is_tcpxo, DeviceTraits, Traits};
 use super::{within, Scope};
 use crate::config::{Config, PluginChoice};
-use crate::status::{bail, err, Result};
+use crate::status::{bail, err, ErrorKind, Result};
 use nccl_net_abi as abi;
 use nccl_net_abi::{ncclNetDeviceHandle_v7, ncclResult_t, ucclIoVec};
 use process::{Mutex, PerProcess};
@@ -18,8 +20,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Arc, Once};
 
-/// Folders and file names searched for GPUDirect-TCPX, in order; LD_LIBRARY_PATH follows.
-pub const TCPX_PLACES: ([&str; 3], [&str; 2]) = (search::TCPX_DIRS, search::TCPX_FILES);
+/// Folders and file names searched for GPUDirect-TCPX and GPUDirect-TCPXO, in order; LD_LIBRARY_PATH follows.
+pub const PLACES: [(&[&str], &[&str]); 2] = [(search::TCPX.dirs, search::TCPX.files), (search::TCPXO.dirs, search::TCPXO.files)];
 
 /// Largest message of a foreign plugin. A larger one could need more fragments than TCPX has room for, and TCPX would end the
 /// process.
@@ -34,21 +36,6 @@ const DEFAULT_LIMIT: usize = 512 << 10;
 /// The variable that limits the messages of TCPX.
 const CHUNK_VARIABLE: &CStr = c"NCCL_DYNAMIC_CHUNK_SIZE";
 
-/// A device of a plugin.
-#[derive(Clone, Debug)]
-pub struct Device {
-    /// Name, as the plugin gives it.
-    pub name: String,
-    /// Directory of the PCI device under /sys, if it is one.
-    pub pci_path: Option<String>,
-    /// Mbit/s; 0 if unknown.
-    pub speed_mbps: i32,
-    /// Or of NCCL_PTR_HOST (1), NCCL_PTR_CUDA (2), NCCL_PTR_DMABUF (4).
-    pub ptr_support: i32,
-    /// Received CUDA memory must be unpacked from a bounce buffer.
-    pub unpack: bool,
-}
-
 /// A loaded and initialised plugin.
 pub struct Plugin {
     table: &'static dyn NetTable,
@@ -57,7 +44,7 @@ pub struct Plugin {
     pub name: String,
     /// The file it was loaded from; `None` for the built-in software plugin.
     pub path: Option<PathBuf>,
-    /// Version of the table, 7 or 8.
+    /// Version of the table, 7 to 12.
     pub abi_version: u32,
     /// Its devices.
     pub devices: Vec<Device>,
@@ -81,7 +68,7 @@ fn check(plugin: &str, call: &str, result: ncclResult_t) -> Result<()> {
         _ => "unknown error",
     };
     // Once a comm is up, a plugin reports a lost peer as a system or remote error of a request.
-    let asks_a_comm = matches!(call, "test" | "isend" | "irecv" | "irecvConsumed" | "progress");
+    let asks_a_comm = matches!(call, "test" | "isend" | "irecv" | "iflush" | "irecvConsumed" | "progress");
     if asks_a_comm && matches!(result, abi::NCCL_SYSTEM_ERROR | abi::NCCL_REMOTE_ERROR) {
         return Err(err!(RemoteDisconnect, "plugin {plugin}: {call} returned {result} ({why})"));
     }
@@ -121,32 +108,52 @@ impl Plugin {
             if !path.exists() {
                 bail!(PluginLoad, "UCCL_TCPX_PLUGIN_PATH={} does not exist", path.display());
             }
-            return Plugin::load(path, config, gpu);
+            return Plugin::load(path, None, config, gpu);
         }
         if config.plugin == PluginChoice::Soft {
             return Plugin::soft();
         }
-        let dirs = search::TCPX_DIRS.map(Path::new);
+        let (machine, must) = (Machine::here(), config.plugin != PluginChoice::Auto);
+        let wanted: &[&Kind] = match config.plugin {
+            PluginChoice::Tcpx => &[&search::TCPX],
+            PluginChoice::Tcpxo => &[&search::TCPXO],
+            // Where both are installed the machine decides.
+            _ if machine.has_manager() => &[&search::TCPXO, &search::TCPX],
+            _ => &[&search::TCPX],
+        };
         let library_path = std::env::var("LD_LIBRARY_PATH").ok();
-        let must = config.plugin == PluginChoice::Tcpx;
-        let load = |path: &Path| Plugin::load(path, config, gpu);
-        match first_usable(&search::candidates(&dirs, library_path.as_deref()), must, load)? {
-            Some(plugin) => Ok(plugin),
-            None if must => bail!(
+        for kind in wanted {
+            let load = |path: &Path| Plugin::load(path, Some(kind), config, gpu);
+            if let Some(plugin) = first_usable(kind, &kind.candidates(library_path.as_deref()), must, load)? {
+                return Ok(plugin);
+            }
+        }
+        match wanted {
+            [kind] if must => bail!(
                 PluginLoad,
-                "UCCL_TCPX_PLUGIN=tcpx, but the GPUDirect-TCPX plugin is not installed: looked for {} in {} and LD_LIBRARY_PATH (set UCCL_TCPX_PLUGIN_PATH to name it, or UCCL_TCPX_PLUGIN=soft for ordinary TCP)",
-                search::TCPX_FILES.join(" and "),
-                search::TCPX_DIRS.join(", ")
+                "UCCL_TCPX_PLUGIN={}, but the {} plugin is not installed: looked for {} in {} and LD_LIBRARY_PATH (set UCCL_TCPX_PLUGIN_PATH to name it, or UCCL_TCPX_PLUGIN=soft for ordinary TCP)",
+                kind.word,
+                kind.title,
+                kind.files.join(" and "),
+                kind.dirs.join(", ")
             ),
-            None => {
-                warn_about_soft(config);
+            _ => {
+                warn_about_soft(config, &machine);
                 Plugin::soft()
             }
         }
     }
 
-    fn load(path: &Path, config: &Config, gpu: &dyn Fn() -> Result<Scope>) -> Result<Arc<Plugin>> {
-        load_once(Some(path), || {
+    /// Loads a plugin of any kind, or of the given one.
+    ///
+    /// # Errors
+    /// `Unsupported` where the file holds a plugin of another kind, which is then not initialised.
+    fn load(path: &Path, kind: Option<&Kind>, config: &Config, gpu: &dyn Fn() -> Result<Scope>) -> Result<Arc<Plugin>> {
+        let admit = |name: &str| match kind.filter(|kind| !(kind.is)(name)) {
+            Some(kind) => Err(err!(Unsupported, "{}: holds plugin {name}, which is not {}", path.display(), kind.title)),
+            None => Ok(()),
+        };
+        let plugin = load_once(Some(path), || {
             // SAFETY: loading runs the library's initialisers; the user chose the library, or put it where plugins are.
             let library = match process::without_fork(|| unsafe { libloading::Library::new(path) }) {
                 Ok(library) => library,
@@ -157,18 +164,25 @@ impl Plugin {
             // SAFETY: it is a NCCL net plugin; the library is never unloaded.
             let (table, ext) = unsafe { (super::table::find(library), Ext::find(library)) };
             let Some(table) = table else {
-                bail!(PluginLoad, "{}: exports neither ncclNetPlugin_v8 nor ncclNetPlugin_v7", path.display())
+                bail!(PluginLoad, "{}: exports no table of a NCCL net plugin (ncclNetPlugin_v7 to _v12)", path.display())
             };
             if ext.is_some() {
                 return Plugin::start(table, ext, Some(path.to_owned()), &None);
             }
+            admit(&table.name())?;
             if is_tcpx(&table.name()) {
                 crate::config::check_tcpx()?;
             }
             set_chunk_size(config);
-            // Google's plugin uses the current GPU from its init on.
-            Plugin::start(table, ext, Some(path.to_owned()), &gpu()?)
-        })
+            // Google's plugins use the current GPU from their init on.
+            let scope = gpu()?;
+            if is_tcpxo(&table.name()) && !config.emulate_device {
+                Machine::here().check(scope.as_ref().and_then(|gpu| gpu.address()).as_deref())?;
+            }
+            Plugin::start(table, ext, Some(path.to_owned()), &scope)
+        })?;
+        admit(&plugin.name)?;
+        Ok(plugin)
     }
 
     /// Largest message that its comms carry.
@@ -182,7 +196,7 @@ impl Plugin {
 
     fn start(table: &'static dyn NetTable, ext: Option<Ext>, path: Option<PathBuf>, scope: &Scope) -> Result<Plugin> {
         let name = table.name();
-        let traits = Traits::of(&name, ext.as_ref(), false, 0);
+        let traits = Traits::of(&name, ext.as_ref(), DeviceTraits::default());
         let mut plugin = Plugin {
             table,
             ext,
@@ -200,10 +214,9 @@ impl Plugin {
             // SAFETY: called once per process (load_once), first.
             plugin.set_up("init", || unsafe { table.init(logger) })
         })?;
-        let listed = plugin.list()?;
-        let ptr_support = listed.iter().fold(0, |all, p| all | p.ptr_support);
-        let global = !listed.is_empty() && listed.iter().all(|p| p.reg_is_global);
-        plugin.traits = Traits::of(&plugin.name, plugin.ext.as_ref(), global, ptr_support);
+        let listed = within(scope, || plugin.list())?;
+        plugin.traits = Traits::of(&plugin.name, plugin.ext.as_ref(), DeviceTraits::of(&listed));
+        plugin.limit = listed.iter().filter_map(|p| p.max_message).fold(plugin.limit, |limit, most| limit.min(most.get()));
         plugin.devices = listed.into_iter().enumerate().map(|(dev, p)| Device::new(dev, p)).collect();
         Ok(plugin)
     }
@@ -230,14 +243,13 @@ impl Plugin {
         Ok(self.list()?.into_iter().enumerate().map(|(dev, p)| Device::new(dev, p)).collect())
     }
 
-    /// "soft", "tcpx" or the table's name: both engines of a connection must have the same.
+    /// "soft", "tcpx", "tcpxo" or the table's name: both engines of a connection must have the same.
     pub fn wire_name(&self) -> &str {
-        if self.ext.is_some() {
-            "soft"
-        } else if is_tcpx(&self.name) {
-            "tcpx"
-        } else {
-            &self.name
+        match &self.name {
+            _ if self.ext.is_some() => "soft",
+            name if is_tcpx(name) => "tcpx",
+            name if is_tcpxo(name) => "tcpxo",
+            name => name,
         }
     }
 
@@ -277,26 +289,6 @@ impl Plugin {
     fn request(&self, name: &str, call: impl FnOnce() -> Answer) -> Result<()> {
         let _quiet = self.traits.raises_sigpipe.then(Quiet::begin);
         answered(&self.name, name, call())
-    }
-}
-
-impl Device {
-    /// Its speed as text.
-    pub fn speed(&self) -> String {
-        match self.speed_mbps {
-            mbps @ 1.. => format!("{mbps} Mbit/s"),
-            _ => "speed unknown".to_owned(),
-        }
-    }
-
-    fn new(dev: usize, p: Properties) -> Device {
-        Device {
-            name: p.name.unwrap_or_else(|| format!("dev{dev}")),
-            pci_path: p.pci_path,
-            speed_mbps: p.speed_mbps,
-            ptr_support: p.ptr_support,
-            unpack: p.device_type == abi::NCCL_NET_DEVICE_UNPACK,
-        }
     }
 }
 
@@ -447,7 +439,7 @@ impl Plugin {
     ) -> Result<*mut c_void> {
         let mut request = std::ptr::null_mut();
         // SAFETY: by the caller's contract.
-        self.request("isend", || unsafe { self.table.isend(comm, data, size as c_int, tag, mhandle, &mut request) })?;
+        self.request("isend", || unsafe { self.table.isend(comm, data, size, tag, mhandle, &mut request) })?;
         Ok(request)
     }
 
@@ -473,7 +465,7 @@ impl Plugin {
     ) -> Result<*mut c_void> {
         let mut request = std::ptr::null_mut();
         // SAFETY: by the caller's contract.
-        self.request("irecv", || unsafe { self.table.irecv(comm, data, size as c_int, tag, mhandle, &mut request) })?;
+        self.request("irecv", || unsafe { self.table.irecv(comm, data, size, tag, mhandle, &mut request) })?;
         Ok(request)
     }
 
@@ -505,6 +497,20 @@ impl Plugin {
         // Plugins without a device side have no such call, and nothing to consume.
         // SAFETY: by the caller's contract.
         self.request("irecvConsumed", || Some(unsafe { self.table.consumed(comm, request) }.unwrap_or(abi::NCCL_SUCCESS)))
+    }
+
+    /// Lets the GPU see a received message, as far as the plugin must do something for it: the request of that, or null.
+    ///
+    /// # Safety
+    /// As [`Plugin::irecv`], for a receive of `comm` that is done.
+    pub(super) unsafe fn flush(&self, comm: *mut c_void, posted: &Buffer) -> Result<*mut c_void> {
+        let mut request = std::ptr::null_mut();
+        let Buffer { data, len, mhandle } = *posted;
+        // SAFETY: by the caller's contract.
+        let call =
+            || Some(unsafe { self.table.flush(comm, data, len as c_int, mhandle, &mut request) }.unwrap_or(abi::NCCL_SUCCESS));
+        self.request("iflush", call)?;
+        Ok(request)
     }
 
     /// Sets a doorbell; `false` when the plugin has none.
@@ -605,6 +611,14 @@ impl Plugin {
     }
 }
 
+/// The registered memory of a posted receive.
+#[derive(Clone, Copy)]
+pub(super) struct Buffer {
+    pub data: *mut c_void,
+    pub len: usize,
+    pub mhandle: MHandle,
+}
+
 /// Which close function a comm needs.
 #[derive(Clone, Copy)]
 pub(super) enum CommKind {
@@ -633,37 +647,45 @@ fn load_once(path: Option<&Path>, load: impl FnOnce() -> Result<Plugin>) -> Resu
     Ok(plugin)
 }
 
-/// The first candidate that is GPUDirect-TCPX and starts. One that fails is an error if it `must` start, and otherwise skipped
+/// The first candidate that is a plugin of this kind and starts. One that fails is an error if it `must` start, and otherwise skipped
 /// with a warning.
 fn first_usable<P: std::ops::Deref<Target = Plugin>>(
+    kind: &Kind,
     candidates: &[PathBuf],
     must: bool,
     load: impl Fn(&Path) -> Result<P>,
 ) -> Result<Option<P>> {
     for path in candidates {
         match load(path) {
-            Ok(plugin) if is_tcpx(&plugin.name) && !plugin.devices.is_empty() => return Ok(Some(plugin)),
-            Ok(plugin) if is_tcpx(&plugin.name) => {
+            Ok(plugin) if !plugin.devices.is_empty() => return Ok(Some(plugin)),
+            Ok(_) => {
                 let what = format!("{}: the plugin found no network device", path.display());
                 if must {
-                    bail!(PluginLoad, "{what} (NCCL_GPUDIRECTTCPX_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)");
+                    bail!(PluginLoad, "{what} ({})", kind.interfaces);
                 }
                 log::warn!("{what}; it is left out");
             }
-            Ok(plugin) => log::info!("{}: holds plugin {}, which is not GPUDirect-TCPX", path.display(), plugin.name),
+            Err(e) if e.kind() == ErrorKind::Unsupported => log::info!("{e}"),
             Err(e) if must => {
-                bail!(PluginLoad, "UCCL_TCPX_PLUGIN=tcpx, but {e} (set UCCL_TCPX_PLUGIN_PATH to use another file)")
+                bail!(PluginLoad, "UCCL_TCPX_PLUGIN={}, but {e} (set UCCL_TCPX_PLUGIN_PATH to use another file)", kind.word)
             }
-            Err(e) => log::warn!("the TCPX plugin cannot be used and is left out: {e}"),
+            Err(e) => log::warn!("the {} plugin cannot be used and is left out: {e}", kind.title),
         }
     }
     Ok(None)
 }
 
-/// Warns once that ordinary TCP is used although TCPX may have been intended.
-fn warn_about_soft(config: &Config) {
+/// Warns once that ordinary TCP is used although a plugin of Google's may have been intended.
+fn warn_about_soft(config: &Config, machine: &Machine) {
     static ONCE: PerProcess<Once> = PerProcess::new(Once::new);
     ONCE.get().call_once(|| {
+        if machine.has_manager() {
+            log::warn!(
+                "the receive manager of GPUDirect-TCPXO runs on this host, but data goes over ordinary TCP: the plugin is not installed, or cannot be used ({} in the usual places; UCCL_TCPX_PLUGIN_PATH names it)",
+                search::TCPXO.files.join(" or ")
+            );
+            return;
+        }
         // The folder of Google's instructions, and the plugin's default.
         let prefix = std::env::var("NCCL_GPUDIRECTTCPX_UNIX_CLIENT_PREFIX");
         let managers = prefix.as_deref().map_or(vec!["/run/tcpx", "/tmp"], |prefix| vec![prefix]);
@@ -707,13 +729,12 @@ fn descriptors_left(n: usize) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::status::ErrorKind;
     use std::sync::atomic::AtomicBool;
 
     #[test]
     fn every_call_on_a_comm_reports_a_lost_peer() {
         let kind = |call, result| check("one", call, result).unwrap_err().kind();
-        for call in ["test", "isend", "irecv", "irecvConsumed", "progress"] {
+        for call in ["test", "isend", "irecv", "iflush", "irecvConsumed", "progress"] {
             for result in [abi::NCCL_SYSTEM_ERROR, abi::NCCL_REMOTE_ERROR] {
                 assert_eq!(kind(call, result), ErrorKind::RemoteDisconnect, "{call}");
             }

@@ -60,6 +60,18 @@ struct Key {
 struct Entry {
     mhandle: usize,
     users: usize,
+    /// Memory of the library that lasts as long as the registration.
+    kept: Kept,
+}
+
+/// What is dropped after a registration.
+type Kept = Vec<Box<dyn Send>>;
+
+/// A registration without users that no open comm could drop.
+struct Left {
+    dev: usize,
+    mhandle: usize,
+    _kept: Kept,
 }
 
 /// An open comm through which registrations of its NIC can be dropped.
@@ -73,8 +85,7 @@ struct Open {
 struct Table {
     entries: HashMap<Key, Entry>,
     open: Vec<Open>,
-    /// Registrations without users that no open comm could drop: NIC and mhandle.
-    left: Vec<(usize, usize)>,
+    left: Vec<Left>,
 }
 
 /// The registrations of a plugin.
@@ -92,6 +103,15 @@ impl Registration {
     /// The mhandle for requests.
     pub(crate) fn mhandle(&self) -> MHandle {
         self.mhandle as MHandle
+    }
+
+    /// Gives it the registered memory, which then lasts until the plugin has dropped the registration. Once the comm is closed, that
+    /// may be later than the end of this value.
+    pub(crate) fn keep(&self, memory: Box<dyn Send>) {
+        let mut table = self.plugin.registrations().0.lock();
+        if let Some(entry) = table.entries.get_mut(&self.key) {
+            entry.kept.push(memory);
+        }
     }
 }
 
@@ -135,7 +155,7 @@ impl Registrations {
         }
         // SAFETY: by the caller's contract.
         let mhandle = unsafe { plugin.reg_mr(comm, base as *mut c_void, len, kind) }? as usize;
-        table.entries.insert(key, Entry { mhandle, users: 1 });
+        table.entries.insert(key, Entry { mhandle, users: 1, kept: Kept::new() });
         Ok(Registration { plugin: plugin.clone(), key, mhandle })
     }
 
@@ -146,11 +166,10 @@ impl Registrations {
         if entry.users > 0 {
             return;
         }
-        let mhandle = entry.mhandle;
-        table.entries.remove(key);
+        let Some(Entry { mhandle, kept, .. }) = table.entries.remove(key) else { return };
         // Registrations that are tied to a comm ended when it was closed.
         if key.comm == 0 || table.open.iter().any(|o| o.comm == key.comm) {
-            table.left.push((key.dev, mhandle));
+            table.left.push(Left { dev: key.dev, mhandle, _kept: kept });
             table.settle(plugin, key.dev);
         }
     }
@@ -167,11 +186,11 @@ impl Table {
                 Ok(())
             })
         };
-        self.left.retain(|&(nic, mhandle)| {
-            if nic != dev {
+        self.left.retain(|left| {
+            if left.dev != dev {
                 return true;
             }
-            match drop_one(mhandle) {
+            match drop_one(left.mhandle) {
                 Ok(()) => false,
                 Err(e) => {
                     log::debug!("a registration with plugin {} waits: {e}", plugin.name());

@@ -35,7 +35,7 @@ fn serves_from(folder: &Path, gpu: Option<&str>) -> Result<()> {
     };
     for name in OF_GPU {
         let path = folder.join(format!("{name}{gpu}"));
-        if let Err(e) = knock(&path) {
+        if let Err(e) = SockAddr::unix(&path).and_then(|address| knock(&address)) {
             bail!(Plugin, "the receive manager does not serve GPU {gpu}: {}: {e} (see docs/tcpx.md)", path.display());
         }
     }
@@ -43,9 +43,9 @@ fn serves_from(folder: &Path, gpu: Option<&str>) -> Result<()> {
 }
 
 /// Connects to a socket without waiting, and closes it.
-fn knock(path: &Path) -> io::Result<()> {
+pub(super) fn knock(address: &SockAddr) -> io::Result<()> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking().cloexec(), None)?;
-    match socket.connect(&SockAddr::unix(path)?) {
+    match socket.connect(address) {
         // The backlog is full, so a process listens.
         Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(()),
         result => result,

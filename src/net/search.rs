@@ -1,19 +1,55 @@
-//! Where GPUDirect-TCPX may be installed, in search order, and signs that a host is prepared for it. Reads files only.
+//! Where Google's plugins may be installed, in search order, and signs that a host is prepared for TCPX. Reads files only.
 
+use super::traits::{is_tcpx, is_tcpxo};
 use std::path::{Path, PathBuf};
 
-/// Where Google's installers and container images put the plugin.
-pub const TCPX_DIRS: [&str; 3] = ["/usr/local/nvidia/lib64", "/usr/local/tcpx/lib64", "/var/lib/tcpx/lib64"];
+/// A plugin of Google's.
+pub(super) struct Kind {
+    /// The value of UCCL_TCPX_PLUGIN that asks for it, and its name.
+    pub word: &'static str,
+    pub title: &'static str,
+    /// Where Google's installers and container images put it.
+    pub dirs: &'static [&'static str],
+    /// Names of its file, the unambiguous one first.
+    pub files: &'static [&'static str],
+    /// Variables that name its interfaces.
+    pub interfaces: &'static str,
+    /// Whether a table's name is its own.
+    pub is: fn(&str) -> bool,
+}
 
-/// Names of the plugin's file, the unambiguous one first.
-pub const TCPX_FILES: [&str; 2] = ["libnccl-net-tcpx.so", "libnccl-net.so"];
+pub(super) const TCPX: Kind = Kind {
+    word: "tcpx",
+    title: "GPUDirect-TCPX",
+    dirs: &["/usr/local/nvidia/lib64", "/usr/local/tcpx/lib64", "/var/lib/tcpx/lib64"],
+    files: &["libnccl-net-tcpx.so", "libnccl-net.so"],
+    interfaces: "NCCL_GPUDIRECTTCPX_SOCKET_IFNAME, NCCL_SOCKET_IFNAME",
+    is: is_tcpx,
+};
 
-/// Existing files that may be the plugin: those of `dirs`, then those of the colon-separated `library_path`.
-pub(super) fn candidates(dirs: &[&Path], library_path: Option<&str>) -> Vec<PathBuf> {
+pub(super) const TCPXO: Kind = Kind {
+    word: "tcpxo",
+    title: "GPUDirect-TCPXO",
+    dirs: &["/usr/local/nvidia/lib64", "/var/lib/tcpxo/lib64", "/plugins"],
+    files: &["libnccl-net-tcpxo.so", "libnccl-net.so"],
+    interfaces: "NCCL_FASTRAK_IFNAME",
+    is: is_tcpxo,
+};
+
+impl Kind {
+    /// Existing files that may be it.
+    pub(super) fn candidates(&self, library_path: Option<&str>) -> Vec<PathBuf> {
+        let dirs: Vec<&Path> = self.dirs.iter().map(Path::new).collect();
+        candidates(&dirs, self.files, library_path)
+    }
+}
+
+/// Existing files of these names in `dirs`, then in the folders of the colon-separated `library_path`.
+fn candidates(dirs: &[&Path], files: &[&str], library_path: Option<&str>) -> Vec<PathBuf> {
     let more = library_path.unwrap_or_default().split(':').filter(|d| !d.is_empty()).map(Path::new);
     let mut found: Vec<PathBuf> = Vec::new();
     for dir in dirs.iter().copied().chain(more) {
-        for file in TCPX_FILES.map(|f| dir.join(f)) {
+        for file in files.iter().map(|f| dir.join(f)) {
             // A file under two names is tried once.
             let same = |other: &PathBuf| other == &file || (other.canonicalize().ok() == file.canonicalize().ok());
             if file.exists() && !found.iter().any(same) {
@@ -85,9 +121,9 @@ mod tests {
         std::os::unix::fs::symlink(s.0.join("c/libnccl-net.so"), s.0.join("c/libnccl-net-tcpx.so")).expect("link");
         let [a, b, c, none] = ["a", "b", "c", "none"].map(|d| s.0.join(d));
         let path = format!("::{}:{}", c.display(), none.display());
-        let found = candidates(&[&none, &b, &a], Some(&path));
+        let found = candidates(&[&none, &b, &a], TCPX.files, Some(&path));
         assert_eq!(found, [b.join("libnccl-net.so"), a.join("libnccl-net-tcpx.so"), c.join("libnccl-net-tcpx.so")]);
-        assert!(candidates(&[&none], None).is_empty());
+        assert!(candidates(&[&none], TCPX.files, None).is_empty());
     }
 
     #[test]

@@ -692,7 +692,7 @@ pub(crate) struct Nics {
 /// NICs are paired, a GPU uses those of its own PCIe switch, otherwise those of its NUMA node, nearest first.
 pub(crate) fn nics_for(plugin: &Plugin, devices: &[Device], gpu_pci_path: Option<&str>) -> Nics {
     let mut chosen = if plugin.traits.paired_nics {
-        pairing::closest(devices, gpu_pci_path)
+        pairing::own(devices, gpu_pci_path, &topology::gpus(Path::new("/")))
     } else {
         topology::nearest(devices, gpu_pci_path)
     };

@@ -26,6 +26,7 @@ const CASE: &str = "UCCL_NET_TEST_CASE";
 const BREAK: &str = "UCCL_NET_TEST_BREAK";
 const TWO_NICS: &str = "eth1@127.0.0.1,eth2@127.0.0.2";
 const LATE: (&str, &str) = ("STRICT_FOREIGN_LATE", "1");
+const TCPXO: (&str, &str) = ("STRICT_FOREIGN_CONTRACT", "tcpxo");
 const LEAKED: &str = "bytes left the memory after its release";
 const ONE_DEAD: &str = "eth1@127.0.0.1,eth2@127.0.0.2@dead";
 
@@ -44,6 +45,32 @@ fn environment<'a>(child: &'a mut Command, case: &str, devices: &str, more: &[(&
     child.env(CASE, case);
     child.env("STRICT_FOREIGN_DEVICES", devices).env("STRICT_FOREIGN_CONNECT_MS", "20").env("STRICT_FOREIGN_ACCEPT_MS", "30");
     child.env("NCCL_DYNAMIC_CHUNK_SIZE", "524288").envs(more.iter().copied())
+}
+
+#[test]
+fn tcpxo_is_set_up_and_given_up() {
+    for case in ["two_nics", "many_set_ups_at_once", "abandoned", "never_begun", "the_peer_never_comes", "peer_says_less"] {
+        run(case, TWO_NICS, &[TCPXO]);
+    }
+    run("dead_nic", ONE_DEAD, &[TCPXO]);
+    run("wild_handles_of_tcpxo", TWO_NICS, &[TCPXO]);
+    run("sigpipe", TWO_NICS, &[TCPXO]);
+    for (case, missing, why) in [
+        ("many_set_ups_at_once", "serial_setup", "inside another set-up call"),
+        ("abandoned", "lingers", "while an accept is pending"),
+        ("wild_handles_of_tcpxo", "handle_check", "which it never put there"),
+    ] {
+        let out = output(case, TWO_NICS, &[TCPXO, (BREAK, missing)]);
+        let text = String::from_utf8_lossy(&out.stderr);
+        assert_eq!(out.status.signal(), Some(libc::SIGABRT), "{case} without {missing}: {} {text}", out.status);
+        assert!(text.contains(why), "{case} without {missing}: {text}");
+    }
+}
+
+/// A closed comm of TCPXO goes on writing to the memory of its receives.
+#[test]
+fn memory_lasts_until_the_plugin_has_dropped_its_registration() {
+    run("memory_after_the_close", "eth1@127.0.0.1", &[TCPXO]);
 }
 
 /// Shows that every protection is needed: without it the process of the case ends.
@@ -151,6 +178,8 @@ fn child() {
         "never_begun" => never_begun(&plugin),
         "the_peer_never_comes" => the_peer_never_comes(&plugin),
         "wild_handles" => wild_handles(&plugin),
+        "wild_handles_of_tcpxo" => wild_handles_of_tcpxo(&plugin),
+        "memory_after_the_close" => memory_after_the_close(&plugin),
         "registrations" => registrations(&plugin),
         "registrations_in_flight" => registrations_in_flight(&plugin),
         "registrations_without_descriptors" => registrations_without_descriptors(&plugin),
@@ -173,8 +202,13 @@ fn foreign() -> Arc<Plugin> {
         Ok(other) => panic!("no trait {other}"),
         Err(_) => {}
     };
-    let plugin = Plugin::for_test(&nccl_net_strict_foreign::ncclNetPlugin_v7, take_away).expect("plugin");
-    assert_eq!((plugin.wire_name(), plugin.abi_version), ("tcpx", 7));
+    let tcpxo = std::env::var(TCPXO.0).is_ok_and(|contract| contract == TCPXO.1);
+    let (table, name) = match tcpxo {
+        true => (&nccl_net_strict_foreign::tcpxo::TABLE, "tcpxo"),
+        false => (&nccl_net_strict_foreign::TCPX, "tcpx"),
+    };
+    let plugin = Plugin::for_test(table, take_away).expect("plugin");
+    assert_eq!((plugin.wire_name(), plugin.abi_version, plugin.traits.delivers), (name, 7, tcpxo));
     let t = &plugin.traits;
     assert!(t.follows_gpu && t.polled && t.device_memory && !t.host_memory && !t.vectored && !t.doorbell && !t.progress_bytes);
     plugin
@@ -519,6 +553,64 @@ fn wild_handles(plugin: &Arc<Plugin>) {
         assert!(error.to_string().contains("on eth1: connect to"), "{error}");
     }
     assert_eq!(counters().connects_begun.load(Acquire), 0);
+}
+
+/// No byte of a peer makes TCPXO follow a pointer.
+fn wild_handles_of_tcpxo(plugin: &Arc<Plugin>) {
+    let fresh = open(plugin, 2).offers();
+    let wild = |change: &dyn Fn(&mut [u8; 128])| -> Vec<Offer> {
+        let mut offers = fresh.clone();
+        offers.iter_mut().for_each(|offer| change(&mut offer.handle));
+        offers
+    };
+    for offers in [wild(&|h| h[88] = 1), wild(&|h| h.fill(0x41)), wild(&|h| h[0] = 2), wild(&|h| h[32] = b'x')] {
+        let mut side = open(plugin, 2).establish(&offers, None, &AllowList::default());
+        let error = loop {
+            match side.poll() {
+                Ok(None) => {}
+                Ok(Some(pairs)) => panic!("{} channels to a wild handle", pairs.len()),
+                Err(e) => break e,
+            }
+        };
+        assert_eq!(error.kind(), ErrorKind::Protocol, "{error}");
+    }
+    assert_eq!(counters().connects_begun.load(Acquire), 0);
+}
+
+fn memory_after_the_close(plugin: &Arc<Plugin>) {
+    struct Freed(Arc<std::sync::atomic::AtomicBool>);
+    impl Drop for Freed {
+        fn drop(&mut self) {
+            self.0.store(true, std::sync::atomic::Ordering::Release);
+        }
+    }
+    let (mut a, b) = both(open(plugin, 1), open(plugin, 1));
+    let (memory, freed) = (Memory::new(4096), Arc::default());
+    let pair = a.remove(0);
+    let Pair { send, mut recv, .. } = pair;
+    // SAFETY: the memory stays.
+    let registration = unsafe { recv.register(memory.at.cast(), 4096, NCCL_PTR_CUDA) }.expect("register");
+    registration.keep(Box::new(Freed(Arc::clone(&freed))));
+    // SAFETY: as above.
+    assert!(unsafe { recv.recv(memory.at.cast(), 4096, 0, registration.mhandle()) }.expect("recv"));
+    let written = || {
+        // SAFETY: our own memory, which only the plugin writes to.
+        unsafe { memory.at.read_volatile() != 0 }
+    };
+    drop(b);
+    drop(send);
+    recv.close().expect("closed");
+    drop((recv, registration));
+    wait("the closed comm writes", written);
+    assert!(!freed.load(Acquire), "freed while the plugin may write");
+    let again = both(open(plugin, 1), open(plugin, 1));
+    assert!(freed.load(Acquire), "kept after the plugin has dropped the registration");
+    // SAFETY: as above.
+    unsafe { memory.at.write(0) };
+    std::thread::sleep(Duration::from_millis(30));
+    assert!(!written(), "written to after the registration was dropped");
+    drop(again);
+    nothing_is_left();
 }
 
 fn registrations(plugin: &Arc<Plugin>) {

@@ -1,7 +1,7 @@
 //! The host's network interfaces and PCI devices: the control interface, NUMA nodes, distance of NICs to a GPU.
 
+use super::device::Device;
 use super::pairing::shared_depth;
-use super::plugin::Device;
 use soft_plugin::interfaces;
 use std::net::IpAddr;
 use std::path::Path;
@@ -53,6 +53,35 @@ pub(crate) fn has_carrier(root: &Path, name: &str) -> bool {
     let at = root.join("sys/class/net").join(name);
     // An interface that is down refuses the read.
     !at.exists() || std::fs::read_to_string(at.join("carrier")).is_ok_and(|text| text.trim() == "1")
+}
+
+/// The interfaces that are PCI devices.
+pub(super) fn pci_interfaces(root: &Path) -> Vec<Device> {
+    let folder = root.join("sys/class/net");
+    let device = |entry: std::fs::DirEntry| {
+        let path = std::fs::canonicalize(entry.path().join("device")).ok()?;
+        let (name, pci_path) = (entry.file_name().to_string_lossy().into_owned(), Some(path.to_string_lossy().into_owned()));
+        Some(Device { name, pci_path, speed_mbps: 0, ptr_support: 0, unpack: false })
+    };
+    let mut all: Vec<Device> = std::fs::read_dir(folder).into_iter().flatten().flatten().filter_map(device).collect();
+    all.sort_by(|a, b| a.name.cmp(&b.name));
+    all
+}
+
+/// Directories under /sys of the machine's NVIDIA GPUs, those of other processes too.
+pub(super) fn gpus(root: &Path) -> Vec<String> {
+    let is =
+        |at: &Path, name: &str, text: &str| std::fs::read_to_string(at.join(name)).is_ok_and(|found| found.starts_with(text));
+    let gpu = |entry: std::fs::DirEntry| {
+        let at = std::fs::canonicalize(entry.path()).ok()?;
+        // 3D and VGA controllers.
+        let found = is(&at, "vendor", "0x10de") && (is(&at, "class", "0x0302") || is(&at, "class", "0x0300"));
+        found.then(|| at.to_string_lossy().into_owned())
+    };
+    let mut all: Vec<String> =
+        std::fs::read_dir(root.join("sys/bus/pci/devices")).into_iter().flatten().flatten().filter_map(gpu).collect();
+    all.sort_unstable();
+    all
 }
 
 /// The devices to use for the GPU with this PCI directory, nearest first: those of its NUMA node, sorted by the shared length of

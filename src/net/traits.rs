@@ -1,8 +1,8 @@
 //! What a plugin can do and what it requires of its caller, decided once when it is loaded. Code above `net` checks these and
 //! never the plugin's name.
 
-use super::table::Ext;
-use nccl_net_abi::NCCL_PTR_CUDA;
+use super::table::{Ext, Properties};
+use nccl_net_abi::{NCCL_NET_DEVICE_UNPACK, NCCL_PTR_CUDA};
 
 /// How the bytes of a peer's handle are checked before the plugin sees them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,6 +11,8 @@ pub enum HandleCheck {
     Own,
     /// A socket address, a socket count, and room for the plugin's state that is zero in a fresh handle.
     Tcpx,
+    /// An index, an address as text, ports, and room for the plugin's state and a pointer.
+    Tcpxo,
     /// Unknown layout: bytes behind the last non-zero byte of this engine's new handle must be zero.
     Tail,
 }
@@ -38,6 +40,9 @@ pub struct Traits {
     pub raises_sigpipe: bool,
     /// Device memory may be sent from host memory that the GPU fills, instead of by the plugin's device sends.
     pub stage_sends: bool,
+    /// Device memory is received at the posted address, and nothing is unpacked. A comm that was closed may go on reading and writing
+    /// the memory of its requests until that memory is deregistered, so it is given staging memory of this library alone.
+    pub delivers: bool,
     /// One registration serves all comms of a NIC.
     pub shared_registrations: bool,
     /// Messages above 512 KiB may end the process, whatever the limit.
@@ -66,11 +71,11 @@ pub struct Traits {
 }
 
 impl Traits {
-    /// Traits of a plugin with this table name, with or without the extension of the software plugin. `global`: its devices report
-    /// global registrations. `ptr_support`: the kinds of memory that its devices can register.
-    pub(super) fn of(name: &str, ext: Option<&Ext>, global: bool, ptr_support: i32) -> Traits {
+    /// Traits of a plugin with this table name, with or without the extension of the software plugin.
+    pub(super) fn of(name: &str, ext: Option<&Ext>, devices: DeviceTraits) -> Traits {
+        let DeviceTraits { global, ptr_support, unpack } = devices;
         let soft = ext.is_some();
-        let tcpx = is_tcpx(name);
+        let (tcpx, tcpxo) = (is_tcpx(name), is_tcpxo(name));
         Traits {
             host_memory: soft,
             device_memory: ptr_support & NCCL_PTR_CUDA != 0,
@@ -82,37 +87,65 @@ impl Traits {
             serial_setup: !soft,
             raises_sigpipe: !soft,
             stage_sends: soft,
-            shared_registrations: soft || tcpx || global,
+            delivers: !soft && !unpack,
+            shared_registrations: soft || tcpx || tcpxo || global,
             small_messages: !soft,
             lingers: !soft,
             sends_late: !soft && tcpx,
             asks_for_peers: !soft && tcpx,
             imports: !soft && tcpx,
-            paired_nics: !soft && tcpx,
+            paired_nics: !soft && (tcpx || tcpxo),
             pci_nics: !soft && tcpx,
             devices_change: soft,
             secured: ext.is_some_and(|e| e.key_listen.is_some() && e.key_connect.is_some() && e.protect.is_some()),
             dials_both: ext.is_some_and(|e| {
                 e.listen_both.is_some() && e.accept_send.is_some() && e.connect_recv.is_some() && e.ready.is_some()
             }),
-            handle_check: match (soft, tcpx) {
-                (true, _) => HandleCheck::Own,
-                (false, true) => HandleCheck::Tcpx,
-                (false, false) => HandleCheck::Tail,
+            handle_check: match name {
+                _ if soft => HandleCheck::Own,
+                _ if tcpx => HandleCheck::Tcpx,
+                _ if tcpxo => HandleCheck::Tcpxo,
+                _ => HandleCheck::Tail,
             },
         }
     }
 
-    /// The traits of a foreign plugin with this name.
+    /// The traits of a foreign plugin with this name, whose devices have bounce buffers.
     #[cfg(test)]
     pub(crate) fn of_others(name: &str) -> Traits {
-        Traits::of(name, None, false, NCCL_PTR_CUDA)
+        Traits::of(name, None, DeviceTraits { global: false, ptr_support: NCCL_PTR_CUDA, unpack: true })
+    }
+}
+
+/// What all devices of a plugin have in common.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct DeviceTraits {
+    /// They report global registrations.
+    pub global: bool,
+    /// The kinds of memory that they can register.
+    pub ptr_support: i32,
+    /// Received device memory must be unpacked.
+    pub unpack: bool,
+}
+
+impl DeviceTraits {
+    pub(super) fn of(devices: &[Properties]) -> DeviceTraits {
+        DeviceTraits {
+            global: !devices.is_empty() && devices.iter().all(|p| p.reg_is_global),
+            ptr_support: devices.iter().fold(0, |all, p| all | p.ptr_support),
+            unpack: devices.iter().any(|p| p.device_type == NCCL_NET_DEVICE_UNPACK),
+        }
     }
 }
 
 /// Whether a table's name is one of GPUDirect-TCPX.
 pub(crate) fn is_tcpx(name: &str) -> bool {
     name.to_ascii_lowercase().contains("tcpx")
+}
+
+/// Whether a table's name is that of GPUDirect-TCPXO.
+pub(crate) fn is_tcpxo(name: &str) -> bool {
+    name.to_ascii_lowercase().starts_with("fastrak")
 }
 
 #[cfg(test)]
@@ -134,7 +167,22 @@ mod tests {
         let of_tcpx = |t: Traits| [t.shared_registrations, t.sends_late, t.asks_for_peers, t.imports, t.paired_nics, t.pci_nics];
         assert_eq!((of_tcpx(other), other.handle_check), ([false; 6], HandleCheck::Tail));
         assert_eq!((of_tcpx(tcpx), tcpx.handle_check), ([true; 6], HandleCheck::Tcpx));
-        assert!(Traits::of("Other", None, true, NCCL_PTR_CUDA).shared_registrations, "its devices report it");
-        assert!(!Traits::of("Other", None, false, 0).device_memory);
+        let devices = DeviceTraits { global: true, ptr_support: NCCL_PTR_CUDA, unpack: false };
+        assert!(Traits::of("Other", None, devices).shared_registrations, "its devices report it");
+        assert!(!Traits::of("Other", None, DeviceTraits::default()).device_memory);
+    }
+
+    #[test]
+    fn a_plugin_without_bounce_buffers_delivers() {
+        let host = DeviceTraits { global: false, ptr_support: NCCL_PTR_CUDA, unpack: false };
+        let [other, tcpxo] = ["Other", "FasTrak"].map(|name| Traits::of(name, None, host));
+        assert_eq!([other, tcpxo, Traits::of_others("GPUDirectTCPX")].map(|t| t.delivers), [true, true, false]);
+        for t in [other, tcpxo] {
+            assert!(t.device_memory && t.follows_gpu && t.serial_setup && t.lingers && !t.host_memory && !t.stage_sends, "{t:?}");
+            assert!(!t.sends_late && !t.asks_for_peers && !t.imports && !t.pci_nics, "{t:?}");
+        }
+        let of_tcpxo = |t: Traits| (t.shared_registrations, t.paired_nics, t.handle_check);
+        assert_eq!(of_tcpxo(tcpxo), (true, true, HandleCheck::Tcpxo));
+        assert_eq!(of_tcpxo(other), (false, false, HandleCheck::Tail));
     }
 }

@@ -77,13 +77,16 @@ pub struct Variable {
 /// Variables that are set but not in `known`, in three groups.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Environment {
-    /// `NCCL_*` and `CUDA_*`: passed to the plugin and the driver.
+    /// `NCCL_*`, `CUDA_*` and the like: passed to the plugin and the driver.
     pub passed_through: Vec<Variable>,
     /// `UCCL_TCPX_SOFT_*`: read by the software plugin.
     pub soft_plugin: Vec<Variable>,
     /// Other `UCCL_*`: unknown, perhaps misspelt.
     pub unknown: Vec<Variable>,
 }
+
+/// Where GPUDirect-TCPXO looks for the sockets of its receive manager.
+const TCPXO_FOLDER: &str = "FILE_BASED_UDS_PATH_PREFIX";
 
 /// Sorts `variables` into groups.
 pub fn environment(variables: impl Iterator<Item = (String, String)>, known: &[&str]) -> Environment {
@@ -92,7 +95,7 @@ pub fn environment(variables: impl Iterator<Item = (String, String)>, known: &[&
     variables.sort();
     for (name, value) in variables {
         let group = match &name {
-            n if n.starts_with("NCCL_") || n.starts_with("CUDA_") => &mut groups.passed_through,
+            n if n.starts_with("NCCL_") || n.starts_with("CUDA_") || n == TCPXO_FOLDER => &mut groups.passed_through,
             n if n.starts_with("UCCL_TCPX_SOFT_") => &mut groups.soft_plugin,
             n if n.starts_with("UCCL_") => &mut groups.unknown,
             _ => continue,
@@ -108,10 +111,18 @@ mod tests {
 
     #[test]
     fn variables_are_sorted_into_groups() {
-        let set = ["NCCL_SOCKET_IFNAME", "UCCL_TCPX_SOFT_THREADS", "UCCL_TCPX_NUM_CHANELS", "UCCL_TCPX_PLUGIN", "HOME"];
+        let set = [
+            "NCCL_SOCKET_IFNAME",
+            "NCCL_FASTRAK_IFNAME",
+            TCPXO_FOLDER,
+            "UCCL_TCPX_SOFT_THREADS",
+            "UCCL_TCPX_NUM_CHANELS",
+            "UCCL_TCPX_PLUGIN",
+            "HOME",
+        ];
         let groups = environment(set.iter().map(|n| (n.to_string(), "x".to_string())), &["UCCL_TCPX_PLUGIN"]);
         let names = |group: &[Variable]| group.iter().map(|v| v.name.clone()).collect::<Vec<_>>();
-        assert_eq!(names(&groups.passed_through), ["NCCL_SOCKET_IFNAME"]);
+        assert_eq!(names(&groups.passed_through), [TCPXO_FOLDER, "NCCL_FASTRAK_IFNAME", "NCCL_SOCKET_IFNAME"]);
         assert_eq!(names(&groups.soft_plugin), ["UCCL_TCPX_SOFT_THREADS"]);
         assert_eq!(names(&groups.unknown), ["UCCL_TCPX_NUM_CHANELS"]);
     }

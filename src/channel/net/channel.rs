@@ -4,7 +4,7 @@
 
 use super::receiving::Receiving;
 use super::sending::Sending;
-use super::usage::{Resources, Usage};
+use super::usage::{DeviceMode, Resources, Usage};
 use crate::channel::path::{Arrival, Copier, Departure, Line};
 use crate::channel::stripe::{Flow, Load};
 use crate::direct::{Event, Way};
@@ -58,8 +58,10 @@ impl Channel {
     /// See `Path::ready`.
     pub(super) fn ready(&mut self, place: Place, copier: &mut Copier, usage: &Usage) -> Result<()> {
         self.sending.device_out(place, copier, usage)?;
-        self.receiving.device_in(place, copier)?;
-        self.receiving.view(copier, place)?;
+        self.receiving.device_in(place, copier, usage)?;
+        if usage.device != DeviceMode::GpuStaging {
+            self.receiving.view(copier, place)?;
+        }
         Ok(())
     }
 

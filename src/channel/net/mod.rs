@@ -9,7 +9,7 @@ mod staging;
 mod usage;
 
 pub(crate) use slot::Seat;
-pub(crate) use usage::Usage;
+pub(crate) use usage::{DeviceMode, Usage};
 
 use super::path::{Arrival, Change, Copier, Departure, Dest, Line, Path};
 use super::plan::{chunk_len, ChunkLimits, MAX_CROSSED, MAX_PARTS};

@@ -2,14 +2,13 @@
 //! control connection.
 
 use super::copying::{device, iov, register, within, Copying, Counts};
-use super::staging::Staging;
-use super::usage::Usage;
-use crate::channel::device::{spread, StagingMemory, View};
+use super::staging::{Staging, STAGED_WINDOW};
+use super::usage::{DeviceMode, Usage};
+use crate::channel::device::{spread, View};
 use crate::channel::memory::{HostBlock, PAGE};
 use crate::channel::path::{Arrival, Copier, Dest};
 use crate::direct::Event;
-use crate::net::comm::{Done, MHandle, RecvComm};
-use crate::net::registrations::Registration;
+use crate::net::comm::{Done, RecvComm};
 use crate::status::{bail, Result};
 use crate::types::Place;
 use nccl_net_abi::{ucclIoVec, MAX_REQUESTS, NCCL_PTR_CUDA, NCCL_PTR_HOST};
@@ -18,7 +17,7 @@ use std::collections::VecDeque;
 /// A posted receive.
 pub(super) struct Posted {
     arrival: Arrival,
-    /// The staging buffer of a host receive that is not vectored.
+    /// The staging buffer in which it arrives, if the plugin writes to the posted address and that is not the destination.
     staged: Option<*mut u8>,
 }
 
@@ -37,7 +36,8 @@ pub(super) struct Receiving {
     finishing: VecDeque<Finishing>,
     view: Option<View>,
     host_in: Option<Staging>,
-    device_in: Option<(Registration, Box<dyn StagingMemory>)>,
+    /// Of a plugin with bounce buffers, one small buffer: the plugin never writes to it.
+    device_in: Option<Staging>,
     discard: Option<HostBlock>,
     pub counts: Counts,
 }
@@ -126,7 +126,7 @@ impl Receiving {
     /// Starts to copy the oldest receive, which is done, to its destination.
     fn put_in_place(&mut self, done: Done, copier: &mut Copier) -> Result<Copying> {
         let view = match self.posted.front() {
-            Some(Posted { arrival: Arrival { dest: Dest::Memory { place, .. }, .. }, .. }) if place.is_device() => {
+            Some(Posted { arrival: Arrival { dest: Dest::Memory { place, .. }, .. }, staged: None }) if place.is_device() => {
                 Some(self.view(copier, *place)?)
             }
             _ => None,
@@ -143,6 +143,13 @@ impl Receiving {
                 self.counts.copied += 1;
                 Ok(copying)
             }
+            (Dest::Memory { place, parts, .. }, None, Some(staged)) if place.is_device() => {
+                // SAFETY: the staging buffer holds the message; the arrival holds the parts' regions.
+                let scatter = || unsafe { device(copier)?.scatter(*staged, parts, *place) };
+                let copying = Copying::begin(scatter)?;
+                self.counts.copied += 1;
+                Ok(copying)
+            }
             (Dest::Memory { parts, .. }, None, Some(staged)) => {
                 // SAFETY: the staging buffer holds the message; the arrival holds the parts' regions.
                 unsafe { spread(*staged, parts) };
@@ -154,7 +161,8 @@ impl Receiving {
 
     fn post_receives(&mut self, copier: &mut Copier, usage: &Usage) -> Result<bool> {
         let mut any = false;
-        while self.comm.window_free() > 0 {
+        let window = if usage.device == DeviceMode::GpuStaging { STAGED_WINDOW } else { MAX_REQUESTS };
+        while self.comm.inflight() < window {
             let Some(next) = self.expected.pop_front() else { break };
             let (taken, staged) = self.post_receive(&next, copier, usage)?;
             if !taken {
@@ -169,7 +177,7 @@ impl Receiving {
 
     fn post_receive(&mut self, next: &Arrival, copier: &mut Copier, usage: &Usage) -> Result<(bool, Option<*mut u8>)> {
         match &next.dest {
-            Dest::Memory { place, .. } if place.is_device() => Ok((self.post_device(next, *place, copier)?, None)),
+            Dest::Memory { place, .. } if place.is_device() => self.post_device(next, *place, copier, usage),
             Dest::Memory { parts, .. } if usage.vectored => {
                 // SAFETY: the arrival holds the parts' regions until the chunk is in place or the channel is closed.
                 Ok((unsafe { self.comm.recv_vectored(&iov(parts), next.len, next.tag) }?, None))
@@ -188,7 +196,7 @@ impl Receiving {
             // Discarded chunks are received for the comm's own GPU.
             Dest::Discard => {
                 let place = usage.gpus.map_or(Place::gpu(0), |(here, _)| here);
-                Ok((self.post_device(next, place, copier)?, None))
+                self.post_device(next, place, copier, usage)
             }
         }
     }
@@ -196,12 +204,11 @@ impl Receiving {
     /// Posts a receive of host memory that is not vectored: the chunk arrives in staging memory.
     fn post_staged(&mut self, next: &Arrival, usage: &Usage) -> Result<(bool, Option<*mut u8>)> {
         if self.host_in.is_none() {
-            let stride = usage.chunk_bytes.next_multiple_of(PAGE);
             let recv = &self.comm;
-            // SAFETY: the staging memory is dropped after the comm (field order).
+            // SAFETY: the registration keeps the staging memory, and is dropped after the comm (field order).
             let register = |p: *mut u8, n| unsafe { recv.register(p.cast(), n, NCCL_PTR_HOST) };
-            let block = Box::new(HostBlock::new(stride * MAX_REQUESTS)?);
-            self.host_in = Some(Staging::new(block, stride, MAX_REQUESTS, register)?);
+            let block = Box::new(HostBlock::new(Staging::bytes(usage.chunk_bytes, MAX_REQUESTS))?);
+            self.host_in = Some(Staging::new(block, usage.chunk_bytes, MAX_REQUESTS, register)?);
         }
         let Some(staging) = &mut self.host_in else { bail!(Internal, "no staging") };
         let data = staging.next();
@@ -213,25 +220,45 @@ impl Receiving {
         Ok((taken, Some(data)))
     }
 
-    fn post_device(&mut self, next: &Arrival, place: Place, copier: &mut Copier) -> Result<bool> {
-        let (data, mhandle) = self.device_in(place, copier)?;
+    /// Posts a receive of device memory. A plugin with bounce buffers leaves the data there, others in a staging buffer.
+    fn post_device(
+        &mut self,
+        next: &Arrival,
+        place: Place,
+        copier: &mut Copier,
+        usage: &Usage,
+    ) -> Result<(bool, Option<*mut u8>)> {
+        let staging = self.device_in(place, copier, usage)?;
+        let (data, mhandle) = (staging.next(), staging.mhandle());
         let recv = &mut self.comm;
-        // SAFETY: for a CUDA mhandle the plugin does not touch the destination, which is the small block.
-        within(copier, place, &mut || unsafe { recv.recv(data.cast(), next.len, next.tag, mhandle) })
+        // SAFETY: the staging buffer holds a chunk and outlives the comm; a plugin with bounce buffers does not touch it.
+        let taken = within(copier, place, &mut || unsafe { recv.recv(data.cast(), next.len, next.tag, mhandle) })?;
+        match &mut self.device_in {
+            Some(staging) if !taken => staging.undo(),
+            _ => {}
+        }
+        Ok((taken, (usage.device == DeviceMode::GpuStaging).then_some(data)))
     }
 
-    /// The mhandle that marks a receive as device memory; the plugin never writes to the memory behind it.
-    pub(super) fn device_in(&mut self, place: Place, copier: &mut Copier) -> Result<(*mut u8, MHandle)> {
-        if let Some((registration, block)) = &self.device_in {
-            return Ok((block.ptr(), registration.mhandle()));
+    /// The staging buffers for receives of device memory.
+    pub(super) fn device_in(&mut self, place: Place, copier: &mut Copier, usage: &Usage) -> Result<&mut Staging> {
+        if self.device_in.is_none() {
+            let (chunk, places) = match usage.device {
+                DeviceMode::GpuStaging => (usage.chunk_bytes, STAGED_WINDOW),
+                DeviceMode::HostStaging | DeviceMode::Regions => (PAGE, 1),
+            };
+            let memory = device(copier)?.staging(Staging::bytes(chunk, places), place)?;
+            let recv = &self.comm;
+            let staging = Staging::new(memory, chunk, places, |p, n| {
+                // SAFETY: the registration keeps the staging memory, and is dropped after the comm (field order).
+                register(copier, place, || unsafe { recv.register(p.cast(), n, NCCL_PTR_CUDA) })
+            })?;
+            self.device_in = Some(staging);
         }
-        let block = device(copier)?.staging(PAGE, place)?;
-        let (data, recv) = (block.ptr(), &self.comm);
-        // SAFETY: the block is dropped after the comm (field order).
-        let registration = register(copier, place, || unsafe { recv.register(data.cast(), PAGE, NCCL_PTR_CUDA) })?;
-        let mhandle = registration.mhandle();
-        self.device_in = Some((registration, block));
-        Ok((data, mhandle))
+        match &mut self.device_in {
+            Some(staging) => Ok(staging),
+            None => bail!(Internal, "no staging"),
+        }
     }
 
     pub(super) fn view(&mut self, copier: &mut Copier, place: Place) -> Result<View> {

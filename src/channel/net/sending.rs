@@ -3,9 +3,9 @@
 
 use super::copying::{device, iov, register, within, Copying, Counts};
 use super::staging::{Staging, STAGED_WINDOW};
-use super::usage::Usage;
+use super::usage::{DeviceMode, Usage};
 use crate::channel::device::gather;
-use crate::channel::memory::{HostBlock, PAGE};
+use crate::channel::memory::HostBlock;
 use crate::channel::path::{Copier, Departure, Outbound};
 use crate::channel::plan::Chunk;
 use crate::channel::stripe::{Flow, Load, Rate};
@@ -35,6 +35,14 @@ fn free(free: usize, bulk: Option<(usize, u64)>) -> usize {
         Some((_, bytes)) if bytes >= BULK_BYTES => 0,
         // Slots of small transfers do not count against large ones, which would otherwise starve.
         Some((chunks, _)) => free.min(BULK_WINDOW.saturating_sub(chunks)),
+    }
+}
+
+/// Window slots for chunks of device memory, and buffers of their ring.
+fn places(usage: &Usage) -> usize {
+    match usage.device {
+        DeviceMode::Regions => MAX_REQUESTS,
+        DeviceMode::HostStaging | DeviceMode::GpuStaging => STAGED_WINDOW,
     }
 }
 
@@ -93,7 +101,7 @@ impl Sending {
     /// Its load for a chunk from `place`; `nic`: the index of its NIC.
     pub(super) fn load(&self, place: Place, bulk: bool, usage: &Usage, nic: usize, now: Instant) -> Load {
         let oldest = self.oldest();
-        let window = if place.is_device() && usage.stage_sends { STAGED_WINDOW } else { MAX_REQUESTS };
+        let window = if place.is_device() { places(usage) } else { MAX_REQUESTS };
         let free = free(window.saturating_sub(self.outgoing.len()), bulk.then_some((self.bulk, self.bulk_bytes)));
         Load { free, queued: self.queued, rate: self.rate.get(oldest, now), nic }
     }
@@ -170,7 +178,7 @@ impl Sending {
 
     fn device_source(&mut self, chunk: &Chunk, hold: &Hold, copier: &mut Copier, usage: &Usage) -> Result<Source> {
         let place = chunk.place;
-        if let ([part], false) = (&chunk.parts[..], usage.stage_sends) {
+        if let ([part], DeviceMode::Regions) = (&chunk.parts[..], usage.device) {
             let (span, send) = (hold.span_to_register(part.region)?, &mut self.comm);
             // SAFETY: the region stays mapped while it is held, and its registrations are dropped before it is (forget_region).
             let mhandle = register(copier, place, || unsafe { send.region(span, part.addr) })?;
@@ -181,21 +189,26 @@ impl Sending {
         // SAFETY: the chunk is at most a stride long; parts are registered device memory by the caller's contract.
         let packing = Copying::begin(|| unsafe { device(copier)?.pack(&chunk.parts, data, place) })?;
         self.counts.copied += 1;
-        Ok(Source::Contiguous { data, mhandle, packing, place: if usage.stage_sends { Place::HOST } else { place } })
+        Ok(Source::Contiguous {
+            data,
+            mhandle,
+            packing,
+            place: if usage.device == DeviceMode::HostStaging { Place::HOST } else { place },
+        })
     }
 
     /// The staging ring for memory of `place`.
     pub(super) fn device_out(&mut self, place: Place, copier: &mut Copier, usage: &Usage) -> Result<&mut Staging> {
         if !self.device_out.contains_key(&place) {
-            let stride = usage.chunk_bytes.next_multiple_of(PAGE);
-            let (memory, places, kind) = if usage.stage_sends {
-                (device(copier)?.host_staging(stride * STAGED_WINDOW, place)?, STAGED_WINDOW, NCCL_PTR_HOST)
-            } else {
-                (device(copier)?.staging(stride * MAX_REQUESTS, place)?, MAX_REQUESTS, NCCL_PTR_CUDA)
+            let places = places(usage);
+            let bytes = Staging::bytes(usage.chunk_bytes, places);
+            let (memory, kind) = match usage.device {
+                DeviceMode::HostStaging => (device(copier)?.host_staging(bytes, place)?, NCCL_PTR_HOST),
+                DeviceMode::GpuStaging | DeviceMode::Regions => (device(copier)?.staging(bytes, place)?, NCCL_PTR_CUDA),
             };
             let send = &self.comm;
-            let staging = Staging::new(memory, stride, places, |p, n| {
-                // SAFETY: the staging memory is dropped after the comm (field order).
+            let staging = Staging::new(memory, usage.chunk_bytes, places, |p, n| {
+                // SAFETY: the registration keeps the staging memory, and is dropped after the comm (field order).
                 register(copier, place, || unsafe { send.register(p.cast(), n, kind) })
             })?;
             self.device_out.insert(place, staging);
@@ -208,11 +221,11 @@ impl Sending {
 
     fn host_out(&mut self, usage: &Usage) -> Result<&mut Staging> {
         if self.host_out.is_none() {
-            let stride = usage.chunk_bytes.next_multiple_of(PAGE);
             let send = &self.comm;
-            // SAFETY: the staging memory is dropped after the comm (field order).
+            // SAFETY: the registration keeps the staging memory, and is dropped after the comm (field order).
             let register = |p: *mut u8, n| unsafe { send.register(p.cast(), n, NCCL_PTR_HOST) };
-            self.host_out = Some(Staging::new(Box::new(HostBlock::new(stride * MAX_REQUESTS)?), stride, MAX_REQUESTS, register)?);
+            let block = Box::new(HostBlock::new(Staging::bytes(usage.chunk_bytes, MAX_REQUESTS))?);
+            self.host_out = Some(Staging::new(block, usage.chunk_bytes, MAX_REQUESTS, register)?);
         }
         match &mut self.host_out {
             Some(staging) => Ok(staging),

@@ -1,34 +1,44 @@
 //! Staging buffers of a channel: a ring in registered memory. Knows nothing of chunks.
 
 use crate::channel::device::StagingMemory;
+use crate::channel::memory::PAGE;
 use crate::net::comm::MHandle;
 use crate::net::registrations::Registration;
 use crate::status::Result;
 
-/// Chunks of device memory in flight on a channel that sends from host memory. Enough to keep copies and socket busy, and few
-/// enough that the memory of all channels fits the CPU's cache.
+/// Chunks of device memory in flight on a channel that takes them from staging memory. Enough to keep copies and network busy, and few
+/// enough that host memory of all channels fits the CPU's cache.
 pub(super) const STAGED_WINDOW: usize = 8;
 
 /// A ring of staging buffers, registered with the plugin. Messages use the buffers in turn. No more are in flight than there are
 /// buffers, and they complete in order, so the next buffer is always free.
 pub(super) struct Staging {
-    // Dropped before the memory.
+    /// It keeps the memory.
     registration: Registration,
-    memory: Box<dyn StagingMemory>,
+    base: *mut u8,
     stride: usize,
     places: usize,
     turn: usize,
 }
 
 impl Staging {
+    /// `places` buffers in `memory`, each large enough for a chunk.
     pub(super) fn new(
         memory: Box<dyn StagingMemory>,
-        stride: usize,
+        chunk_bytes: usize,
         places: usize,
         register: impl FnOnce(*mut u8, usize) -> Result<Registration>,
     ) -> Result<Staging> {
-        let registration = register(memory.ptr(), stride * places)?;
-        Ok(Staging { memory, registration, stride, places, turn: 0 })
+        let (base, stride) = (memory.ptr(), Staging::bytes(chunk_bytes, 1));
+        let registration = register(base, stride * places)?;
+        // A plugin may use it until the registration is dropped.
+        registration.keep(Box::new(memory));
+        Ok(Staging { registration, base, stride, places, turn: 0 })
+    }
+
+    /// The memory that so many buffers take.
+    pub(super) fn bytes(chunk_bytes: usize, places: usize) -> usize {
+        chunk_bytes.next_multiple_of(PAGE) * places
     }
 
     pub(super) fn mhandle(&self) -> MHandle {
@@ -40,7 +50,7 @@ impl Staging {
         let place = self.turn % self.places;
         self.turn += 1;
         // SAFETY: place * stride is inside the block of so many strides.
-        unsafe { self.memory.ptr().add(place * self.stride) }
+        unsafe { self.base.add(place * self.stride) }
     }
 
     /// Takes back the last [`Staging::next`]: its buffer was not used.

@@ -1,8 +1,31 @@
 //! How the channels of a path are used, and what they share.
 
 use crate::channel::path::Copier;
+use crate::net::traits::Traits;
 use crate::types::Place;
 use std::time::Instant;
+
+/// How device memory is given to the plugin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DeviceMode {
+    /// A chunk of one piece is sent from its region, others are packed on the GPU first. Received chunks are unpacked from bounce buffers.
+    Regions,
+    /// Chunks are sent from host memory that the GPU fills, and unpacked from bounce buffers.
+    HostStaging,
+    /// The plugin sees only staging memory on the GPU: chunks are packed before they are sent, and scattered once received.
+    GpuStaging,
+}
+
+impl DeviceMode {
+    /// For a plugin with these traits. `host`: host memory may be used.
+    pub(crate) fn of(traits: &Traits, host: bool) -> DeviceMode {
+        match traits {
+            Traits { delivers: true, .. } => DeviceMode::GpuStaging,
+            Traits { stage_sends: true, .. } if host => DeviceMode::HostStaging,
+            _ => DeviceMode::Regions,
+        }
+    }
+}
 
 /// How the channels of a path are used: the plugin's traits, and what both engines agreed on.
 #[derive(Clone, Copy, Debug)]
@@ -11,8 +34,8 @@ pub(crate) struct Usage {
     pub vectored: bool,
     /// The comms carry host memory.
     pub host: bool,
-    /// Device memory is sent from host memory that the GPU fills, not by the plugin's device sends.
-    pub stage_sends: bool,
+    /// How device memory is sent and received.
+    pub device: DeviceMode,
     /// The GPU whose memory the comms receive into, here and at the peer; `None` if any.
     pub gpus: Option<(Place, Place)>,
     /// Largest chunk, bytes.

@@ -8,7 +8,7 @@ use super::local::Local;
 use crate::addresses::plain;
 use crate::channel::cuda::CudaDevice;
 use crate::channel::device::EmulatedDevice;
-use crate::channel::net::{NetPath, Seat, Usage};
+use crate::channel::net::{DeviceMode, NetPath, Seat, Usage};
 use crate::channel::path::{Copier, Path};
 use crate::channel::router::Channels;
 use crate::direct::Direct;
@@ -66,9 +66,9 @@ fn paths(context: &SetupContext, sets: Vec<Raised>, chunk_bytes: usize, doorbell
             }
         }
         let traits = &set.plan.plugin.traits;
-        let (vectored, stage_sends) = (traits.vectored && config.vectored, traits.stage_sends && config.stage_sends);
+        let (vectored, device) = (traits.vectored && config.vectored, DeviceMode::of(traits, config.stage_sends));
         let alone = context.table.context.cores.alone();
-        let usage = Usage { vectored, host: traits.host_memory, stage_sends, gpus: set.plan.gpus, chunk_bytes, alone };
+        let usage = Usage { vectored, host: traits.host_memory, device, gpus: set.plan.gpus, chunk_bytes, alone };
         Ok(Box::new(NetPath::new(&set.plan.plugin.name, seats, usage)))
     };
     // A set without channels is skipped; another set carries its traffic.

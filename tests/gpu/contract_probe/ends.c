@@ -62,7 +62,7 @@ void sc_receiver_killed(void) { /* reversed roles: the child receives and dies; 
   void *comm = NULL, *m = NULL, *q[8] = {0};
   double t0 = now();
   int rc = 0;
-  while (!rc && !comm && now() - t0 < 30) { rc = P->connect(0, h, &comm, NULL); usleep(1000); }
+  while (!rc && !comm && now() - t0 < 30) { rc = P->connect(0, h, &comm, &(devh_t *){NULL}); usleep(1000); }
   if (!comm) die("connect %d", rc);
   dptr b;
   cu_must(cuMemAlloc(&b, 1 << 20), "alloc");

@@ -1,4 +1,4 @@
-/* contract_probe: runs a NCCL net plugin's ncclNetPlugin_v7 (GPUDirect-TCPX, or the software plugin) between two processes with GPU memory
+/* contract_probe: runs a NCCL net plugin's ncclNetPlugin_v7 (GPUDirect-TCPX, or the software plugin; stress also GPUDirect-TCPXO) between two processes with GPU memory
  ** and checks the behaviour that an engine relies on. Prints PASS, FAIL or INFO lines; exit status 1 if any FAIL. Letters in front of a check name
  * its group. Without arguments it lists the scenarios.
  *

@@ -92,6 +92,7 @@ struct reply { int rc, a, b; double t; char text[300]; };
 #define REGION (64 << 20)
 #define PLACE (4 << 20)   /* of the region, for each of 16 messages */
 #define WINDOW 16
+#define PIECE 524288      /* the largest message of stress */
 void sender(int s);
 
 /* ---- receiver.c: this process ---- */
@@ -100,6 +101,7 @@ extern pid_t peer;
 extern void *listen_comm, *recv_comm, *mhandle;
 extern devh_t device_handle;
 extern dptr small_buf, d_meta, d_bounce;
+extern int delivers;        /* the plugin writes to the posted address, as GPUDirect-TCPXO does: only stress asks such a plugin */
 extern uint64_t k_recv;     /* receives on this comm so far */
 extern uint32_t m_next;     /* number of the next message */
 void tell(enum op op, int a, int b, const void *h);
@@ -108,6 +110,7 @@ struct reply ask(enum op op, int a, int b);
 void open_conn(int check);  /* check: report violations of the set-up rules */
 void close_conn(void);
 int post(int size, void **q);
+int release(uint64_t k, void *q);
 int wait_done(void *q, double limit, int *size);
 long check(uint64_t k, uint32_t m, uint32_t size, char *why, uint64_t *bytes_not_16);
 

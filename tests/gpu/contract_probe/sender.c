@@ -17,12 +17,12 @@ static void do_connect(struct command *c, struct reply *r) {
   memcpy(before, c->handle, 128);
   double t0 = now();
   int calls = 1;
-  r->rc = P->connect(0, c->handle, &tx.comm, NULL);
+  r->rc = P->connect(0, c->handle, &tx.comm, &(devh_t *){NULL});
   r->a = tx.comm == NULL && r->rc == 0;                 /* the result of the first call */
   r->b = memcmp(before, c->handle, 128) != 0;           /* state in the handle */
   for (; !r->rc && !tx.comm && now() - t0 < 30; calls++) {
     usleep(1000);
-    r->rc = P->connect(0, c->handle, &tx.comm, NULL);
+    r->rc = P->connect(0, c->handle, &tx.comm, &(devh_t *){NULL});
   }
   r->t = now() - t0;
   if (!tx.comm && !r->rc) r->rc = -1;

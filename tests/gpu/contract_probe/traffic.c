@@ -32,7 +32,7 @@ void sc_stress(void) { /* 16 in flight on each side, random sizes up to one chun
   double t0 = now();
   long e = 1;
   while (consumed < n && !rc && e > 0 && now() - t0 < 100) {
-    while (posted < n && posted - consumed < 16 && !rc) { if (!(rc = post(524288, &w[posted % 16]))) posted++; }
+    while (posted < n && posted - consumed < 16 && !rc) { if (!(rc = post(PIECE, &w[posted % 16]))) posted++; }
     int done = 0;
     if (!rc && tested < posted) rc = P->test(w[tested % 16], &done, NULL);
     if (done) tested++;
@@ -40,7 +40,7 @@ void sc_stress(void) { /* 16 in flight on each side, random sizes up to one chun
       uint32_t size = size_of(consumed);
       e = check(consumed, consumed, size, why, &odd);
       bytes += size;
-      if (e > 0) rc = P->irecvConsumed(recv_comm, 1, w[consumed % 16]);
+      if (e > 0) rc = release(consumed, w[consumed % 16]);
       if (e > 0) consumed++;
     }
   }
