@@ -1,6 +1,7 @@
 //! Loading a NCCL net plugin and calling its table. A plugin is initialised once per process and never unloaded. All calls go
 //! through here, with the locks and the signal mask that the plugin's traits require; `comm` keeps the order of calls.
 
+use super::plugin_thread::PluginThread;
 use super::registrations::{MHandle, Registrar, Registrations};
 use super::search;
 use super::secure::{Guard, Secret};
@@ -66,6 +67,8 @@ pub struct Plugin {
     /// Largest message, as set when the plugin started.
     limit: usize,
     registrations: PerProcess<Registrations>,
+    /// Where set-up calls run, if they must run one at a time.
+    thread: PerProcess<PluginThread>,
 }
 
 /// Turns a result into an error that names the call.
@@ -95,9 +98,6 @@ fn answered(plugin: &str, call: &str, answer: Answer) -> Result<()> {
         None => bail!(Plugin, "plugin {plugin} has no {call}"),
     }
 }
-
-/// Held during set-up calls of plugins that need them serialised.
-static SETUP: PerProcess<Mutex<()>> = PerProcess::new(Mutex::default);
 
 impl Plugin {
     /// The built-in software plugin.
@@ -193,6 +193,7 @@ impl Plugin {
             traits,
             limit: crate::config::message_limit(ext.is_some())?,
             registrations: PerProcess::new(Registrations::default),
+            thread: PerProcess::new(PluginThread::default),
         };
         within(scope, || {
             // A plugin calls its logger unchecked. The built-in one writes to this library's log directly.
@@ -241,11 +242,15 @@ impl Plugin {
         }
     }
 
-    /// A call of set-up, registration or close.
+    /// The thread on which set-up, registration and close run, if the plugin needs them one at a time.
+    pub(super) fn thread(&self) -> Option<&'static PluginThread> {
+        self.traits.serial_setup.then(|| self.thread.get().named(&self.name))
+    }
+
+    /// A call of set-up, registration or close, in the plugin's thread if it has one.
     fn set_up(&self, name: &str, call: impl FnOnce() -> Answer) -> Result<()> {
         let _quiet = self.traits.raises_sigpipe.then(Quiet::begin);
         let answer = if self.traits.serial_setup {
-            let _one = SETUP.get().lock();
             // A child forked during the call would find the plugin's own locks held for ever.
             process::without_fork(call)
         } else {
@@ -311,6 +316,13 @@ impl Registrar for Plugin {
 
     fn registrations(&self) -> &Registrations {
         self.registrations.get()
+    }
+
+    fn end_registration(self: Arc<Self>, end: Box<dyn FnOnce(&dyn Registrar) + Send>) {
+        match self.thread() {
+            Some(thread) => thread.close("deregMr", move || end(&*self)),
+            None => end(&*self),
+        }
     }
 
     unsafe fn reg_mr(&self, comm: *mut c_void, data: *mut c_void, size: usize, kind: c_int) -> Result<MHandle> {
@@ -611,6 +623,17 @@ pub(super) enum CommKind {
     Send,
     Recv,
     Listen,
+}
+
+impl CommKind {
+    /// The name of the close function.
+    pub(super) fn close_name(self) -> &'static str {
+        match self {
+            CommKind::Send => "closeSend",
+            CommKind::Recv => "closeRecv",
+            CommKind::Listen => "closeListen",
+        }
+    }
 }
 
 /// The result of loading each path (`None`: the built-in plugin). An error after the library was loaded is final: init runs once.

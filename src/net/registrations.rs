@@ -22,6 +22,8 @@ pub(super) trait Registrar: Send + Sync {
     fn shared(&self) -> bool;
     /// The registrations of this process; a parent's belong to the parent.
     fn registrations(&self) -> &Registrations;
+    /// Calls `end` where registrations may be dropped: in the plugin's thread, if it has one, and then without waiting.
+    fn end_registration(self: Arc<Self>, end: Box<dyn FnOnce(&dyn Registrar) + Send>);
     /// # Safety
     /// `comm` is live; `[data, data + size)` stays mapped until the registration is dropped.
     unsafe fn reg_mr(&self, comm: *mut c_void, data: *mut c_void, size: usize, kind: c_int) -> Result<MHandle>;
@@ -184,7 +186,8 @@ impl Table {
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        self.plugin.registrations().release(&*self.plugin, &self.key);
+        let key = self.key;
+        self.plugin.clone().end_registration(Box::new(move |plugin| plugin.registrations().release(plugin, &key)));
     }
 }
 

@@ -1,0 +1,127 @@
+//! Connects and accepts while they are under way. Those of a plugin that has a thread are polled there until they end, whatever their
+//! owner waits for: dropping one gives it up, and it is polled on if the plugin's own threads still use its memory. Knows nothing of
+//! what is polled.
+
+use super::plugin_thread::PluginThread;
+use crate::status::{bail, Result};
+use process::Mutex;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// The pauses between polls: they grow with age.
+const FAST: Duration = Duration::from_micros(100);
+const SLOW: Duration = Duration::from_millis(5);
+/// The longest pause once its owner has gone.
+const ABANDONED: Duration = Duration::from_millis(500);
+
+/// A connect or an accept.
+pub(super) trait Step: Send + 'static {
+    /// What it brings.
+    type Up: Send;
+    /// Its name, for messages.
+    const NAME: &'static str;
+    /// The thread that polls it; `None` if its owner does.
+    fn thread(&self) -> Option<&'static PluginThread>;
+    /// Polls it once.
+    fn step(&mut self) -> Result<Option<Self::Up>>;
+    /// Whether it must be polled to its end.
+    fn lingers(&self) -> bool;
+    /// It was given up so long ago.
+    fn given_up(&mut self, _since: Duration) {}
+}
+
+/// What the thread has brought.
+enum Seen<T> {
+    Nothing,
+    Ended(Result<T>),
+    GivenUp,
+}
+
+enum Place<S: Step> {
+    /// Not begun, or polled by its owner.
+    Here(S),
+    Thread(Arc<Mutex<Seen<S::Up>>>),
+    Over,
+}
+
+/// A connect or an accept under way.
+pub(super) struct Pending<S: Step>(Place<S>);
+
+impl<S: Step> Pending<S> {
+    pub(super) fn new(step: S) -> Pending<S> {
+        Pending(Place::Here(step))
+    }
+
+    /// What it brings, once it has ended. After that or an error, further calls give an error. Never waits for a plugin's thread.
+    pub(super) fn poll(&mut self) -> Result<Option<S::Up>> {
+        let ended = match std::mem::replace(&mut self.0, Place::Over) {
+            Place::Over => bail!(Internal, "{} polled after its end", S::NAME),
+            Place::Here(mut step) => match step.thread() {
+                Some(thread) => {
+                    let seen = Arc::new(Mutex::new(Seen::Nothing));
+                    begin(thread, step, seen.clone())?;
+                    self.0 = Place::Thread(seen);
+                    return Ok(None);
+                }
+                None => {
+                    let ended = step.step()?;
+                    if ended.is_none() {
+                        self.0 = Place::Here(step);
+                    }
+                    return Ok(ended);
+                }
+            },
+            Place::Thread(seen) => {
+                let now = std::mem::replace(&mut *seen.lock(), Seen::Nothing);
+                match now {
+                    Seen::Ended(result) => result,
+                    _ => {
+                        self.0 = Place::Thread(seen);
+                        return Ok(None);
+                    }
+                }
+            }
+        };
+        ended.map(Some)
+    }
+}
+
+impl<S: Step> Drop for Pending<S> {
+    fn drop(&mut self) {
+        if let Place::Thread(seen) = &self.0 {
+            let before = std::mem::replace(&mut *seen.lock(), Seen::GivenUp);
+            drop(before);
+        }
+    }
+}
+
+fn begin<S: Step>(thread: &'static PluginThread, mut step: S, seen: Arc<Mutex<Seen<S::Up>>>) -> Result<()> {
+    let began = Instant::now();
+    let mut given_up = None;
+    let poll = move || {
+        if matches!(*seen.lock(), Seen::GivenUp) {
+            if !step.lingers() {
+                return None;
+            }
+            let since = *given_up.get_or_insert_with(Instant::now);
+            step.given_up(since.elapsed());
+        }
+        let ended = match step.step() {
+            Ok(None) => {
+                let slow = if given_up.is_some() { ABANDONED } else { SLOW };
+                return Some((began.elapsed() / 16).clamp(FAST, slow));
+            }
+            Ok(Some(up)) => Ok(up),
+            Err(e) => Err(e),
+        };
+        let mut seen = seen.lock();
+        if !matches!(*seen, Seen::GivenUp) {
+            *seen = Seen::Ended(ended);
+        } else {
+            drop(seen);
+            drop(ended);
+        }
+        None
+    };
+    thread.poll(S::NAME, Box::new(poll))
+}
