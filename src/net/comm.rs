@@ -6,6 +6,7 @@ use super::pending::{Pending, Step};
 use super::plugin::{CommKind, Plugin};
 use super::plugin_thread::PluginThread;
 use super::registrations::{piece, Registrar, Registration};
+use super::rxdm::Asking;
 use super::secure::{Guard, HalfKeys};
 use super::signals::Quiet;
 use super::sockets::Sockets;
@@ -220,8 +221,10 @@ struct PendingAccept {
     listen: SharedComm,
     /// The listening address, if the handle shows it.
     addresses: Vec<SocketAddr>,
-    /// The address and number of its data sockets, and the sockets that had the address before, for plugins that ask for peers.
-    data: Option<(SocketAddr, usize, Sockets)>,
+    /// For plugins that ask for peers: the number of its data sockets, and the sockets that had its addresses before.
+    data: Option<(usize, Sockets)>,
+    /// What must be known before it begins.
+    asking: Option<Asking>,
     /// `None` once it has ended.
     dev_handle: Option<Pinned<ncclNetDeviceHandle_v7>>,
     /// The protection of the comm.
@@ -247,14 +250,15 @@ impl Accepting {
             // SAFETY: a live listen comm that has not accepted.
             unsafe { raw.plugin.key_listen(raw.comm, hello)? };
         }
-        let (plugin, handle) = (raw.plugin.clone(), &listen.handle);
+        let (plugin, asking, handle) = (raw.plugin.clone(), raw.plugin.asking(&raw.gpu)?, &listen.handle);
         drop(raw);
         let how = plugin.traits.handle_check;
         let addresses: Vec<SocketAddr> = handle::addresses(how, handle).collect();
         let count = handle::data_sockets(how, handle);
-        let data = addresses.first().filter(|_| plugin.traits.asks_for_peers).map(|&at| (at, count, Sockets::at(at)));
-        let (listen, dev_handle) = (listen.raw, device_handle());
-        let accept = PendingAccept { plugin, listen, addresses, data, dev_handle: Some(dev_handle), guard, begun: false, poked: 0 };
+        let data = plugin.traits.asks_for_peers.then(|| (count, Sockets::at(&addresses)));
+        let (listen, dev_handle) = (listen.raw, Some(device_handle()));
+        let (begun, poked) = (false, 0);
+        let accept = PendingAccept { plugin, listen, addresses, data, asking, dev_handle, guard, begun, poked };
         Ok(Accepting(Pending::new(accept)))
     }
 
@@ -282,7 +286,12 @@ impl Step for PendingAccept {
         };
         let answer = {
             let (listen, begun) = (self.listen.lock(), &mut self.begun);
-            if !listen.plugin.may_accept(&listen.gpu, !*begun)? {
+            if let (false, Some(asking)) = (*begun, &mut self.asking) {
+                if !asking.poll()? {
+                    return Ok(None);
+                }
+            }
+            if !self.plugin.may_accept() {
                 return Ok(None);
             }
             // If the GPU cannot be made current the accept stays pending.
@@ -298,8 +307,19 @@ impl Step for PendingAccept {
             answer.map(|comm| RawComm::open(&listen.plugin, comm, CommKind::Recv, listen.dev, &listen.gpu))
         };
         let Some(dev_handle) = self.dev_handle.take() else { bail!(Internal, "accept polled after its end") };
-        let mut raw = answer?;
-        if let Some((at, count, before)) = self.data.take() {
+        let data = self.data.take();
+        let mut raw = match answer {
+            Ok(raw) => raw,
+            Err(e) => {
+                if let Some((_, before)) = data {
+                    // SAFETY: the accept has ended, and the plugin forgets its sockets without closing them.
+                    unsafe { Sockets::at(&self.addresses).since(&before).close() };
+                }
+                return Err(e);
+            }
+        };
+        self.asking.iter().for_each(Asking::imported);
+        if let (Some((count, before)), Some(at)) = (data, self.addresses.get(..1)) {
             raw.sockets = Sockets::at(at).since(&before);
             raw.sockets.make_stand_ins(count);
         }

@@ -3,6 +3,7 @@
 
 use super::plugin_thread::PluginThread;
 use super::registrations::{MHandle, Registrar, Registrations};
+use super::rxdm::Asking;
 use super::search;
 use super::secure::{Guard, Secret};
 use super::signals::Quiet;
@@ -375,15 +376,15 @@ impl Plugin {
         }
     }
 
-    /// Whether an accept can be polled now; `first`: for the first time. `false` or an error if polling would end the process.
-    pub(super) fn may_accept(&self, gpu: &Scope, first: bool) -> Result<bool> {
-        if !self.traits.imports {
-            return Ok(true);
-        }
-        if first {
-            super::rxdm::serves(gpu.as_ref().and_then(|gpu| gpu.address()).as_deref())?;
-        }
-        Ok(descriptors_left(IMPORT))
+    /// What to ask before the first poll of an accept, if the plugin imports receive memory.
+    pub(super) fn asking(&self, gpu: &Scope) -> Result<Option<Asking>> {
+        let address = || gpu.as_ref().and_then(|gpu| gpu.address());
+        self.traits.imports.then(|| Asking::new(address().as_deref())).transpose()
+    }
+
+    /// Whether an accept can be polled now. `false` if polling could end the process.
+    pub(super) fn may_accept(&self) -> bool {
+        !self.traits.imports || descriptors_left(IMPORT)
     }
 
     /// # Safety

@@ -19,7 +19,7 @@
 use socket2::{Domain, Protocol, SockAddr, SockFilter, SockRef, Socket, Type};
 use std::io::{Error, ErrorKind, Result};
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
 /// From the kernel's tcp_states.h, and the offsets in its tcp_info (Linux 4.1): the state, packets that the peer has not acknowledged (u32), and
@@ -166,26 +166,38 @@ fn same(a: SocketAddr, b: SocketAddr) -> bool {
 }
 
 impl Sockets {
-    /// The connections for which `ask` returns `address`.
-    fn with(address: SocketAddr, ask: fn(&Socket) -> Result<SockAddr>) -> Sockets {
+    /// The connections for which `ask` returns one of the addresses.
+    fn with(addresses: &[SocketAddr], ask: fn(&Socket) -> Result<SockAddr>) -> Sockets {
         let Ok(descriptors) = std::fs::read_dir("/proc/self/fd") else { return Sockets::default() };
         let numbers = descriptors.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<RawFd>().ok());
         let is = |fd: &RawFd| {
             // SAFETY: only queried for an address, and not kept; other files give an error.
             let borrowed = unsafe { BorrowedFd::borrow_raw(*fd) };
-            ask(&SockRef::from(&borrowed)).ok().and_then(|found| found.as_socket()).is_some_and(|found| same(found, address))
+            let found = ask(&SockRef::from(&borrowed)).ok().and_then(|found| found.as_socket());
+            found.is_some_and(|found| addresses.iter().any(|&address| same(found, address)))
         };
         Sockets { found: numbers.filter(is).filter_map(Found::look).collect(), missing: 0 }
     }
 
     /// The connections to this address.
     pub(super) fn connected_to(there: SocketAddr) -> Sockets {
-        Sockets::with(there, Socket::peer_addr)
+        Sockets::with(&[there], Socket::peer_addr)
     }
 
-    /// The connections with this local address, reset or not.
-    pub(super) fn at(here: SocketAddr) -> Sockets {
+    /// The connections with one of these local addresses, reset or not, and sockets that listen there.
+    pub(super) fn at(here: &[SocketAddr]) -> Sockets {
         Sockets::with(here, Socket::local_addr)
+    }
+
+    /// Closes them.
+    ///
+    /// # Safety
+    /// Nothing uses their numbers any more.
+    pub(super) unsafe fn close(self) {
+        for found in self.found.iter().filter(|found| found.is_open()) {
+            // SAFETY: by the caller's contract.
+            drop(unsafe { OwnedFd::from_raw_fd(found.fd) });
+        }
     }
 
     /// Removes those that existed before. The application may be connected to the address in the peer's handle, and a port may be
@@ -261,7 +273,6 @@ mod tests {
     use super::*;
     use std::io::{ErrorKind, Read, Write};
     use std::net::{TcpListener, TcpStream, UdpSocket};
-    use std::os::fd::OwnedFd;
 
     fn pair(address: &str) -> (TcpListener, TcpStream, TcpStream) {
         let listener = TcpListener::bind(address).expect("listener");
@@ -310,7 +321,7 @@ mod tests {
     #[test]
     fn a_reset_is_noticed_though_no_call_says_so() {
         let (listener, mut peer, mut socket) = pair("127.0.0.1:0");
-        let mut found = Sockets::at(listener.local_addr().expect("address"));
+        let mut found = Sockets::at(&[listener.local_addr().expect("address")]);
         found.found.retain(|found| found.fd == socket.as_raw_fd());
         assert_eq!(found.moved().expect("open"), Some(Moved::default()));
         peer.write_all(b"123").expect("write");
@@ -344,7 +355,7 @@ mod tests {
             let here = listener.local_addr().expect("address");
             let second = (TcpStream::connect(here).expect("connect"), listener.accept().expect("accept").0);
             let ends = [&socket, &second.1].map(|s| (s.peer_addr().expect("peer"), s.local_addr().expect("address")));
-            let mut found = Sockets::at(here);
+            let mut found = Sockets::at(&[here]);
             // The listening socket has the address too.
             let listening = Sockets { found: vec![Found::look(listener.as_raw_fd()).expect("listener")], missing: 0 };
             found = found.since(&listening);
@@ -368,7 +379,7 @@ mod tests {
     fn nothing_arrives_at_a_stand_in() {
         let (listener, peer, socket) = pair("127.0.0.1:0");
         let from = UdpSocket::bind(peer.local_addr().expect("address")).expect("the peer's port");
-        let mut found = Sockets::at(listener.local_addr().expect("address"));
+        let mut found = Sockets::at(&[listener.local_addr().expect("address")]);
         found.found.retain(|found| found.fd == socket.as_raw_fd());
         found.make_stand_ins(1);
         assert_eq!(found.replace(), Ok(()));
@@ -385,7 +396,7 @@ mod tests {
         let here = listener.local_addr().expect("address");
         reset_by_its_peer(peer);
         wait_for_the_reset(&mut socket);
-        let mut found = Sockets::at(here);
+        let mut found = Sockets::at(&[here]);
         found.found.retain(|found| found.fd != listener.as_raw_fd());
         assert_eq!(numbers(&found), [socket.as_raw_fd()]);
         found.make_stand_ins(1);
@@ -398,7 +409,7 @@ mod tests {
         let (listener, peer, socket) = pair("127.0.0.1:0");
         let here = listener.local_addr().expect("address");
         let other = UdpSocket::bind(("0.0.0.0", here.port())).expect("port");
-        let mut found = Sockets::at(here);
+        let mut found = Sockets::at(&[here]);
         found.found.retain(|found| found.fd == socket.as_raw_fd());
         found.make_stand_ins(1);
         assert_eq!(found.replace(), Ok(()));

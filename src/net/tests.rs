@@ -3,9 +3,10 @@
 
 use super::comm::{Connecting, ListenComm, RecvComm, SendComm};
 use super::plugin::Plugin;
+use super::plugin_thread::PluginThread;
 use super::setup::{agree, nics_for, Establishing, Listening, Nics, Offer, Pair, Role};
 use super::traits::{HandleCheck, Traits};
-use super::{abandoned_connects, Scope};
+use super::Scope;
 use crate::addresses::AllowList;
 use crate::status::ErrorKind;
 use crate::types::Span;
@@ -214,7 +215,7 @@ fn wait(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-fn nothing_is_left() {
+fn nothing_is_left(plugin: &Arc<Plugin>) {
     let c = counters();
     let ended = || {
         let pairs = [(&c.connects_begun, &c.connects_ended), (&c.accepts_begun, &c.accepts_ended)];
@@ -222,7 +223,7 @@ fn nothing_is_left() {
     };
     wait("every connect and accept was polled to its end", ended);
     wait("comms are closed", || c.comms.load(Acquire) == 0);
-    assert_eq!(abandoned_connects::kept(), 0);
+    assert_eq!(plugin.thread().map_or(0, PluginThread::tasks), 0);
     assert_eq!(c.imports.load(Acquire).min(1), c.imports.load(Acquire), "receive memory was imported twice");
 }
 
@@ -235,7 +236,7 @@ fn two_nics(plugin: &Arc<Plugin>) {
         move_some(from.send, to.recv);
         move_some(to.send, from.recv);
     }
-    nothing_is_left();
+    nothing_is_left(plugin);
 }
 
 /// Moves a message and checks it in the bounce buffer.
@@ -326,7 +327,7 @@ fn sends_under_way(plugin: &Arc<Plugin>) {
     unsafe { memory.at.write_bytes(RELEASED, memory.len) };
     assert_eq!(data.into_iter().map(end).collect::<Vec<_>>(), [Err(std::io::ErrorKind::ConnectionReset); 2]);
     drop(copies);
-    nothing_is_left();
+    nothing_is_left(plugin);
 }
 
 /// Copies of the sockets in this process that are connected to `socket`.
@@ -349,7 +350,7 @@ fn reset_before_the_close(plugin: &Arc<Plugin>) {
     assert!(reset_connections(|_, _| true) >= 24);
     drop((a, b));
     assert_eq!(counters().flow_rules.load(Acquire), 0, "flow rules were left behind");
-    nothing_is_left();
+    nothing_is_left(plugin);
 }
 
 /// Page-aligned memory.
@@ -383,7 +384,7 @@ fn many_set_ups_at_once(plugin: &Arc<Plugin>) {
             });
         }
     });
-    nothing_is_left();
+    nothing_is_left(plugin);
 }
 
 fn real_delays(plugin: &Arc<Plugin>) {
@@ -406,7 +407,7 @@ fn dead_nic(plugin: &Arc<Plugin>) {
     assert_eq!(offered.iter().map(|o| o.nic.as_str()).collect::<Vec<_>>(), ["eth1", "eth1", "eth1", "eth1", "eth2", "eth2"]);
     assert!(offered.iter().all(|o| (o.nic == "eth2") == o.handle.iter().all(|&byte| byte == 0)));
     // The plugin still uses the channels that did not come up. Closing them would have ended the process.
-    assert!(abandoned_connects::kept() > 0);
+    assert!(plugin.thread().is_some_and(|thread| thread.tasks() > 0));
 }
 
 fn peer_says_less(plugin: &Arc<Plugin>) {
@@ -414,7 +415,7 @@ fn peer_says_less(plugin: &Arc<Plugin>) {
     let a = agree(a, &[1, 2, 77]);
     assert_eq!(a.iter().map(|p| p.index).collect::<Vec<_>>(), [1, 2]);
     drop((a, b));
-    nothing_is_left();
+    nothing_is_left(plugin);
     // The same while channels are still coming up.
     let (a, b) = (open(plugin, 4), open(plugin, 4));
     let (ours, theirs) = (a.offers(), b.offers());
@@ -436,7 +437,7 @@ fn nothing_in_common(plugin: &Arc<Plugin>) {
     assert!(side.poll().expect("no error").expect("settled").is_empty());
     let reason = side.reason().expect("a reason");
     assert!(reason.contains("eth1, eth2") && reason.contains("eth3?"), "{reason}");
-    nothing_is_left();
+    nothing_is_left(plugin);
 }
 
 fn abandoned(plugin: &Arc<Plugin>) {
@@ -454,14 +455,14 @@ fn abandoned(plugin: &Arc<Plugin>) {
         drop(a);
         drop(b);
     }
-    nothing_is_left();
+    nothing_is_left(plugin);
 }
 
 fn never_begun(plugin: &Arc<Plugin>) {
     let a = open(plugin, 4);
     drop(open(plugin, 4).establish(&a.offers(), None, &AllowList::default()));
     drop(a);
-    nothing_is_left();
+    nothing_is_left(plugin);
     assert_eq!(counters().accepts_begun.load(Acquire), 0);
 }
 
@@ -480,8 +481,8 @@ fn the_peer_never_comes(plugin: &Arc<Plugin>) {
         std::thread::sleep(Duration::from_millis(2));
     }
     drop(a);
-    assert!(abandoned_connects::kept() > 0);
-    nothing_is_left();
+    assert!(plugin.thread().is_some_and(|thread| thread.tasks() > 0));
+    nothing_is_left(plugin);
 }
 
 fn wild_handles(plugin: &Arc<Plugin>) {
@@ -547,11 +548,15 @@ fn registrations(plugin: &Arc<Plugin>) {
     }
     assert_eq!(live(), 30);
     // The registration ends with its last user.
+    let settle = || plugin.thread().into_iter().for_each(PluginThread::settle);
     a.truncate(2);
+    settle();
     assert_eq!(live(), 30);
     a.truncate(1);
+    settle();
     assert_eq!(live(), 15);
     drop(a);
+    settle();
     assert_eq!((live(), c.descriptors.load(Acquire)), (0, 0));
 }
 
@@ -578,8 +583,11 @@ fn registrations_in_flight(plugin: &Arc<Plugin>) {
     let Pair { send, recv, .. } = a.remove(0);
     drop(recv);
     drop(send);
+    let settle = || plugin.thread().into_iter().for_each(PluginThread::settle);
+    settle();
     assert_eq!(live(), 1);
     let (_a, _b) = both(open(plugin, 1), open(plugin, 1));
+    settle();
     assert_eq!(live(), 0);
 }
 
