@@ -13,7 +13,7 @@ use crate::types::Span;
 use nccl_net_abi::NCCL_PTR_CUDA;
 use nccl_net_strict_foreign::flows::reset_connections;
 use nccl_net_strict_foreign::rules::counters;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::mem::ManuallyDrop;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -84,6 +84,7 @@ fn abandoned_set_ups_leave_nothing() {
     run("abandoned", TWO_NICS, &[]);
     run("never_begun", TWO_NICS, &[]);
     run("the_peer_never_comes", TWO_NICS, &[]);
+    run("accepts_that_fail", TWO_NICS, &[]);
 }
 
 #[test]
@@ -151,6 +152,7 @@ fn child() {
         "abandoned" => abandoned(&plugin),
         "never_begun" => never_begun(&plugin),
         "the_peer_never_comes" => the_peer_never_comes(&plugin),
+        "accepts_that_fail" => accepts_that_fail(&plugin),
         "wild_handles" => wild_handles(&plugin),
         "registrations" => registrations(&plugin),
         "registrations_in_flight" => registrations_in_flight(&plugin),
@@ -349,6 +351,7 @@ fn reset_before_the_close(plugin: &Arc<Plugin>) {
     assert_eq!(counters().flow_rules.load(Acquire), 16);
     assert!(reset_connections(|_, _| true) >= 24);
     drop((a, b));
+    plugin.thread().into_iter().for_each(PluginThread::settle);
     assert_eq!(counters().flow_rules.load(Acquire), 0, "flow rules were left behind");
     nothing_is_left(plugin);
 }
@@ -483,6 +486,34 @@ fn the_peer_never_comes(plugin: &Arc<Plugin>) {
     drop(a);
     assert!(plugin.thread().is_some_and(|thread| thread.tasks() > 0));
     nothing_is_left(plugin);
+}
+
+/// A peer that hangs up in the middle, over and over: the plugin leaves its sockets open.
+fn accepts_that_fail(plugin: &Arc<Plugin>) {
+    let descriptors = || std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
+    let mut before = None;
+    for _ in 0..10 {
+        let listening = open(plugin, 4);
+        let offers = listening.offers();
+        let mut side = listening.establish(&offers, None, &AllowList::default());
+        let dialled: Vec<TcpStream> = offers.iter().map(|offer| {
+            let control = u16::from_be_bytes([offer.handle[50], offer.handle[51]]);
+            let mut stream = TcpStream::connect(("127.0.0.1", control)).or_else(|_| TcpStream::connect(("127.0.0.2", control)));
+            let stream = stream.as_mut().expect("connect");
+            stream.write_all(&[1; 8]).expect("its first bytes");
+            stream.try_clone().expect("copy")
+        }).collect();
+        let until = Instant::now() + Duration::from_secs(10);
+        while !matches!(side.poll(), Err(_) | Ok(Some(_))) {
+            assert!(Instant::now() < until, "the accepts hang");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        drop((side, dialled));
+        nothing_is_left(plugin);
+        plugin.thread().into_iter().for_each(PluginThread::settle);
+        let now = descriptors();
+        assert!(now <= *before.get_or_insert(now), "{now} descriptors are open, {before:?} after the first round");
+    }
 }
 
 fn wild_handles(plugin: &Arc<Plugin>) {
