@@ -194,7 +194,9 @@ fn run_frozen(case: &str, more: &[(&str, &str)]) -> String {
 
 /// The lines that say that a call stands still.
 fn standing(log: &str) -> usize {
-    log.lines().filter(|line| line.contains("WARN") && line.contains("nothing is set up over the plugin until it returns")).count()
+    log.lines()
+        .filter(|line| line.contains("WARN") && line.contains("nothing is set up over the plugin until it returns"))
+        .count()
 }
 
 #[test]

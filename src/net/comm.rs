@@ -63,6 +63,8 @@ struct RawComm {
     gpu: Scope,
     /// Its data sockets: of send comms for plugins that send late, of receive comms for plugins that ask for peers.
     sockets: Sockets,
+    /// Its control connection, for the same plugins.
+    control: Sockets,
     /// Its close, once it has begun.
     closed: Option<Closed>,
 }
@@ -73,7 +75,8 @@ impl RawComm {
     /// A comm that moves data.
     fn open(plugin: &Arc<Plugin>, comm: *mut c_void, kind: CommKind, dev: usize, gpu: &Scope) -> RawComm {
         plugin.registrations().opened(&**plugin, dev, comm, gpu);
-        RawComm { plugin: plugin.clone(), comm, kind, dev, gpu: gpu.clone(), sockets: Sockets::default(), closed: None }
+        let [sockets, control] = Default::default();
+        RawComm { plugin: plugin.clone(), comm, kind, dev, gpu: gpu.clone(), sockets, control, closed: None }
     }
 
     /// Closes it, in the plugin's thread if it has one, and then without waiting. `keep`: what it may use until then.
@@ -165,8 +168,8 @@ impl ListenComm {
         let listen = move || {
             let mut handle = [0; NCCL_NET_HANDLE_MAXSIZE];
             let comm = within(&gpu, || on.listen(dev, &mut handle))?;
-            let (kind, sockets) = (CommKind::Listen, Sockets::default());
-            let raw = RawComm { plugin: on, comm, kind, dev, gpu, sockets, closed: None };
+            let (kind, [sockets, control]) = (CommKind::Listen, Default::default());
+            let raw = RawComm { plugin: on, comm, kind, dev, gpu, sockets, control, closed: None };
             Ok(ListenComm { raw: Arc::new(Mutex::new(raw)), handle })
         };
         match plugin.thread() {
@@ -319,9 +322,10 @@ impl Step for PendingAccept {
             }
         };
         self.asking.iter().for_each(Asking::imported);
-        if let (Some((count, before)), Some(at)) = (data, self.addresses.get(..1)) {
-            raw.sockets = Sockets::at(at).since(&before);
+        if let (Some((count, before)), Some((data, control))) = (data, self.addresses.split_at_checked(1)) {
+            raw.sockets = Sockets::at(data).since(&before);
             raw.sockets.make_stand_ins(count);
+            raw.control = Sockets::at(control).since(&before);
         }
         RecvComm::start(raw, dev_handle, &self.guard).map(Some)
     }
@@ -363,8 +367,8 @@ struct Dialling {
     /// The protection of the comm.
     guard: Guard,
     begun: bool,
-    /// The address of its data sockets and the sockets connected there before, for plugins that send late.
-    late: Option<(SocketAddr, Sockets)>,
+    /// Its addresses, of data and control, and the sockets connected there before, for plugins that send late.
+    late: Option<(Vec<SocketAddr>, Sockets)>,
 }
 
 impl Dialling {
@@ -387,8 +391,9 @@ impl Dialling {
         let (plugin, dev, begun) = (&self.plugin, self.dev, &mut self.begun);
         if !*begun && plugin.traits.sends_late && matches!(kind, CommKind::Send) {
             // SAFETY: live memory that the plugin has not seen yet.
-            let address = handle::address(plugin.traits.handle_check, unsafe { &*handle });
-            self.late = address.map(|address| (address, Sockets::connected_to(address)));
+            let addresses: Vec<SocketAddr> = handle::addresses(plugin.traits.handle_check, unsafe { &*handle }).collect();
+            let before = Sockets::connected_to(&addresses);
+            self.late = Some((addresses, before));
         }
         // If the GPU cannot be made current the connect stays pending.
         let answer = within(&self.gpu, || {
@@ -400,8 +405,10 @@ impl Dialling {
         }
         self.handle = None;
         let mut raw = RawComm::open(&self.plugin, answer?, kind, self.dev, &self.gpu);
-        if let Some((address, before)) = self.late.take() {
-            raw.sockets = Sockets::connected_to(address).since(&before);
+        if let Some((addresses, before)) = self.late.take() {
+            let (data, control) = addresses.split_at(addresses.len().min(1));
+            raw.sockets = Sockets::connected_to(data).since(&before);
+            raw.control = Sockets::connected_to(control).since(&before);
         }
         Ok(Some(raw))
     }
@@ -575,6 +582,10 @@ impl SendComm {
     pub(crate) fn unanswered(&self) -> bool {
         self.raw.sockets.moved().is_ok_and(|moved| moved.is_some_and(|moved| moved.unanswered))
     }
+    /// For how long the peer has not answered on the plugin's control connection, though it should.
+    pub(crate) fn control_silent(&self) -> Option<Duration> {
+        self.raw.control.silent()
+    }
     /// The kernel's statistics of its connection, if the plugin reports them.
     pub(crate) fn info(&self) -> Option<ucclCommInfo> {
         self.raw.info()
@@ -736,7 +747,8 @@ unsafe impl Send for RecvComm {}
 
 impl RecvComm {
     fn start(raw: RawComm, dev_handle: Pinned<ncclNetDeviceHandle_v7>, guard: &Guard) -> Result<RecvComm> {
-        let comm = RecvComm { raw, dev_handle: Some(dev_handle), posted: VecDeque::new(), finished: VecDeque::new(), next_slot: 0 };
+        let comm =
+            RecvComm { raw, dev_handle: Some(dev_handle), posted: VecDeque::new(), finished: VecDeque::new(), next_slot: 0 };
         // SAFETY: a live comm without requests.
         unsafe { comm.raw.plugin.protect(comm.raw.comm, guard)? };
         Ok(comm)
@@ -752,6 +764,10 @@ impl RecvComm {
     }
     pub(crate) fn set_doorbell(&self, doorbell: &Doorbell) -> Result<bool> {
         self.raw.set_doorbell(doorbell)
+    }
+    /// As [`SendComm::control_silent`].
+    pub(crate) fn control_silent(&self) -> Option<Duration> {
+        self.raw.control.silent()
     }
     pub(crate) fn window_free(&self) -> usize {
         MAX_REQUESTS - self.posted.len() - self.finished.len()

@@ -68,7 +68,12 @@ impl Asking {
             entries.flatten().find_map(|e| Some(e.file_name().to_str()?.strip_prefix(OF_GPU[0])?.to_owned()))
         };
         let Some(gpu) = gpu.or_else(first) else {
-            bail!(Plugin, "the receive manager in {} serves no GPU: there is no {}* (see docs/tcpx.md)", folder.display(), OF_GPU[0])
+            bail!(
+                Plugin,
+                "the receive manager in {} serves no GPU: there is no {}* (see docs/tcpx.md)",
+                folder.display(),
+                OF_GPU[0]
+            )
         };
         let questions = OF_GPU.map(|name| Question::new(folder.join(format!("{name}{gpu}")), &gpu, name == OF_GPU[0]));
         Ok(Asking { gpu, questions: questions.into(), until })
@@ -136,7 +141,9 @@ impl Question {
             self.over = match (self.descriptor, descriptor) {
                 (true, Some(_)) => true,
                 (true, None) if complete => return Err(io::Error::other("the answer has no descriptor")),
-                (false, None) if complete && !is_metadata(&self.answer[2..]) => return Err(io::Error::other("the answer is none")),
+                (false, None) if complete && !is_metadata(&self.answer[2..]) => {
+                    return Err(io::Error::other("the answer is none"))
+                }
                 (false, None) => complete,
                 (false, Some(_)) => return Err(io::Error::other("the answer is a descriptor")),
                 (true, None) => false,

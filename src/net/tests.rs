@@ -107,6 +107,22 @@ fn sends_that_end_with_their_comm_send_no_more() {
     assert!(text.contains(LEAKED), "without the reset the memory is sent to the peer: {text}");
 }
 
+/// A control connection without an answer shows while nothing is in flight.
+#[test]
+fn a_silent_control_connection_is_noticed() {
+    let up = "ip link set lo up";
+    if !Command::new("unshare").args(["--net", "sh", "-c", up]).output().is_ok_and(|out| out.status.success()) {
+        println!("SKIPPED: no network namespace can be made here (unshare, ip)");
+        return;
+    }
+    let this = std::env::current_exe().expect("this program");
+    let command = format!("{up} && exec {} --exact net::tests::child --nocapture --test-threads=1", this.display());
+    let mut child = Command::new("unshare");
+    child.args(["--net", "sh", "-c", &command]);
+    let out = environment(&mut child, "silent_control", TWO_NICS, &[]).output().expect("child");
+    assert!(out.status.success(), "{}\n{}", out.status, String::from_utf8_lossy(&out.stderr));
+}
+
 /// A slow interface queues packets that read the memory only when they are sent.
 #[test]
 fn packets_queued_by_a_slow_interface_are_sent_before_the_close_ends() {
@@ -152,6 +168,7 @@ fn child() {
         "abandoned" => abandoned(&plugin),
         "never_begun" => never_begun(&plugin),
         "the_peer_never_comes" => the_peer_never_comes(&plugin),
+        "silent_control" => silent_control(&plugin),
         "accepts_that_fail" => accepts_that_fail(&plugin),
         "wild_handles" => wild_handles(&plugin),
         "registrations" => registrations(&plugin),
@@ -488,6 +505,24 @@ fn the_peer_never_comes(plugin: &Arc<Plugin>) {
     nothing_is_left(plugin);
 }
 
+fn silent_control(plugin: &Arc<Plugin>) {
+    let memory = Memory::new(4096);
+    let span = Span { id: 1, addr: memory.addr(), len: 4096 };
+    let (mut a, mut b) = both(open(plugin, 1), open(plugin, 1));
+    assert_eq!((a[0].send.control_silent(), b[0].recv.control_silent()), (None, None));
+    assert!(Command::new("ip").args(["link", "set", "lo", "down"]).status().is_ok_and(|status| status.success()));
+    // SAFETY: the memory outlives both comms.
+    unsafe {
+        let mhandle = a[0].send.region(span, span.addr).expect("region");
+        assert!(a[0].send.send(memory.at.cast(), 4096, 0, mhandle).expect("send"));
+        assert!(b[0].recv.recv(memory.at.cast(), 4096, 0, mhandle).expect("recv"));
+    }
+    wait("no silence is seen", || {
+        let _ = (a[0].send.test_oldest(), b[0].recv.test_oldest());
+        [a[0].send.control_silent(), b[0].recv.control_silent()].iter().any(Option::is_some)
+    });
+}
+
 /// A peer that hangs up in the middle, over and over: the plugin leaves its sockets open.
 fn accepts_that_fail(plugin: &Arc<Plugin>) {
     let descriptors = || std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
@@ -496,13 +531,17 @@ fn accepts_that_fail(plugin: &Arc<Plugin>) {
         let listening = open(plugin, 4);
         let offers = listening.offers();
         let mut side = listening.establish(&offers, None, &AllowList::default());
-        let dialled: Vec<TcpStream> = offers.iter().map(|offer| {
-            let control = u16::from_be_bytes([offer.handle[50], offer.handle[51]]);
-            let mut stream = TcpStream::connect(("127.0.0.1", control)).or_else(|_| TcpStream::connect(("127.0.0.2", control)));
-            let stream = stream.as_mut().expect("connect");
-            stream.write_all(&[1; 8]).expect("its first bytes");
-            stream.try_clone().expect("copy")
-        }).collect();
+        let dialled: Vec<TcpStream> = offers
+            .iter()
+            .map(|offer| {
+                let control = u16::from_be_bytes([offer.handle[50], offer.handle[51]]);
+                let mut stream =
+                    TcpStream::connect(("127.0.0.1", control)).or_else(|_| TcpStream::connect(("127.0.0.2", control)));
+                let stream = stream.as_mut().expect("connect");
+                stream.write_all(&[1; 8]).expect("its first bytes");
+                stream.try_clone().expect("copy")
+            })
+            .collect();
         let until = Instant::now() + Duration::from_secs(10);
         while !matches!(side.poll(), Err(_) | Ok(Some(_))) {
             assert!(Instant::now() < until, "the accepts hang");

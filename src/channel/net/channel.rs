@@ -5,7 +5,7 @@
 use super::receiving::Receiving;
 use super::sending::Sending;
 use super::usage::{Resources, Usage};
-use crate::channel::path::{Arrival, Copier, Departure, Line};
+use crate::channel::path::{Arrival, Copier, Departure, Line, Outbound};
 use crate::channel::stripe::{Flow, Load};
 use crate::direct::{Event, Way};
 use crate::net::setup::Pair;
@@ -125,7 +125,9 @@ impl Channel {
         let sent = self.sending.comm.network_bytes().map_err(|e| self.blame(Way::Out, &e))?;
         let received = self.receiving.comm.network_bytes().map_err(|e| self.blame(Way::In, &e))?;
         let under_way = (self.sending.outgoing.len(), self.receiving.under_way());
-        let (outbound, posted) = (self.sending.outbound(sent), self.receiving.posted.len());
+        let posted = self.receiving.posted.len();
+        let control_silent = self.sending.comm.control_silent().max(self.receiving.comm.control_silent());
+        let outbound = Outbound { control_silent, ..self.sending.outbound(sent) };
         Ok(Line { nic: &self.nic, moved: sent.zip(received), outbound, under_way, posted, open: true })
     }
 

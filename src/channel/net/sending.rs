@@ -133,6 +133,7 @@ impl Sending {
             waiting: flow.waiting,
             due: flow.unanswered > 0,
             too_large: (blocked && flow.waiting >= u64::from(flow.packet)).then_some(flow.packet),
+            control_silent: None,
         }
     }
 
