@@ -280,7 +280,7 @@ impl Step for PendingAccept {
     }
 
     fn lingers(&self) -> bool {
-        self.begun && self.plugin.traits.lingers
+        self.begun && self.dev_handle.is_some() && self.plugin.traits.lingers
     }
 
     fn step(&mut self) -> Result<Option<RecvComm>> {
@@ -435,7 +435,7 @@ impl Step for Dialling {
     }
 
     fn lingers(&self) -> bool {
-        self.begun && self.plugin.traits.lingers
+        self.begun && self.handle.is_some() && self.plugin.traits.lingers
     }
 
     fn step(&mut self) -> Result<Option<SendComm>> {
@@ -714,7 +714,7 @@ impl SendComm {
 
     /// Waits until what was closed in the plugin's thread is closed, for a short time.
     pub(crate) fn settle(&self) {
-        self.raw.plugin.thread().into_iter().for_each(PluginThread::settle);
+        self.raw.plugin.settle();
     }
 }
 

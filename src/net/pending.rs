@@ -24,7 +24,7 @@ pub(super) trait Step: Send + 'static {
     fn thread(&self) -> Option<&'static PluginThread>;
     /// Polls it once.
     fn step(&mut self) -> Result<Option<Self::Up>>;
-    /// Whether it must be polled to its end.
+    /// Whether it has begun, not ended, and must be polled to its end.
     fn lingers(&self) -> bool;
     /// It was given up so long ago.
     fn given_up(&mut self, _since: Duration) {}
@@ -103,25 +103,25 @@ fn begin<S: Step>(thread: &'static PluginThread, mut step: S, seen: Arc<Mutex<Se
             if !step.lingers() {
                 return None;
             }
-            let since = *given_up.get_or_insert_with(Instant::now);
-            step.given_up(since.elapsed());
+            given_up.get_or_insert_with(Instant::now);
         }
-        let ended = match step.step() {
-            Ok(None) => {
-                let slow = if given_up.is_some() { ABANDONED } else { SLOW };
-                return Some((began.elapsed() / 16).clamp(FAST, slow));
+        given_up.iter().for_each(|since| step.given_up(since.elapsed()));
+        let ended = step.step().transpose();
+        let goes_on = ended.is_none() || step.lingers();
+        if let Some(ended) = ended {
+            let mut seen = seen.lock();
+            // Its owner takes the first end.
+            let unseen = matches!(*seen, Seen::GivenUp) || given_up.is_some();
+            if unseen {
+                drop(seen);
+                drop(ended);
+            } else {
+                *seen = Seen::Ended(ended);
             }
-            Ok(Some(up)) => Ok(up),
-            Err(e) => Err(e),
-        };
-        let mut seen = seen.lock();
-        if !matches!(*seen, Seen::GivenUp) {
-            *seen = Seen::Ended(ended);
-        } else {
-            drop(seen);
-            drop(ended);
+            given_up.get_or_insert_with(Instant::now);
         }
-        None
+        let slow = if given_up.is_some() { ABANDONED } else { SLOW };
+        goes_on.then(|| (began.elapsed() / 16).clamp(FAST, slow))
     };
     thread.poll(S::NAME, Box::new(poll))
 }

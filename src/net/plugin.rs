@@ -248,6 +248,11 @@ impl Plugin {
         self.traits.serial_setup.then(|| self.thread.get().named(&self.name))
     }
 
+    /// Waits until what was closed in its thread is closed, for a short time.
+    pub(crate) fn settle(&self) {
+        self.thread().into_iter().for_each(PluginThread::settle);
+    }
+
     /// A call of set-up, registration or close, in the plugin's thread if it has one.
     fn set_up(&self, name: &str, call: impl FnOnce() -> Answer) -> Result<()> {
         let _quiet = self.traits.raises_sigpipe.then(Quiet::begin);

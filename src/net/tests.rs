@@ -368,7 +368,7 @@ fn reset_before_the_close(plugin: &Arc<Plugin>) {
     assert_eq!(counters().flow_rules.load(Acquire), 16);
     assert!(reset_connections(|_, _| true) >= 24);
     drop((a, b));
-    plugin.thread().into_iter().for_each(PluginThread::settle);
+    plugin.settle();
     assert_eq!(counters().flow_rules.load(Acquire), 0, "flow rules were left behind");
     nothing_is_left(plugin);
 }
@@ -549,7 +549,7 @@ fn accepts_that_fail(plugin: &Arc<Plugin>) {
         }
         drop((side, dialled));
         nothing_is_left(plugin);
-        plugin.thread().into_iter().for_each(PluginThread::settle);
+        plugin.settle();
         let now = descriptors();
         assert!(now <= *before.get_or_insert(now), "{now} descriptors are open, {before:?} after the first round");
     }
@@ -618,7 +618,7 @@ fn registrations(plugin: &Arc<Plugin>) {
     }
     assert_eq!(live(), 30);
     // The registration ends with its last user.
-    let settle = || plugin.thread().into_iter().for_each(PluginThread::settle);
+    let settle = || plugin.settle();
     a.truncate(2);
     settle();
     assert_eq!(live(), 30);
@@ -653,7 +653,7 @@ fn registrations_in_flight(plugin: &Arc<Plugin>) {
     let Pair { send, recv, .. } = a.remove(0);
     drop(recv);
     drop(send);
-    let settle = || plugin.thread().into_iter().for_each(PluginThread::settle);
+    let settle = || plugin.settle();
     settle();
     assert_eq!(live(), 1);
     let (_a, _b) = both(open(plugin, 1), open(plugin, 1));
