@@ -53,6 +53,8 @@ struct State {
     /// A close runs.
     closing: bool,
     tasks: Vec<Polled>,
+    /// How many more are being polled.
+    polling: usize,
     running: Option<Running>,
     /// Numbers of jobs.
     last: u64,
@@ -179,7 +181,8 @@ impl PluginThread {
     /// Number of tasks that have not ended.
     #[cfg(test)]
     pub(super) fn tasks(&self) -> usize {
-        self.state.lock().tasks.len()
+        let state = self.state.lock();
+        state.tasks.len() + state.polling
     }
 
     fn plugin(&self) -> &str {
@@ -259,7 +262,7 @@ impl PluginThread {
         }
         let all = std::mem::take(&mut state.tasks);
         let (due, rest): (Vec<_>, Vec<_>) = all.into_iter().partition(|task| task.due <= now + TOGETHER);
-        state.tasks = rest;
+        (state.tasks, state.polling) = (rest, due.len());
         for mut polled in due {
             let mut pause = None;
             self.perform(state, polled.name, || {
@@ -273,6 +276,7 @@ impl PluginThread {
                 polled.due = Instant::now() + pause;
                 state.tasks.push(polled);
             }
+            state.polling -= 1;
         }
         true
     }
@@ -320,4 +324,104 @@ impl State {
 
 fn refused(name: &str, why: &Error) -> Error {
     Error::new(why.kind(), format_args!("{name} was given up: {why}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::ErrorKind;
+    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::sync::mpsc::{channel, Receiver};
+
+    fn thread() -> &'static PluginThread {
+        let thread: &'static PluginThread = Box::leak(Box::default());
+        thread.named("one")
+    }
+
+    /// Something whose end is seen.
+    struct Ends(Arc<AtomicU32>);
+
+    impl Drop for Ends {
+        fn drop(&mut self) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    fn stand_still(thread: &'static PluginThread, receiver: Receiver<()>) {
+        thread.close("closeRecv", move || _ = receiver.recv());
+    }
+
+    #[test]
+    fn a_call_behind_one_that_stands_still_is_refused_until_that_returns() {
+        let (thread, (goes_on, stands)) = (thread(), channel());
+        assert_eq!(thread.call("listen", || Ok(1)), Ok(1));
+        stand_still(thread, stands);
+        let begun = Arc::new(AtomicU32::new(0));
+        let ends = Ends(begun.clone());
+        let error = thread.call("listen", move || Ok(drop(ends))).expect_err("it stands still");
+        assert!(
+            error.kind() == ErrorKind::Plugin && error.to_string().contains("one: closeRecv has not returned for "),
+            "{error}"
+        );
+        assert_eq!(begun.load(Ordering::SeqCst), 1, "what is refused is dropped");
+        // From now on at once.
+        let before = Instant::now();
+        assert!(thread.call("listen", || Ok(2)).is_err());
+        assert!(before.elapsed() < LIMIT);
+        goes_on.send(()).expect("its receiver");
+        thread.settle();
+        assert_eq!((thread.call("listen", || Ok(3)), thread.stands_still()), (Ok(3), None));
+    }
+
+    #[test]
+    fn the_result_of_a_call_that_is_left_behind_is_dropped() {
+        let (thread, (goes_on, stands)) = (thread(), channel::<()>());
+        let ended = Arc::new(AtomicU32::new(0));
+        let ends = Ends(ended.clone());
+        let result = thread.call("regMr", move || {
+            let _ = stands.recv();
+            Ok(ends)
+        });
+        assert!(result.is_err_and(|e| e.to_string().contains("regMr has not returned")));
+        assert_eq!(ended.load(Ordering::SeqCst), 0);
+        drop(goes_on);
+        while thread.call("listen", || Ok(())).is_err() {}
+        assert_eq!(ended.load(Ordering::SeqCst), 1);
+    }
+
+    #[test]
+    fn closes_keep_their_order_and_nobody_waits_for_them_twice() {
+        let (thread, (goes_on, stands)) = (thread(), channel());
+        stand_still(thread, stands);
+        let order = Arc::new(Mutex::new(Vec::new()));
+        for number in 0..4 {
+            let order = order.clone();
+            thread.close("closeSend", move || order.lock().push(number));
+        }
+        thread.settle();
+        let before = Instant::now();
+        (0..100).for_each(|_| thread.settle());
+        assert!(before.elapsed() < SETTLE, "it waits each time");
+        assert!(order.lock().is_empty());
+        goes_on.send(()).expect("its receiver");
+        while order.lock().len() < 4 {
+            std::thread::yield_now();
+        }
+        assert_eq!(*order.lock(), [0, 1, 2, 3]);
+    }
+
+    #[test]
+    fn tasks_are_polled_until_they_end_even_after_a_panic() {
+        let thread = thread();
+        let polls = Arc::new(AtomicU32::new(0));
+        let counted = polls.clone();
+        let task = move || (counted.fetch_add(1, Ordering::SeqCst) < 4).then_some(Duration::from_micros(100));
+        thread.poll("accept", Box::new(|| panic!("in a task"))).expect("thread");
+        thread.poll("accept", Box::new(task)).expect("thread");
+        while thread.tasks() > 0 {
+            std::thread::yield_now();
+        }
+        thread.call("listen", || Ok(())).expect("it goes on");
+        assert_eq!(polls.load(Ordering::SeqCst), 5);
+    }
 }
