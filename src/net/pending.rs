@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 /// The pauses between polls: they grow with age.
 const FAST: Duration = Duration::from_micros(100);
 const SLOW: Duration = Duration::from_millis(5);
-/// The longest pause once its owner has gone.
+/// The longest pause once it was given up.
 const ABANDONED: Duration = Duration::from_millis(500);
 
 /// A connect or an accept.

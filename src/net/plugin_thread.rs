@@ -40,13 +40,13 @@ struct Polled {
 struct Running {
     name: &'static str,
     since: Instant,
-    /// A caller has left it behind, or a line says that it stands still.
+    /// A line says that it stands still.
     reported: bool,
 }
 
 #[derive(Default)]
 struct State {
-    /// Somebody waits for these; they go first.
+    /// Callers wait for these; they go first.
     calls: VecDeque<Job>,
     /// Closes and the ends of registrations, in their order.
     closes: VecDeque<Job>,
@@ -390,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn closes_keep_their_order_and_nobody_waits_for_them_twice() {
+    fn closes_keep_their_order_and_are_waited_for_once() {
         let (thread, (goes_on, stands)) = (thread(), channel());
         stand_still(thread, stands);
         let order = Arc::new(Mutex::new(Vec::new()));
