@@ -348,7 +348,11 @@ mod tests {
     }
 
     fn stand_still(thread: &'static PluginThread, receiver: Receiver<()>) {
-        thread.close("closeRecv", move || _ = receiver.recv());
+        let (runs, begun) = channel();
+        thread.close("closeRecv", move || {
+            let _ = (runs.send(()), receiver.recv());
+        });
+        begun.recv().expect("it begins");
     }
 
     #[test]
