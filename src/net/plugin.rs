@@ -2,7 +2,7 @@
 //! through here, with the locks and the signal mask that the plugin's traits require; `comm` keeps the order of calls.
 
 use super::plugin_thread::PluginThread;
-use super::registrations::{MHandle, Registrar, Registrations};
+use super::registrations::{End, MHandle, Registrar, Registrations};
 use super::rxdm::Asking;
 use super::search;
 use super::secure::{Guard, Secret};
@@ -324,7 +324,7 @@ impl Registrar for Plugin {
         self.registrations.get()
     }
 
-    fn end_registration(self: Arc<Self>, end: Box<dyn FnOnce(&dyn Registrar) + Send>) {
+    fn end_registration(self: Arc<Self>, end: End) {
         match self.thread() {
             Some(thread) => thread.close("deregMr", move || end(&*self)),
             None => end(&*self),

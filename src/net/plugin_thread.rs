@@ -362,7 +362,7 @@ mod tests {
         stand_still(thread, stands);
         let begun = Arc::new(AtomicU32::new(0));
         let ends = Ends(begun.clone());
-        let error = thread.call("listen", move || Ok(drop(ends))).expect_err("it stands still");
+        let error = thread.call("listen", move || Ok(ends.0.clone())).map(|_| ()).expect_err("it stands still");
         assert!(
             error.kind() == ErrorKind::Plugin && error.to_string().contains("one: closeRecv has not returned for "),
             "{error}"

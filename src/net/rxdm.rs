@@ -178,7 +178,7 @@ fn receive(socket: &Socket) -> io::Result<(Vec<u8>, Option<OwnedFd>)> {
     let rights = header.filter(|h| {
         // SAFETY: plain arithmetic.
         let one = unsafe { libc::CMSG_LEN(size_of::<libc::c_int>() as u32) } as usize;
-        (h.cmsg_level, h.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) && h.cmsg_len as usize >= one
+        (h.cmsg_level, h.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) && h.cmsg_len >= one as _
     });
     // SAFETY: the header has room for a descriptor, which belongs to this process from here on.
     let descriptor = rights.map(|h| unsafe { OwnedFd::from_raw_fd(libc::CMSG_DATA(h).cast::<libc::c_int>().read_unaligned()) });
@@ -292,7 +292,8 @@ mod tests {
 
     #[test]
     fn a_manager_that_hangs_up_or_is_silent_or_talks_nonsense_serves_nothing() {
-        let cases: [(&str, [fn(&mut UnixStream); 2], &str); 7] = [
+        type Answer = fn(&mut UnixStream);
+        let cases: [(&str, [Answer; 2], &str); 7] = [
             ("hangs-up", [|_| (), give_metadata], "closed the connection"),
             ("hangs-up-later", [give_descriptor, |_| ()], "closed the connection"),
             ("hangs-up-within", [give_descriptor, |s| give(s, &[0, 26, 10])], "closed the connection"),
