@@ -212,6 +212,48 @@ fn a_reset_by_the_network_ends_neither_process() {
     run("network_resets", &[TCPXO, ("UCCL_TCPX_NUM_CHANNELS", "4")]);
 }
 
+/// A file for STRICT_FOREIGN_FROZEN, which does not exist yet.
+fn frozen_file(case: &str) -> PathBuf {
+    let file = std::env::temp_dir().join(format!("uccl-frozen-{case}-{}", std::process::id()));
+    let _ = std::fs::remove_file(&file);
+    file
+}
+
+fn run_frozen(case: &str, more: &[(&str, &str)]) -> String {
+    let file = frozen_file(case);
+    let mut environment = vec![("STRICT_FOREIGN_FROZEN", file.to_str().expect("path")), ("UCCL_TCPX_NUM_CHANNELS", "4")];
+    environment.extend(more);
+    run(case, &environment)
+}
+
+/// The lines that say that a call stands still.
+fn standing(log: &str) -> usize {
+    log.lines()
+        .filter(|line| line.contains("WARN") && line.contains("nothing is set up over the plugin until it returns"))
+        .count()
+}
+
+#[test]
+fn a_frozen_receive_manager_keeps_no_close() {
+    let log = run_frozen("frozen_close", &[("UCCL_TCPX_CLOSE_TIMEOUT_MS", "1000")]);
+    assert_eq!(standing(&log), 1, "{log}");
+    assert!(log.contains("GPUDirectTCPX_v7: closeRecv has returned after"), "{log}");
+}
+
+#[test]
+fn a_frozen_receive_manager_keeps_no_connect() {
+    let log = run_frozen("frozen_import", &[("UCCL_TCPX_CONNECT_TIMEOUT_MS", "6000")]);
+    assert_eq!(standing(&log), 1, "{log}");
+    // The plugin's own threads wait for rules.
+    run_frozen("frozen_rule", &[("UCCL_TCPX_CONNECT_TIMEOUT_MS", "1000")]);
+}
+
+#[test]
+fn a_slow_receive_manager_keeps_no_close() {
+    let log = run("slow_close", &[("STRICT_FOREIGN_CLOSE_MS", "400"), ("UCCL_TCPX_NUM_CHANNELS", "8")]);
+    assert_eq!(standing(&log), 0, "{log}");
+}
+
 #[test]
 fn gpus_that_came_too_late_take_the_software_plugins_channels() {
     let log = run("late_gpu", &[("UCCL_TCPX_EMULATE_DEVICES", "2"), ("UCCL_TCPX_NUM_CHANNELS", "2")]);
@@ -295,6 +337,10 @@ fn child() {
         "gpu_of_one_side" => two_gpus(2, 1, Carried::Early),
         "peer_on_eth2" => peer_on_eth2(),
         "peer_dies" => peer_dies(),
+        "frozen_close" => frozen_close(),
+        "frozen_import" => frozen_set_up("import"),
+        "frozen_rule" => frozen_set_up("rule"),
+        "slow_close" => slow_close(),
         "closes" => closes(false),
         "network_resets" => closes(true),
         "peer_that_closes" => peer_that_closes(),
@@ -415,6 +461,111 @@ fn peer_dies() {
     drop(pair(&c, &d));
     settles("registrations are dropped", REGISTRATIONS, 0);
     settles("descriptors are closed", DESCRIPTORS, 0);
+}
+
+/// A receive manager that answers no call of some kinds, until it is dropped or for a minute: a call that waits for it goes on then.
+struct Frozen {
+    file: PathBuf,
+    thawed: Arc<std::sync::atomic::AtomicBool>,
+}
+
+impl Frozen {
+    fn new(calls: &str) -> Frozen {
+        let file = PathBuf::from(std::env::var("STRICT_FOREIGN_FROZEN").expect("file"));
+        std::fs::write(&file, calls).expect("file");
+        let frozen = Frozen { file: file.clone(), thawed: Arc::default() };
+        let thawed = frozen.thawed.clone();
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_secs(60));
+            thawed.store(true, std::sync::atomic::Ordering::SeqCst);
+            let _ = std::fs::remove_file(file);
+        });
+        frozen
+    }
+
+    /// What went before did not wait for it.
+    fn is_frozen(&self, what: &str) {
+        assert!(!self.thawed.load(std::sync::atomic::Ordering::SeqCst), "{what} has waited for the receive manager");
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.file);
+    }
+}
+
+/// Connects until the error says that the plugin stands still.
+fn is_refused(a: &Engine, b: &Engine, call: &str) {
+    let until = Instant::now() + Duration::from_secs(20);
+    loop {
+        let error = a.connect("127.0.0.1", "", local::port(b)).expect_err("the receive manager is frozen").to_string();
+        if error.contains(&format!("GPUDirectTCPX_v7: {call} has not returned for ")) {
+            return;
+        }
+        assert!(Instant::now() < until, "{error}");
+    }
+}
+
+fn frozen_close() {
+    let (a, b) = (engine(), engine());
+    let (connection, other) = pair(&a, &b);
+    // Comms that are not closed may use it.
+    let memory: [&'static mut [u8]; 2] = [vec![3u8; 64 << 20].leak(), vec![0; 64 << 20].leak()];
+    let [from, to] = [0, 1].map(|i| memory[i].as_ptr() as usize);
+    let (near, far) = (a.register(from, 64 << 20).expect("register"), b.register(to, 64 << 20).expect("register"));
+    let item = b.fifo_item(far, to, 64 << 20).expect("item");
+    let local = LocalSegment { mr: near, addr: from, len: 64 << 20 };
+    let frozen = Frozen::new("close");
+    connection.transfer(Direction::Write, std::iter::once((local, item))).expect("start");
+    std::thread::sleep(Duration::from_millis(20));
+    connection.close();
+    other.close();
+    frozen.is_frozen("a close");
+    // The last sends of the four channels wait behind the first closeRecv, and may be read until they are closed.
+    let results = [a.deregister(near), b.deregister(far)];
+    frozen.is_frozen("a deregistration");
+    let error = results.into_iter().find_map(Result::err).expect("a comm that is not closed may use it").to_string();
+    assert!(error.contains("a plugin has not closed a channel"), "{error}");
+    is_refused(&a, &b, "closeRecv");
+    drop((connection, other));
+    let (c, d) = (engine(), engine());
+    c.connect("127.0.0.1", "", local::port(&d)).expect_err("the plugin is the same");
+    drop((c, d));
+    frozen.is_frozen("the end of an engine");
+    assert!(counter(COMMS) > 0);
+    drop(frozen);
+    settles("comms are closed", COMMS, 0);
+    settles("flow rules are taken back", FLOW_RULES, 0);
+    settles("receive pages are given back", PAGES_OUT, 0);
+    drop(pair(&a, &b));
+}
+
+fn frozen_set_up(call: &str) {
+    let (a, b) = (engine(), engine());
+    let frozen = Frozen::new(call);
+    let error = a.connect("127.0.0.1", "", local::port(&b)).expect_err("the receive manager is frozen").to_string();
+    frozen.is_frozen("a connect");
+    assert!(error.contains("did not come up in time"), "{error}");
+    if call == "import" {
+        assert!(error.contains("GPUDirectTCPX_v7: accept has not returned for "), "{error}");
+        is_refused(&a, &b, "accept");
+    }
+    drop(frozen);
+    let until = Instant::now() + Duration::from_secs(20);
+    while let Err(e) = a.connect("127.0.0.1", "", local::port(&b)) {
+        assert!(Instant::now() < until, "{e}");
+    }
+    drop((a, b));
+    settles("comms are closed", COMMS, 0);
+}
+
+fn slow_close() {
+    let (a, b) = (engine(), engine());
+    drop(pair(&a, &b));
+    drop((a, b));
+    assert!(counter(COMMS) > 0, "the close has waited for the receive manager");
+    settles("comms are closed", COMMS, 0);
 }
 
 /// Two processes send to each other, and one closes its end in the middle, this one in every other round; or all connections of the peer's

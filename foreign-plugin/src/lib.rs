@@ -9,6 +9,7 @@
 //! - `comm`: requests and their bytes
 //! - `late`: sends from memory that the kernel reads until the peer has acknowledged them
 //! - `flows`: the flow rule of each data socket
+//! - `manager`: the receive manager
 //! - `logger`: the caller's logger
 //! - `abi`: the C entries
 
@@ -19,6 +20,7 @@ pub mod flows;
 mod gpu;
 mod late;
 mod logger;
+mod manager;
 mod memory;
 pub mod rules;
 mod setup;

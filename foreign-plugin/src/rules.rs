@@ -98,6 +98,10 @@ pub(crate) struct Settings {
     pub sends: u64,
     /// `STRICT_FOREIGN_CLOSES`: the number of comms that close; the others stay open, with an error.
     pub closes: u64,
+    /// `STRICT_FOREIGN_CLOSE_MS`: how long the receive manager takes to remove the rules of a comm.
+    pub close_time: Duration,
+    /// `STRICT_FOREIGN_FROZEN`: see `manager`.
+    pub frozen: Option<std::path::PathBuf>,
     /// `STRICT_FOREIGN_PAGES`: pages of the receive memory.
     pub pages: usize,
     /// `STRICT_FOREIGN_FRAGMENT`: largest fragment, bytes.
@@ -153,6 +157,8 @@ pub(crate) fn settings() -> &'static Settings {
             listens: number("STRICT_FOREIGN_LISTENS", u64::MAX),
             sends: number("STRICT_FOREIGN_SENDS", u64::MAX),
             closes: number("STRICT_FOREIGN_CLOSES", u64::MAX),
+            close_time: Duration::from_millis(number("STRICT_FOREIGN_CLOSE_MS", 0)),
+            frozen: text("STRICT_FOREIGN_FROZEN").map(Into::into),
             pages: number("STRICT_FOREIGN_PAGES", 1 << 17) as usize,
             fragment: (number("STRICT_FOREIGN_FRAGMENT", 4000) as usize).clamp(1, 4096),
             lenient: text("STRICT_FOREIGN_LENIENT").is_some(),

@@ -116,6 +116,7 @@ impl ListenComm {
                 std::thread::sleep(settings().accept_time);
                 if !dead {
                     let result = gather(&listeners);
+                    crate::manager::answer("rule");
                     *lock(&outcome) = Some(result);
                 }
             });
@@ -135,24 +136,31 @@ impl ListenComm {
     }
 }
 
-/// Accepts the connections of one peer: the control socket, then the data sockets.
+/// Accepts the connections of one peer: the control socket, then the data sockets. As with TCPX, they stay open if that fails.
 fn gather(listeners: &Listeners) -> Result<Sockets, String> {
     let mut all: Vec<Option<TcpStream>> = (0..=SOCKETS).map(|_| None).collect();
+    gather_all(listeners, &mut all).inspect_err(|_| std::mem::forget(std::mem::take(&mut all)))?;
+    finish(all.into_iter().flatten().collect())
+}
+
+fn gather_all(listeners: &Listeners, all: &mut [Option<TcpStream>]) -> Result<(), String> {
     while all.iter().any(Option::is_none) {
         let listener = if all[0].is_none() { &listeners.control } else { &listeners.data };
         let (mut stream, _) = listener.accept().map_err(|e| e.to_string())?;
         let mut intro = [0u8; 8];
         if stream.read_exact(&mut intro).is_err() {
+            std::mem::forget(stream);
             return Err("the peer disconnected during the accept".to_owned());
         }
         let [a, b, c, d, e, f, g, h] = intro;
         let (magic, index) = (u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]) as usize);
         if magic != MAGIC || index > SOCKETS {
+            std::mem::forget(stream);
             return Err("not a peer of this plugin".to_owned());
         }
         all[index] = Some(stream);
     }
-    finish(all.into_iter().flatten().collect())
+    Ok(())
 }
 
 fn finish(mut all: Vec<TcpStream>) -> Result<Sockets, String> {

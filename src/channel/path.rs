@@ -10,7 +10,7 @@ use crate::region::Hold;
 use crate::stats::ChannelStats;
 use crate::status::{Error, Result};
 use crate::types::{Key, Part, Place};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// A chunk to send.
 pub(crate) struct Departure {
@@ -66,6 +66,8 @@ pub(crate) struct Outbound {
     pub due: bool,
     /// No packet of so many bytes, the full size, has passed, though the smaller ones of the set-up did.
     pub too_large: Option<u32>,
+    /// For how long the plugin's own control connections have had no answer, though one is due.
+    pub control_silent: Option<Duration>,
 }
 
 /// The network's progress on a channel.

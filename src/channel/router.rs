@@ -373,6 +373,15 @@ impl Channels {
         }
     }
 
+    /// Describes the plugin's control connection that has had no answer for longest, for an error text. Without it no data moves, and
+    /// nothing of it shows on the channels.
+    pub(crate) fn describe_control(&self, way: Way) -> String {
+        self.stillness.silent_control().map_or_else(String::new, |(number, time)| {
+            let ends = self.ends(number, way);
+            format!("the plugin's control connection of channel {number} on {ends} has had no answer for {time:.1?}")
+        })
+    }
+
     fn describe(&self, channels: &[usize], way: Way, now: Instant) -> String {
         const MOST: usize = 4;
         let words = |&number: &usize| {

@@ -94,6 +94,12 @@ impl Stillness {
         self.0.get(channel).map_or_else(Outbound::default, |seen| seen.outbound)
     }
 
+    /// The channel whose control connection inside the plugin has had no answer for longest, and for how long, if that is a second or more.
+    pub(crate) fn silent_control(&self) -> Option<(usize, Duration)> {
+        let silent = self.0.iter().enumerate().filter_map(|(channel, seen)| Some((channel, seen.outbound.control_silent?)));
+        silent.max_by_key(|&(_, time)| time).filter(|&(_, time)| time >= Duration::from_secs(1))
+    }
+
     /// The channels with chunks, or bytes of them, in flight in a direction, the longest stalled first. If some are stalled, those that
     /// moved a moment ago are left out, since they are not the cause.
     pub(crate) fn stillest(&self, way: Way, now: Instant) -> Vec<usize> {
@@ -181,6 +187,19 @@ mod tests {
     }
 
     #[test]
+    fn a_control_connection_without_an_answer_is_named() {
+        let (mut stillness, now) = (Stillness::default(), Instant::now());
+        assert_eq!(stillness.silent_control(), None);
+        for (channel, millis) in [None, Some(999), Some(4000), Some(2000)].into_iter().enumerate() {
+            let outbound = Outbound { control_silent: millis.map(Duration::from_millis), ..Outbound::default() };
+            let line = Line { nic: "eth1", moved: None, outbound, under_way: (0, 0), posted: 0, open: true };
+            stillness.note(channel, &line, now);
+            let longest = (channel >= 2).then_some((2, Duration::from_secs(4)));
+            assert_eq!(stillness.silent_control(), longest);
+        }
+    }
+
+    #[test]
     fn only_the_dead_nic_is_named() {
         // A stalled channel beside a moving one on the same NIC waits for its turn.
         let (stillness, now) = looks(u64::MAX, 30, true);
@@ -225,7 +244,7 @@ mod tests {
             now = start + Duration::from_secs(second);
             for (channel, nic) in ["eth1", "eth2"].into_iter().enumerate() {
                 let (acknowledged, due) = if channel == 0 { (second * 1000, true) } else { acknowledged(second) };
-                let outbound = Outbound { acknowledged, due, waiting: u64::from(due), too_large: None };
+                let outbound = Outbound { acknowledged, due, waiting: u64::from(due), ..Outbound::default() };
                 let moved = reports.then_some((acknowledged, 0));
                 stillness.note(channel, &Line { nic, moved, outbound, under_way: (1, 0), posted: 0, open: true }, now);
             }
@@ -250,7 +269,7 @@ mod tests {
     #[test]
     fn what_a_socket_buffer_has_is_in_flight() {
         let (mut stillness, start) = (Stillness::default(), Instant::now());
-        let outbound = Outbound { acknowledged: 5, waiting: 300, due: true, too_large: None };
+        let outbound = Outbound { acknowledged: 5, waiting: 300, due: true, ..Outbound::default() };
         let line = Line { nic: "eth1", moved: Some((5, 0)), outbound, under_way: (0, 0), posted: 0, open: true };
         stillness.note(0, &line, start);
         stillness.note(0, &line, start + T);

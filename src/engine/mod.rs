@@ -391,6 +391,8 @@ impl Engine {
         join(threads.warmup.take());
         context.table.end();
         join(threads.progress.take());
+        // The application may end the process now.
+        context.plugins.all().for_each(|plugin| plugin.settle());
         let lost = context.notifications.len();
         if lost > 0 {
             log::warn!("engine {}: {lost} notifications were never taken", self.metadata);

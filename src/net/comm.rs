@@ -2,12 +2,15 @@
 //! are consumed in order, a listen comm accepts once, and memory that the plugin keeps pointers to does not move. Callers cannot
 //! break these rules. Set-up, registration and close run with the comm's GPU current.
 
+use super::pending::{Pending, Step};
 use super::plugin::{Buffer, CommKind, Plugin};
+use super::plugin_thread::PluginThread;
 use super::registrations::{piece, Registrar, Registration};
+use super::rxdm::Asking;
 use super::secure::{Guard, HalfKeys};
 use super::signals::Quiet;
 use super::sockets::Sockets;
-use super::{abandoned_connects, handle, within, Scope};
+use super::{handle, within, Scope};
 pub(crate) use super::{handle::Handle, registrations::MHandle};
 use crate::status::{bail, err, Result};
 use crate::types::Span;
@@ -45,7 +48,13 @@ impl<T> Drop for Pinned<T> {
     }
 }
 
-/// A raw comm. Dropping it closes it; whoever must know the result calls [`RawComm::close`] first.
+/// What a comm may use until its close has ended: it is dropped then, and never if the close fails.
+type Keep = Box<dyn Send>;
+
+/// The result of a close, once it has ended.
+type Closed = Arc<Mutex<Option<Result<()>>>>;
+
+/// A raw comm. Dropping it closes it; callers that need the result call [`RawComm::close`] first.
 struct RawComm {
     plugin: Arc<Plugin>,
     comm: *mut c_void,
@@ -54,8 +63,10 @@ struct RawComm {
     gpu: Scope,
     /// Its data sockets: of send comms for plugins that send late, of receive comms for plugins that ask for peers.
     sockets: Sockets,
-    /// The result of the close.
-    closed: Option<Result<()>>,
+    /// Its control connection, for the same plugins.
+    control: Sockets,
+    /// Its close, once it has begun.
+    closed: Option<Closed>,
 }
 // SAFETY: NCCL plugins allow a comm to be used from any thread, one at a time; `&mut` of the owners guarantees the latter.
 unsafe impl Send for RawComm {}
@@ -64,26 +75,73 @@ impl RawComm {
     /// A comm that moves data.
     fn open(plugin: &Arc<Plugin>, comm: *mut c_void, kind: CommKind, dev: usize, gpu: &Scope) -> RawComm {
         plugin.registrations().opened(&**plugin, dev, comm, gpu);
-        RawComm { plugin: plugin.clone(), comm, kind, dev, gpu: gpu.clone(), sockets: Sockets::default(), closed: None }
+        let [sockets, control] = Default::default();
+        RawComm { plugin: plugin.clone(), comm, kind, dev, gpu: gpu.clone(), sockets, control, closed: None }
     }
 
-    /// Closes it; a second call returns the result of the first.
+    /// Closes it, in the plugin's thread if it has one, and then without waiting. `keep`: what it may use until then.
+    fn close(&mut self, keep: Keep) {
+        if self.closed.is_some() {
+            return;
+        }
+        let closed = Closed::default();
+        self.closed = Some(closed.clone());
+        let sockets = std::mem::take(&mut self.sockets);
+        let (plugin, comm, kind) = (self.plugin.clone(), self.comm, self.kind);
+        let close = Close { plugin, comm, kind, dev: self.dev, gpu: self.gpu.clone(), sockets, keep };
+        match self.plugin.thread() {
+            Some(thread) => thread.close(self.kind.close_name(), move || close.run(&closed)),
+            None => close.run(&closed),
+        }
+    }
+
+    /// Whether its close has ended.
     ///
     /// # Errors
     /// The comm stays open: it may read and write memory until the process ends.
-    fn close(&mut self) -> Result<()> {
-        if let Some(closed) = &self.closed {
-            return closed.clone();
+    fn is_closed(&self) -> Result<bool> {
+        match self.closed.as_ref().and_then(|closed| closed.lock().clone()) {
+            Some(ended) => ended.map(|()| true),
+            None => Ok(false),
         }
+    }
+}
+
+impl Drop for RawComm {
+    fn drop(&mut self) {
+        self.close(Box::new(()));
+    }
+}
+
+/// The close of a comm, with all that it needs.
+struct Close {
+    plugin: Arc<Plugin>,
+    comm: *mut c_void,
+    kind: CommKind,
+    dev: usize,
+    gpu: Scope,
+    sockets: Sockets,
+    keep: Keep,
+}
+// SAFETY: as for the comm that it closes, which nothing else uses any more.
+unsafe impl Send for Close {}
+
+impl Close {
+    fn run(mut self, closed: &Closed) {
         self.plugin.registrations().closing(&*self.plugin, self.dev, self.comm);
-        let closed = self.close_once();
-        if let Err(e) = &closed {
-            log::warn!("{e}");
+        let ended = self.once();
+        match &ended {
+            // Registrations are dropped by another comm of the NIC.
+            Ok(()) => drop(self.keep),
+            Err(e) => {
+                log::warn!("{e}");
+                std::mem::forget(self.keep);
+            }
         }
-        self.closed.insert(closed).clone()
+        *closed.lock() = Some(ended);
     }
 
-    fn close_once(&mut self) -> Result<()> {
+    fn once(&mut self) -> Result<()> {
         let stays = |why: &dyn std::fmt::Display| err!(Plugin, "a comm of plugin {} stays open: {why}", self.plugin.name);
         if matches!(self.kind, CommKind::Recv) {
             let replaced = self.sockets.replace();
@@ -91,13 +149,6 @@ impl RawComm {
         }
         // SAFETY: live until here, and closed once.
         within(&self.gpu, || unsafe { self.plugin.close(self.kind, self.comm) }).map_err(|e| stays(&e))
-    }
-}
-
-impl Drop for RawComm {
-    fn drop(&mut self) {
-        // The log has an error.
-        let _ = self.close();
     }
 }
 
@@ -113,11 +164,18 @@ type SharedComm = Arc<Mutex<RawComm>>;
 
 impl ListenComm {
     pub(crate) fn new(plugin: &Arc<Plugin>, dev: usize, gpu: &Scope) -> Result<ListenComm> {
-        let mut handle = [0; NCCL_NET_HANDLE_MAXSIZE];
-        let comm = within(gpu, || plugin.listen(dev, &mut handle))?;
-        let (kind, sockets) = (CommKind::Listen, Sockets::default());
-        let raw = RawComm { plugin: plugin.clone(), comm, kind, dev, gpu: gpu.clone(), sockets, closed: None };
-        Ok(ListenComm { raw: Arc::new(Mutex::new(raw)), handle })
+        let (on, gpu) = (plugin.clone(), gpu.clone());
+        let listen = move || {
+            let mut handle = [0; NCCL_NET_HANDLE_MAXSIZE];
+            let comm = within(&gpu, || on.listen(dev, &mut handle))?;
+            let (kind, [sockets, control]) = (CommKind::Listen, Default::default());
+            let raw = RawComm { plugin: on, comm, kind, dev, gpu, sockets, control, closed: None };
+            Ok(ListenComm { raw: Arc::new(Mutex::new(raw)), handle })
+        };
+        match plugin.thread() {
+            Some(thread) => thread.call("listen", listen),
+            None => listen(),
+        }
     }
 
     /// Accepts for both directions, from a peer that dials both. With keys, the peer proves one for each direction.
@@ -162,20 +220,26 @@ impl Answering {
 }
 
 struct PendingAccept {
+    plugin: Arc<Plugin>,
     listen: SharedComm,
     /// The listening address, if the handle shows it.
     addresses: Vec<SocketAddr>,
-    /// The address and number of its data sockets, and the sockets that had the address before, for plugins that ask for peers.
-    data: Option<(SocketAddr, usize, Sockets)>,
-    dev_handle: Pinned<ncclNetDeviceHandle_v7>,
+    /// For plugins that ask for peers: the number of its data sockets, and the sockets that had its addresses before.
+    data: Option<(usize, Sockets)>,
+    /// What must be known before it begins.
+    asking: Option<Asking>,
+    /// `None` once it has ended.
+    dev_handle: Option<Pinned<ncclNetDeviceHandle_v7>>,
     /// The protection of the comm.
     guard: Guard,
     /// The plugin has seen the accept.
     begun: bool,
+    /// How often it was ended by a connect, once given up.
+    poked: u32,
 }
 
-/// A pending accept. If it is dropped early and the plugin requires it, it is polled on in the background.
-pub(crate) struct Accepting(Option<PendingAccept>);
+/// A pending accept.
+pub(crate) struct Accepting(Pending<PendingAccept>);
 
 impl Accepting {
     /// The accept of a listen comm. With keys, the peer must prove one.
@@ -189,21 +253,48 @@ impl Accepting {
             // SAFETY: a live listen comm that has not accepted.
             unsafe { raw.plugin.key_listen(raw.comm, hello)? };
         }
-        let (traits, handle) = (raw.plugin.traits, &listen.handle);
-        let addresses: Vec<SocketAddr> = handle::addresses(traits.handle_check, handle).collect();
+        let (plugin, asking, handle) = (raw.plugin.clone(), raw.plugin.asking(&raw.gpu)?, &listen.handle);
         drop(raw);
-        let count = handle::data_sockets(traits.handle_check, handle);
-        let data = addresses.first().filter(|_| traits.asks_for_peers).map(|&at| (at, count, Sockets::at(at)));
-        let dev_handle = device_handle();
-        Ok(Accepting(Some(PendingAccept { listen: listen.raw, addresses, data, dev_handle, guard, begun: false })))
+        let how = plugin.traits.handle_check;
+        let addresses: Vec<SocketAddr> = handle::addresses(how, handle).collect();
+        let count = handle::data_sockets(how, handle);
+        let data = plugin.traits.asks_for_peers.then(|| (count, Sockets::at(&addresses)));
+        let (listen, dev_handle) = (listen.raw, Some(device_handle()));
+        let (begun, poked) = (false, 0);
+        let accept = PendingAccept { plugin, listen, addresses, data, asking, dev_handle, guard, begun, poked };
+        Ok(Accepting(Pending::new(accept)))
     }
 
     /// The comm, once the peer has connected. After it or an error, further calls give an error.
     pub(crate) fn poll(&mut self) -> Result<Option<RecvComm>> {
-        let Some(pending) = &mut self.0 else { bail!(Internal, "accept polled after its end") };
+        self.0.poll()
+    }
+}
+
+impl Step for PendingAccept {
+    type Up = RecvComm;
+    const NAME: &'static str = "accept";
+
+    fn thread(&self) -> Option<&'static PluginThread> {
+        self.plugin.thread()
+    }
+
+    fn lingers(&self) -> bool {
+        self.begun && self.dev_handle.is_some() && self.plugin.traits.lingers
+    }
+
+    fn step(&mut self) -> Result<Option<RecvComm>> {
+        let Some(dev_handle) = self.dev_handle.as_ref().map(Pinned::as_ptr) else {
+            bail!(Internal, "accept polled after its end")
+        };
         let answer = {
-            let (listen, begun, dev_handle) = (pending.listen.lock(), &mut pending.begun, pending.dev_handle.as_ptr());
-            if !listen.plugin.may_accept(&listen.gpu, !*begun)? {
+            let (listen, begun) = (self.listen.lock(), &mut self.begun);
+            if let (false, Some(asking)) = (*begun, &mut self.asking) {
+                if !asking.poll()? {
+                    return Ok(None);
+                }
+            }
+            if !self.plugin.may_accept() {
                 return Ok(None);
             }
             // If the GPU cannot be made current the accept stays pending.
@@ -218,13 +309,33 @@ impl Accepting {
             }
             answer.map(|comm| RawComm::open(&listen.plugin, comm, CommKind::Recv, listen.dev, &listen.gpu))
         };
-        let Some(pending) = self.0.take() else { bail!(Internal, "accept polled after its end") };
-        let mut raw = answer?;
-        if let Some((at, count, before)) = pending.data {
-            raw.sockets = Sockets::at(at).since(&before);
+        let Some(dev_handle) = self.dev_handle.take() else { bail!(Internal, "accept polled after its end") };
+        let data = self.data.take();
+        let mut raw = match answer {
+            Ok(raw) => raw,
+            Err(e) => {
+                if let Some((_, before)) = data {
+                    // SAFETY: the accept has ended, and the plugin forgets its sockets without closing them.
+                    unsafe { Sockets::at(&self.addresses).since(&before).close() };
+                }
+                return Err(e);
+            }
+        };
+        self.asking.iter().for_each(Asking::imported);
+        if let (Some((count, before)), Some((data, control))) = (data, self.addresses.split_at_checked(1)) {
+            raw.sockets = Sockets::at(data).since(&before);
             raw.sockets.make_stand_ins(count);
+            raw.control = Sockets::at(control).since(&before);
         }
-        RecvComm::start(raw, pending.dev_handle, &pending.guard).map(Some)
+        RecvComm::start(raw, dev_handle, &self.guard).map(Some)
+    }
+
+    /// Ends an accept whose peer does not connect.
+    fn given_up(&mut self, since: Duration) {
+        if since > POKE_AFTER * (self.poked + 1) {
+            self.poked += 1;
+            poke(&self.addresses);
+        }
     }
 }
 
@@ -246,26 +357,8 @@ fn poke(addresses: &[SocketAddr]) {
     }
 }
 
-impl Drop for Accepting {
-    fn drop(&mut self) {
-        // The plugin's threads may still use the listen comm and the device handle.
-        if let Some(pending) = self.0.take_if(|p| p.begun && p.listen.lock().plugin.traits.lingers) {
-            let addresses = pending.addresses.clone();
-            let mut rest = Accepting(Some(pending));
-            let mut poked = 0;
-            abandoned_connects::keep(Box::new(move |age| {
-                if age > POKE_AFTER * (poked + 1) {
-                    poked += 1;
-                    poke(&addresses);
-                }
-                !matches!(rest.poll(), Ok(None))
-            }));
-        }
-    }
-}
-
-/// A pending connect. The plugin keeps its state inside the handle, which does not move. If it is dropped early it is ended at
-/// once, or polled on in the background, as the plugin requires.
+/// A pending connect. The plugin keeps its state inside the handle, which does not move. If it is dropped early it is ended, where the
+/// plugin can do so.
 struct Dialling {
     plugin: Arc<Plugin>,
     dev: usize,
@@ -274,8 +367,8 @@ struct Dialling {
     /// The protection of the comm.
     guard: Guard,
     begun: bool,
-    /// The address of its data sockets and the sockets connected there before, for plugins that send late.
-    late: Option<(SocketAddr, Sockets)>,
+    /// Its addresses, of data and control, and the sockets connected there before, for plugins that send late.
+    late: Option<(Vec<SocketAddr>, Sockets)>,
 }
 
 impl Dialling {
@@ -289,7 +382,7 @@ impl Dialling {
     }
 
     /// One step with `call`, whose argument is the handle. Returns the comm once it is connected.
-    fn step(
+    fn dial(
         &mut self,
         kind: CommKind,
         call: impl FnOnce(&Plugin, usize, *mut c_void) -> Result<*mut c_void>,
@@ -298,8 +391,9 @@ impl Dialling {
         let (plugin, dev, begun) = (&self.plugin, self.dev, &mut self.begun);
         if !*begun && plugin.traits.sends_late && matches!(kind, CommKind::Send) {
             // SAFETY: live memory that the plugin has not seen yet.
-            let address = handle::address(plugin.traits.handle_check, unsafe { &*handle });
-            self.late = address.map(|address| (address, Sockets::connected_to(address)));
+            let addresses: Vec<SocketAddr> = handle::addresses(plugin.traits.handle_check, unsafe { &*handle }).collect();
+            let before = Sockets::connected_to(&addresses);
+            self.late = Some((addresses, before));
         }
         // If the GPU cannot be made current the connect stays pending.
         let answer = within(&self.gpu, || {
@@ -311,8 +405,10 @@ impl Dialling {
         }
         self.handle = None;
         let mut raw = RawComm::open(&self.plugin, answer?, kind, self.dev, &self.gpu);
-        if let Some((address, before)) = self.late.take() {
-            raw.sockets = Sockets::connected_to(address).since(&before);
+        if let Some((addresses, before)) = self.late.take() {
+            let (data, control) = addresses.split_at(addresses.len().min(1));
+            raw.sockets = Sockets::connected_to(data).since(&before);
+            raw.control = Sockets::connected_to(control).since(&before);
         }
         Ok(Some(raw))
     }
@@ -323,21 +419,34 @@ impl Drop for Dialling {
         if !self.begun {
             return;
         }
-        let Some(handle) = self.handle.take() else { return };
-        if self.plugin.traits.lingers {
-            let (plugin, gpu) = (self.plugin.clone(), self.gpu.clone());
-            let rest = Dialling { plugin, dev: self.dev, gpu, handle: Some(handle), guard: Guard::None, begun: true, late: None };
-            let mut rest = Connecting(rest);
-            abandoned_connects::keep(Box::new(move |_| !matches!(rest.poll(), Ok(None))));
-        } else {
+        if let Some(handle) = self.handle.take() {
             // SAFETY: a pending connect that is not polled again.
             unsafe { self.plugin.abandon_connect(handle.as_ptr().cast()) };
         }
     }
 }
 
+impl Step for Dialling {
+    type Up = SendComm;
+    const NAME: &'static str = "connect";
+
+    fn thread(&self) -> Option<&'static PluginThread> {
+        self.plugin.thread()
+    }
+
+    fn lingers(&self) -> bool {
+        self.begun && self.handle.is_some() && self.plugin.traits.lingers
+    }
+
+    fn step(&mut self) -> Result<Option<SendComm>> {
+        // SAFETY: the handle keeps its address while its owner moves; it is not used after an error.
+        let raw = self.dial(CommKind::Send, |plugin, dev, handle| unsafe { plugin.connect(dev, handle) })?;
+        raw.map(|raw| SendComm::start(raw, &self.guard)).transpose()
+    }
+}
+
 /// A connect to send.
-pub(crate) struct Connecting(Dialling);
+pub(crate) struct Connecting(Pending<Dialling>);
 
 impl Connecting {
     /// A connect to this handle; it proves the key, if given.
@@ -351,14 +460,12 @@ impl Connecting {
         handle: Handle,
         keys: Option<HalfKeys>,
     ) -> Result<Connecting> {
-        Dialling::new(plugin, dev, gpu, handle, keys).map(Connecting)
+        Dialling::new(plugin, dev, gpu, handle, keys).map(|dialling| Connecting(Pending::new(dialling)))
     }
 
     /// The comm, once it is up. After it or an error, further calls give an error.
     pub(crate) fn poll(&mut self) -> Result<Option<SendComm>> {
-        // SAFETY: the handle keeps its address while its owner moves; it is not used after an error.
-        let raw = self.0.step(CommKind::Send, |plugin, dev, handle| unsafe { plugin.connect(dev, handle) })?;
-        raw.map(|raw| SendComm::start(raw, &self.0.guard)).transpose()
+        self.0.poll()
     }
 }
 
@@ -385,7 +492,7 @@ impl Calling {
         };
         // SAFETY: as for a connect to send; the comm takes over the device handle.
         let step = |plugin: &Plugin, dev, handle| unsafe { plugin.connect_recv(dev, handle, dev_handle) };
-        let Some(raw) = self.dialling.step(CommKind::Recv, step)? else { return Ok(None) };
+        let Some(raw) = self.dialling.dial(CommKind::Recv, step)? else { return Ok(None) };
         let Some(dev_handle) = self.dev_handle.take() else { bail!(Internal, "connect polled after its end") };
         RecvComm::start(raw, dev_handle, &self.dialling.guard).map(Some)
     }
@@ -409,9 +516,17 @@ impl RawComm {
     /// # Safety
     /// The memory stays mapped until the registration is dropped and the comms that use it are closed.
     unsafe fn register(&self, data: *mut c_void, len: usize, kind: c_int) -> Result<Registration> {
-        let at = (self.dev, self.comm);
-        // SAFETY: by the caller's contract; the comm is open.
-        within(&self.gpu, || unsafe { self.plugin.registrations().acquire(&self.plugin, at, data as usize, len, kind) })
+        let (plugin, gpu, dev, comm) = (self.plugin.clone(), self.gpu.clone(), self.dev, self.comm as usize);
+        let data = data as usize;
+        let register = move || {
+            let at = (dev, comm as *mut c_void);
+            // SAFETY: by the caller's contract; the comm is open.
+            within(&gpu, || unsafe { plugin.registrations().acquire(&plugin, at, data, len, kind) })
+        };
+        match self.plugin.thread() {
+            Some(thread) => thread.call("regMr", register),
+            None => register(),
+        }
     }
 
     /// Bytes that the network has moved: as the plugin says, else as its sockets do.
@@ -467,6 +582,10 @@ impl SendComm {
     pub(crate) fn unanswered(&self) -> bool {
         self.raw.sockets.moved().is_ok_and(|moved| moved.is_some_and(|moved| moved.unanswered))
     }
+    /// For how long the peer has not answered on the plugin's control connection, though it should.
+    pub(crate) fn control_silent(&self) -> Option<Duration> {
+        self.raw.control.silent()
+    }
     /// The kernel's statistics of its connection, if the plugin reports them.
     pub(crate) fn info(&self) -> Option<ucclCommInfo> {
         self.raw.info()
@@ -515,7 +634,11 @@ impl SendComm {
 
     /// Releases a region's registrations. No request of this comm may use the region.
     pub(crate) fn forget_region(&mut self, id: u64) {
+        let before = self.regions.len();
         self.regions.retain(|&(region, _), _| region != id);
+        if self.regions.len() < before {
+            self.settle();
+        }
     }
 
     /// Posts one message. `false`: the plugin takes none now, try again.
@@ -567,11 +690,9 @@ impl SendComm {
         Ok(true)
     }
 
-    /// Closes it, with requests in flight or without. Only another close may follow, which returns the same.
-    ///
-    /// # Errors
-    /// The comm stays open: it may read memory until the process ends, and its registrations stay.
-    pub(crate) fn close(&mut self) -> Result<()> {
+    /// Closes it, with requests in flight or without. `keep`: what it may use until its close has ended. Nothing else may follow but
+    /// [`SendComm::is_closed`] and [`SendComm::settle`].
+    pub(crate) fn close(&mut self, keep: impl Send + 'static) {
         if self.raw.closed.is_none() {
             if self.inflight.is_empty() {
                 self.regions.clear();
@@ -580,21 +701,26 @@ impl SendComm {
                 self.raw.sockets.reset();
             }
         }
-        let closed = self.raw.close();
-        let regions = std::mem::take(&mut self.regions);
-        match closed {
-            // Another comm of the NIC drops them: the channel's receive comm, if no other.
-            Ok(()) => drop(regions),
-            Err(_) => std::mem::forget(regions),
-        }
-        closed
+        self.raw.close(Box::new((std::mem::take(&mut self.regions), keep)));
+    }
+
+    /// Whether its close has ended.
+    ///
+    /// # Errors
+    /// The comm stays open: it may read memory until the process ends, and its registrations stay.
+    pub(crate) fn is_closed(&self) -> Result<bool> {
+        self.raw.is_closed()
+    }
+
+    /// Waits until what was closed in the plugin's thread is closed, for a short time.
+    pub(crate) fn settle(&self) {
+        self.raw.plugin.settle();
     }
 }
 
 impl Drop for SendComm {
     fn drop(&mut self) {
-        // The log has an error.
-        let _ = self.close();
+        self.close(());
     }
 }
 
@@ -620,7 +746,8 @@ struct PostedRecv {
 /// The receiving half of a channel.
 pub(crate) struct RecvComm {
     raw: RawComm,
-    dev_handle: Pinned<ncclNetDeviceHandle_v7>,
+    /// `None` once it is closed.
+    dev_handle: Option<Pinned<ncclNetDeviceHandle_v7>>,
     posted: VecDeque<PostedRecv>,
     finished: VecDeque<*mut c_void>,
     next_slot: usize,
@@ -630,7 +757,8 @@ unsafe impl Send for RecvComm {}
 
 impl RecvComm {
     fn start(raw: RawComm, dev_handle: Pinned<ncclNetDeviceHandle_v7>, guard: &Guard) -> Result<RecvComm> {
-        let comm = RecvComm { raw, dev_handle, posted: VecDeque::new(), finished: VecDeque::new(), next_slot: 0 };
+        let comm =
+            RecvComm { raw, dev_handle: Some(dev_handle), posted: VecDeque::new(), finished: VecDeque::new(), next_slot: 0 };
         // SAFETY: a live comm without requests.
         unsafe { comm.raw.plugin.protect(comm.raw.comm, guard)? };
         Ok(comm)
@@ -647,6 +775,10 @@ impl RecvComm {
     pub(crate) fn set_doorbell(&self, doorbell: &Doorbell) -> Result<bool> {
         self.raw.set_doorbell(doorbell)
     }
+    /// As [`SendComm::control_silent`].
+    pub(crate) fn control_silent(&self) -> Option<Duration> {
+        self.raw.control.silent()
+    }
     pub(crate) fn window_free(&self) -> usize {
         MAX_REQUESTS - self.posted.len() - self.finished.len()
     }
@@ -655,9 +787,13 @@ impl RecvComm {
         self.posted.len() + self.finished.len()
     }
     /// The device handle that `accept` filled: type, version, and a device (or emulated) pointer.
-    pub(crate) fn device_handle(&self) -> ncclNetDeviceHandle_v7 {
+    ///
+    /// # Errors
+    /// `Internal` once it is closed.
+    pub(crate) fn device_handle(&self) -> Result<ncclNetDeviceHandle_v7> {
+        let Some(handle) = &self.dev_handle else { bail!(Internal, "the device handle of a closed comm") };
         // SAFETY: live memory that the plugin fills during `accept` or the posting of a receive, and at no other time.
-        unsafe { self.dev_handle.as_ptr().read() }
+        Ok(unsafe { handle.as_ptr().read() })
     }
 
     /// As [`SendComm::register`].
@@ -736,23 +872,22 @@ impl RecvComm {
     }
 
     /// As [`SendComm::close`].
+    pub(crate) fn close(&mut self, keep: impl Send + 'static) {
+        // The plugin writes to the device handle.
+        self.raw.close(Box::new((self.dev_handle.take(), keep)));
+    }
+
+    /// Whether its close has ended.
     ///
     /// # Errors
     /// The comm stays open: it may write memory until the process ends.
-    pub(crate) fn close(&mut self) -> Result<()> {
-        let again = self.raw.closed.is_some();
-        let closed = self.raw.close();
-        if closed.is_err() && !again {
-            // The plugin may write to it.
-            std::mem::forget(std::mem::replace(&mut self.dev_handle, device_handle()));
-        }
-        closed
+    pub(crate) fn is_closed(&self) -> Result<bool> {
+        self.raw.is_closed()
     }
 }
 
 impl Drop for RecvComm {
     fn drop(&mut self) {
-        // The log has an error.
-        let _ = self.close();
+        self.close(());
     }
 }

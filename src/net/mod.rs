@@ -2,14 +2,15 @@
 //! of the plugin contract (`comm`), the set-up of channels (`setup`), and the host's interfaces (`topology`, `links`). The ABI itself is
 //! crate `nccl-net-abi`. Knows nothing of transfers, and of GPUs only that a plugin may need one to be current.
 
-mod abandoned_connects;
 pub(crate) mod comm;
 pub mod device;
 mod handle;
 pub(crate) mod links;
 pub(crate) mod pairing;
+mod pending;
 pub mod plugin;
 mod plugin_log;
+mod plugin_thread;
 pub(crate) mod registrations;
 mod rxdm;
 mod search;

@@ -2,7 +2,9 @@
 //! through here, with the locks and the signal mask that the plugin's traits require; `comm` keeps the order of calls.
 
 pub use super::device::Device;
-use super::registrations::{MHandle, Registrar, Registrations};
+use super::plugin_thread::PluginThread;
+use super::registrations::{End, MHandle, Registrar, Registrations};
+use super::rxdm::Asking;
 use super::search::{self, Kind};
 use super::secure::{Guard, Secret};
 use super::signals::Quiet;
@@ -53,6 +55,8 @@ pub struct Plugin {
     /// Largest message, as set when the plugin started.
     limit: usize,
     registrations: PerProcess<Registrations>,
+    /// Where set-up calls run, if they must run one at a time.
+    thread: PerProcess<PluginThread>,
 }
 
 /// Turns a result into an error that names the call.
@@ -82,9 +86,6 @@ fn answered(plugin: &str, call: &str, answer: Answer) -> Result<()> {
         None => bail!(Plugin, "plugin {plugin} has no {call}"),
     }
 }
-
-/// Held during set-up calls of plugins that need them serialised.
-static SETUP: PerProcess<Mutex<()>> = PerProcess::new(Mutex::default);
 
 impl Plugin {
     /// The built-in software plugin.
@@ -207,6 +208,7 @@ impl Plugin {
             traits,
             limit: crate::config::message_limit(ext.is_some())?,
             registrations: PerProcess::new(Registrations::default),
+            thread: PerProcess::new(PluginThread::default),
         };
         within(scope, || {
             // A plugin calls its logger unchecked. The built-in one writes to this library's log directly.
@@ -253,11 +255,20 @@ impl Plugin {
         }
     }
 
-    /// A call of set-up, registration or close.
+    /// The thread on which set-up, registration and close run, if the plugin needs them one at a time.
+    pub(super) fn thread(&self) -> Option<&'static PluginThread> {
+        self.traits.serial_setup.then(|| self.thread.get().named(&self.name))
+    }
+
+    /// Waits until what was closed in its thread is closed, for a short time.
+    pub(crate) fn settle(&self) {
+        self.thread().into_iter().for_each(PluginThread::settle);
+    }
+
+    /// A call of set-up, registration or close, in the plugin's thread if it has one.
     fn set_up(&self, name: &str, call: impl FnOnce() -> Answer) -> Result<()> {
         let _quiet = self.traits.raises_sigpipe.then(Quiet::begin);
         let answer = if self.traits.serial_setup {
-            let _one = SETUP.get().lock();
             // A child forked during the call would find the plugin's own locks held for ever.
             process::without_fork(call)
         } else {
@@ -303,6 +314,13 @@ impl Registrar for Plugin {
 
     fn registrations(&self) -> &Registrations {
         self.registrations.get()
+    }
+
+    fn end_registration(self: Arc<Self>, end: End) {
+        match self.thread() {
+            Some(thread) => thread.close("deregMr", move || end(&*self)),
+            None => end(&*self),
+        }
     }
 
     unsafe fn reg_mr(&self, comm: *mut c_void, data: *mut c_void, size: usize, kind: c_int) -> Result<MHandle> {
@@ -355,15 +373,15 @@ impl Plugin {
         }
     }
 
-    /// Whether an accept can be polled now; `first`: for the first time. `false` or an error if polling would end the process.
-    pub(super) fn may_accept(&self, gpu: &Scope, first: bool) -> Result<bool> {
-        if !self.traits.imports {
-            return Ok(true);
-        }
-        if first {
-            super::rxdm::serves(gpu.as_ref().and_then(|gpu| gpu.address()).as_deref())?;
-        }
-        Ok(descriptors_left(IMPORT))
+    /// What to ask before the first poll of an accept, if the plugin imports receive memory.
+    pub(super) fn asking(&self, gpu: &Scope) -> Result<Option<Asking>> {
+        let address = || gpu.as_ref().and_then(|gpu| gpu.address());
+        self.traits.imports.then(|| Asking::new(address().as_deref())).transpose()
+    }
+
+    /// Whether an accept can be polled now. `false` if polling could end the process.
+    pub(super) fn may_accept(&self) -> bool {
+        !self.traits.imports || descriptors_left(IMPORT)
     }
 
     /// # Safety
@@ -625,6 +643,17 @@ pub(super) enum CommKind {
     Send,
     Recv,
     Listen,
+}
+
+impl CommKind {
+    /// The name of the close function.
+    pub(super) fn close_name(self) -> &'static str {
+        match self {
+            CommKind::Send => "closeSend",
+            CommKind::Recv => "closeRecv",
+            CommKind::Listen => "closeListen",
+        }
+    }
 }
 
 /// The result of loading each path (`None`: the built-in plugin). An error after the library was loaded is final: init runs once.

@@ -14,6 +14,9 @@ use std::sync::Arc;
 /// Registered memory of a comm.
 pub(crate) type MHandle = *mut c_void;
 
+/// The end of a registration.
+pub(super) type End = Box<dyn FnOnce(&dyn Registrar) + Send>;
+
 /// A plugin's registration calls.
 pub(super) trait Registrar: Send + Sync {
     /// For messages.
@@ -22,6 +25,8 @@ pub(super) trait Registrar: Send + Sync {
     fn shared(&self) -> bool;
     /// The registrations of this process; a parent's belong to the parent.
     fn registrations(&self) -> &Registrations;
+    /// Calls `end` where registrations may be dropped: in the plugin's thread, if it has one, and then without waiting.
+    fn end_registration(self: Arc<Self>, end: End);
     /// # Safety
     /// `comm` is live; `[data, data + size)` stays mapped until the registration is dropped.
     unsafe fn reg_mr(&self, comm: *mut c_void, data: *mut c_void, size: usize, kind: c_int) -> Result<MHandle>;
@@ -203,7 +208,8 @@ impl Table {
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        self.plugin.registrations().release(&*self.plugin, &self.key);
+        let key = self.key;
+        self.plugin.clone().end_registration(Box::new(move |plugin| plugin.registrations().release(plugin, &key)));
     }
 }
 

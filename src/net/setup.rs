@@ -6,6 +6,7 @@
 use super::comm::{Accepting, Answering, Calling, Connecting, Doorbell, Handle, ListenComm, RecvComm, SendComm};
 use super::pairing;
 use super::plugin::{Device, Plugin};
+use super::plugin_thread::PluginThread;
 use super::secure::{ChannelKeys, HalfKeys, KeysOf};
 use super::{handle, topology, Scope};
 use crate::addresses::AllowList;
@@ -647,7 +648,8 @@ impl Establishing {
         let missing: Vec<String> = self.channels.iter().filter_map(Channel::missing).collect();
         let more = missing.len().saturating_sub(4);
         let tail = if more > 0 { format!(", and {more} more") } else { String::new() };
-        let failed = self.channels.iter().find_map(Channel::cause).map_or(String::new(), |e| format!("; {e}"));
+        let still = || self.plugin.thread().and_then(PluginThread::stands_still);
+        let failed = self.channels.iter().find_map(Channel::cause).or_else(still).map_or(String::new(), |e| format!("; {e}"));
         err!(
             TimedOut,
             "{} of {} channels {what}: {}{tail}{failed}",

@@ -19,14 +19,17 @@
 use socket2::{Domain, Protocol, SockAddr, SockFilter, SockRef, Socket, Type};
 use std::io::{Error, ErrorKind, Result};
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
-/// From the kernel's tcp_states.h, and the offsets in its tcp_info (Linux 4.1): the state, packets that the peer has not acknowledged (u32), and
-/// bytes that it has and that have come in (u64).
+/// From the kernel's tcp_states.h, and the offsets in its tcp_info (Linux 4.1): the state and how often the oldest packet was sent again
+/// (u8), packets that the peer has not acknowledged and milliseconds since its last acknowledgement (u32), and bytes that it has and that
+/// have come in (u64).
 const CLOSED: u8 = 7;
 const STATE: usize = 0;
+const RETRIES: usize = 2;
 const UNANSWERED: usize = 24;
+const SINCE_ANSWER: usize = 56;
 const ACKNOWLEDGED: usize = 120;
 const RECEIVED: usize = 128;
 
@@ -110,15 +113,25 @@ impl Found {
         Ok(())
     }
 
-    /// `None` where the kernel cannot say. An error if the connection was reset: nothing moves any more.
-    fn moved(&self) -> Result<Option<Moved>> {
+    /// The kernel's tcp_info; `None` where it has none.
+    fn info(&self) -> Option<[u8; RECEIVED + 8]> {
         let mut info = [0u8; RECEIVED + 8];
         let mut size = info.len() as libc::socklen_t;
         // SAFETY: a buffer of the given length.
         let result = unsafe { libc::getsockopt(self.fd, libc::IPPROTO_TCP, libc::TCP_INFO, info.as_mut_ptr().cast(), &mut size) };
-        if result != 0 || (size as usize) < info.len() {
-            return Ok(None);
-        }
+        (result == 0 && size as usize >= info.len()).then_some(info)
+    }
+
+    /// For how long the peer has not answered, though packets were sent again.
+    fn silent(&self) -> Option<Duration> {
+        let info = self.info()?;
+        let since = info[SINCE_ANSWER..].first_chunk().map(|bytes| Duration::from_millis(u32::from_ne_bytes(*bytes).into()));
+        since.filter(|_| info[RETRIES] > 0 && info[UNANSWERED..UNANSWERED + 4] != [0; 4])
+    }
+
+    /// `None` where the kernel cannot say. An error if the connection was reset: nothing moves any more.
+    fn moved(&self) -> Result<Option<Moved>> {
+        let Some(info) = self.info() else { return Ok(None) };
         if info[STATE] == CLOSED {
             return Err(ErrorKind::ConnectionReset.into());
         }
@@ -166,26 +179,38 @@ fn same(a: SocketAddr, b: SocketAddr) -> bool {
 }
 
 impl Sockets {
-    /// The connections for which `ask` returns `address`.
-    fn with(address: SocketAddr, ask: fn(&Socket) -> Result<SockAddr>) -> Sockets {
+    /// The connections for which `ask` returns one of the addresses.
+    fn with(addresses: &[SocketAddr], ask: fn(&Socket) -> Result<SockAddr>) -> Sockets {
         let Ok(descriptors) = std::fs::read_dir("/proc/self/fd") else { return Sockets::default() };
         let numbers = descriptors.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<RawFd>().ok());
         let is = |fd: &RawFd| {
             // SAFETY: only queried for an address, and not kept; other files give an error.
             let borrowed = unsafe { BorrowedFd::borrow_raw(*fd) };
-            ask(&SockRef::from(&borrowed)).ok().and_then(|found| found.as_socket()).is_some_and(|found| same(found, address))
+            let found = ask(&SockRef::from(&borrowed)).ok().and_then(|found| found.as_socket());
+            found.is_some_and(|found| addresses.iter().any(|&address| same(found, address)))
         };
         Sockets { found: numbers.filter(is).filter_map(Found::look).collect(), missing: 0 }
     }
 
-    /// The connections to this address.
-    pub(super) fn connected_to(there: SocketAddr) -> Sockets {
+    /// The connections to one of these addresses.
+    pub(super) fn connected_to(there: &[SocketAddr]) -> Sockets {
         Sockets::with(there, Socket::peer_addr)
     }
 
-    /// The connections with this local address, reset or not.
-    pub(super) fn at(here: SocketAddr) -> Sockets {
+    /// The connections with one of these local addresses, reset or not, and sockets that listen there.
+    pub(super) fn at(here: &[SocketAddr]) -> Sockets {
         Sockets::with(here, Socket::local_addr)
+    }
+
+    /// Closes them.
+    ///
+    /// # Safety
+    /// Nothing uses their numbers any more.
+    pub(super) unsafe fn close(self) {
+        for found in self.found.iter().filter(|found| found.is_open()) {
+            // SAFETY: by the caller's contract.
+            drop(unsafe { OwnedFd::from_raw_fd(found.fd) });
+        }
     }
 
     /// Removes those that existed before. The application may be connected to the address in the peer's handle, and a port may be
@@ -234,6 +259,11 @@ impl Sockets {
         Ok(Some(sum))
     }
 
+    /// For how long a peer has not answered on one of them, though it should.
+    pub(super) fn silent(&self) -> Option<Duration> {
+        self.found.iter().filter(|found| found.is_open()).filter_map(Found::silent).max()
+    }
+
     /// Resets the connections: the kernel drops unsent and unacknowledged data. Nothing more is sent after this returns.
     pub(super) fn reset(&self) {
         let open = || self.found.iter().filter(|found| found.is_open());
@@ -261,7 +291,6 @@ mod tests {
     use super::*;
     use std::io::{ErrorKind, Read, Write};
     use std::net::{TcpListener, TcpStream, UdpSocket};
-    use std::os::fd::OwnedFd;
 
     fn pair(address: &str) -> (TcpListener, TcpStream, TcpStream) {
         let listener = TcpListener::bind(address).expect("listener");
@@ -288,10 +317,10 @@ mod tests {
     fn a_socket_that_is_reset_sends_no_more() {
         let (listener, mut kept, mut beside) = pair("127.0.0.1:0");
         let address = listener.local_addr().expect("address");
-        let before = Sockets::connected_to(address);
+        let before = Sockets::connected_to(&[address]);
         assert_eq!(numbers(&before), [kept.as_raw_fd()], "not the accepted one");
         let (mut reset, mut there) = (TcpStream::connect(address).expect("connect"), listener.accept().expect("accept").0);
-        let found = Sockets::connected_to(address).since(&before);
+        let found = Sockets::connected_to(&[address]).since(&before);
         assert_eq!(numbers(&found), [reset.as_raw_fd()]);
         // More than both kernels' buffers hold. A copy of the descriptor, as in a child, does not keep the connection alive.
         reset.set_nonblocking(true).expect("nonblocking");
@@ -310,7 +339,7 @@ mod tests {
     #[test]
     fn a_reset_is_noticed_though_no_call_says_so() {
         let (listener, mut peer, mut socket) = pair("127.0.0.1:0");
-        let mut found = Sockets::at(listener.local_addr().expect("address"));
+        let mut found = Sockets::at(&[listener.local_addr().expect("address")]);
         found.found.retain(|found| found.fd == socket.as_raw_fd());
         assert_eq!(found.moved().expect("open"), Some(Moved::default()));
         peer.write_all(b"123").expect("write");
@@ -326,7 +355,7 @@ mod tests {
     #[test]
     fn a_reused_descriptor_number_is_left_alone() {
         let (listener, mut here, mut there) = pair("127.0.0.1:0");
-        let mut found = Sockets::connected_to(listener.local_addr().expect("address"));
+        let mut found = Sockets::connected_to(&[listener.local_addr().expect("address")]);
         found.make_stand_ins(1);
         found.found[0].cookie += 1;
         found.reset();
@@ -344,7 +373,7 @@ mod tests {
             let here = listener.local_addr().expect("address");
             let second = (TcpStream::connect(here).expect("connect"), listener.accept().expect("accept").0);
             let ends = [&socket, &second.1].map(|s| (s.peer_addr().expect("peer"), s.local_addr().expect("address")));
-            let mut found = Sockets::at(here);
+            let mut found = Sockets::at(&[here]);
             // The listening socket has the address too.
             let listening = Sockets { found: vec![Found::look(listener.as_raw_fd()).expect("listener")], missing: 0 };
             found = found.since(&listening);
@@ -368,7 +397,7 @@ mod tests {
     fn nothing_arrives_at_a_stand_in() {
         let (listener, peer, socket) = pair("127.0.0.1:0");
         let from = UdpSocket::bind(peer.local_addr().expect("address")).expect("the peer's port");
-        let mut found = Sockets::at(listener.local_addr().expect("address"));
+        let mut found = Sockets::at(&[listener.local_addr().expect("address")]);
         found.found.retain(|found| found.fd == socket.as_raw_fd());
         found.make_stand_ins(1);
         assert_eq!(found.replace(), Ok(()));
@@ -385,7 +414,7 @@ mod tests {
         let here = listener.local_addr().expect("address");
         reset_by_its_peer(peer);
         wait_for_the_reset(&mut socket);
-        let mut found = Sockets::at(here);
+        let mut found = Sockets::at(&[here]);
         found.found.retain(|found| found.fd != listener.as_raw_fd());
         assert_eq!(numbers(&found), [socket.as_raw_fd()]);
         found.make_stand_ins(1);
@@ -398,7 +427,7 @@ mod tests {
         let (listener, peer, socket) = pair("127.0.0.1:0");
         let here = listener.local_addr().expect("address");
         let other = UdpSocket::bind(("0.0.0.0", here.port())).expect("port");
-        let mut found = Sockets::at(here);
+        let mut found = Sockets::at(&[here]);
         found.found.retain(|found| found.fd == socket.as_raw_fd());
         found.make_stand_ins(1);
         assert_eq!(found.replace(), Ok(()));
@@ -410,7 +439,7 @@ mod tests {
     #[test]
     fn a_comm_with_missing_sockets_reports_it() {
         let (listener, _peer, _socket) = pair("127.0.0.1:0");
-        let mut found = Sockets::connected_to(listener.local_addr().expect("address"));
+        let mut found = Sockets::connected_to(&[listener.local_addr().expect("address")]);
         found.make_stand_ins(2);
         assert_eq!(found.replace(), Err("1 of its data sockets were not found".to_owned()));
     }

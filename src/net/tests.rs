@@ -3,16 +3,17 @@
 
 use super::comm::{Connecting, ListenComm, RecvComm, SendComm};
 use super::plugin::Plugin;
+use super::plugin_thread::PluginThread;
 use super::setup::{agree, nics_for, Establishing, Listening, Nics, Offer, Pair, Role};
 use super::traits::{HandleCheck, Traits};
-use super::{abandoned_connects, Scope};
+use super::Scope;
 use crate::addresses::AllowList;
 use crate::status::ErrorKind;
 use crate::types::Span;
 use nccl_net_abi::NCCL_PTR_CUDA;
 use nccl_net_strict_foreign::flows::reset_connections;
 use nccl_net_strict_foreign::rules::counters;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::mem::ManuallyDrop;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -110,6 +111,7 @@ fn abandoned_set_ups_leave_nothing() {
     run("abandoned", TWO_NICS, &[]);
     run("never_begun", TWO_NICS, &[]);
     run("the_peer_never_comes", TWO_NICS, &[]);
+    run("accepts_that_fail", TWO_NICS, &[]);
 }
 
 #[test]
@@ -130,6 +132,22 @@ fn sends_that_end_with_their_comm_send_no_more() {
     let out = output("sends_under_way", TWO_NICS, &[LATE, (BREAK, "sends_late")]);
     let text = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
     assert!(text.contains(LEAKED), "without the reset the memory is sent to the peer: {text}");
+}
+
+/// A control connection without an answer shows while nothing is in flight.
+#[test]
+fn a_silent_control_connection_is_noticed() {
+    let up = "ip link set lo up";
+    if !Command::new("unshare").args(["--net", "sh", "-c", up]).output().is_ok_and(|out| out.status.success()) {
+        println!("SKIPPED: no network namespace can be made here (unshare, ip)");
+        return;
+    }
+    let this = std::env::current_exe().expect("this program");
+    let command = format!("{up} && exec {} --exact net::tests::child --nocapture --test-threads=1", this.display());
+    let mut child = Command::new("unshare");
+    child.args(["--net", "sh", "-c", &command]);
+    let out = environment(&mut child, "silent_control", TWO_NICS, &[]).output().expect("child");
+    assert!(out.status.success(), "{}\n{}", out.status, String::from_utf8_lossy(&out.stderr));
 }
 
 /// A slow interface queues packets that read the memory only when they are sent.
@@ -177,6 +195,8 @@ fn child() {
         "abandoned" => abandoned(&plugin),
         "never_begun" => never_begun(&plugin),
         "the_peer_never_comes" => the_peer_never_comes(&plugin),
+        "silent_control" => silent_control(&plugin),
+        "accepts_that_fail" => accepts_that_fail(&plugin),
         "wild_handles" => wild_handles(&plugin),
         "wild_handles_of_tcpxo" => wild_handles_of_tcpxo(&plugin),
         "memory_after_the_close" => memory_after_the_close(&plugin),
@@ -248,7 +268,7 @@ fn wait(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-fn nothing_is_left() {
+fn nothing_is_left(plugin: &Arc<Plugin>) {
     let c = counters();
     let ended = || {
         let pairs = [(&c.connects_begun, &c.connects_ended), (&c.accepts_begun, &c.accepts_ended)];
@@ -256,7 +276,7 @@ fn nothing_is_left() {
     };
     wait("every connect and accept was polled to its end", ended);
     wait("comms are closed", || c.comms.load(Acquire) == 0);
-    assert_eq!(abandoned_connects::kept(), 0);
+    wait("nothing is polled any more", || plugin.thread().map_or(0, PluginThread::tasks) == 0);
     assert_eq!(c.imports.load(Acquire).min(1), c.imports.load(Acquire), "receive memory was imported twice");
 }
 
@@ -269,7 +289,7 @@ fn two_nics(plugin: &Arc<Plugin>) {
         move_some(from.send, to.recv);
         move_some(to.send, from.recv);
     }
-    nothing_is_left();
+    nothing_is_left(plugin);
 }
 
 /// Moves a message and checks it in the bounce buffer.
@@ -360,7 +380,7 @@ fn sends_under_way(plugin: &Arc<Plugin>) {
     unsafe { memory.at.write_bytes(RELEASED, memory.len) };
     assert_eq!(data.into_iter().map(end).collect::<Vec<_>>(), [Err(std::io::ErrorKind::ConnectionReset); 2]);
     drop(copies);
-    nothing_is_left();
+    nothing_is_left(plugin);
 }
 
 /// Copies of the sockets in this process that are connected to `socket`.
@@ -382,8 +402,9 @@ fn reset_before_the_close(plugin: &Arc<Plugin>) {
     assert_eq!(counters().flow_rules.load(Acquire), 16);
     assert!(reset_connections(|_, _| true) >= 24);
     drop((a, b));
+    plugin.settle();
     assert_eq!(counters().flow_rules.load(Acquire), 0, "flow rules were left behind");
-    nothing_is_left();
+    nothing_is_left(plugin);
 }
 
 /// Page-aligned memory.
@@ -417,7 +438,7 @@ fn many_set_ups_at_once(plugin: &Arc<Plugin>) {
             });
         }
     });
-    nothing_is_left();
+    nothing_is_left(plugin);
 }
 
 fn real_delays(plugin: &Arc<Plugin>) {
@@ -440,7 +461,7 @@ fn dead_nic(plugin: &Arc<Plugin>) {
     assert_eq!(offered.iter().map(|o| o.nic.as_str()).collect::<Vec<_>>(), ["eth1", "eth1", "eth1", "eth1", "eth2", "eth2"]);
     assert!(offered.iter().all(|o| (o.nic == "eth2") == o.handle.iter().all(|&byte| byte == 0)));
     // The plugin still uses the channels that did not come up. Closing them would have ended the process.
-    assert!(abandoned_connects::kept() > 0);
+    assert!(plugin.thread().is_some_and(|thread| thread.tasks() > 0));
 }
 
 fn peer_says_less(plugin: &Arc<Plugin>) {
@@ -448,7 +469,7 @@ fn peer_says_less(plugin: &Arc<Plugin>) {
     let a = agree(a, &[1, 2, 77]);
     assert_eq!(a.iter().map(|p| p.index).collect::<Vec<_>>(), [1, 2]);
     drop((a, b));
-    nothing_is_left();
+    nothing_is_left(plugin);
     // The same while channels are still coming up.
     let (a, b) = (open(plugin, 4), open(plugin, 4));
     let (ours, theirs) = (a.offers(), b.offers());
@@ -470,7 +491,7 @@ fn nothing_in_common(plugin: &Arc<Plugin>) {
     assert!(side.poll().expect("no error").expect("settled").is_empty());
     let reason = side.reason().expect("a reason");
     assert!(reason.contains("eth1, eth2") && reason.contains("eth3?"), "{reason}");
-    nothing_is_left();
+    nothing_is_left(plugin);
 }
 
 fn abandoned(plugin: &Arc<Plugin>) {
@@ -488,14 +509,14 @@ fn abandoned(plugin: &Arc<Plugin>) {
         drop(a);
         drop(b);
     }
-    nothing_is_left();
+    nothing_is_left(plugin);
 }
 
 fn never_begun(plugin: &Arc<Plugin>) {
     let a = open(plugin, 4);
     drop(open(plugin, 4).establish(&a.offers(), None, &AllowList::default()));
     drop(a);
-    nothing_is_left();
+    nothing_is_left(plugin);
     assert_eq!(counters().accepts_begun.load(Acquire), 0);
 }
 
@@ -514,8 +535,58 @@ fn the_peer_never_comes(plugin: &Arc<Plugin>) {
         std::thread::sleep(Duration::from_millis(2));
     }
     drop(a);
-    assert!(abandoned_connects::kept() > 0);
-    nothing_is_left();
+    assert!(plugin.thread().is_some_and(|thread| thread.tasks() > 0));
+    nothing_is_left(plugin);
+}
+
+fn silent_control(plugin: &Arc<Plugin>) {
+    let memory = Memory::new(4096);
+    let span = Span { id: 1, addr: memory.addr(), len: 4096 };
+    let (mut a, mut b) = both(open(plugin, 1), open(plugin, 1));
+    assert_eq!((a[0].send.control_silent(), b[0].recv.control_silent()), (None, None));
+    assert!(Command::new("ip").args(["link", "set", "lo", "down"]).status().is_ok_and(|status| status.success()));
+    // SAFETY: the memory outlives both comms.
+    unsafe {
+        let mhandle = a[0].send.region(span, span.addr).expect("region");
+        assert!(a[0].send.send(memory.at.cast(), 4096, 0, mhandle).expect("send"));
+        assert!(b[0].recv.recv(memory.at.cast(), 4096, 0, mhandle).expect("recv"));
+    }
+    wait("no silence is seen", || {
+        let _ = (a[0].send.test_oldest(), b[0].recv.test_oldest());
+        [a[0].send.control_silent(), b[0].recv.control_silent()].iter().any(Option::is_some)
+    });
+}
+
+/// A peer that hangs up in the middle, over and over: the plugin leaves its sockets open.
+fn accepts_that_fail(plugin: &Arc<Plugin>) {
+    let descriptors = || std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
+    let mut before = None;
+    for _ in 0..10 {
+        let listening = open(plugin, 4);
+        let offers = listening.offers();
+        let mut side = listening.establish(&offers, None, &AllowList::default());
+        let dialled: Vec<TcpStream> = offers
+            .iter()
+            .map(|offer| {
+                let control = u16::from_be_bytes([offer.handle[50], offer.handle[51]]);
+                let mut stream =
+                    TcpStream::connect(("127.0.0.1", control)).or_else(|_| TcpStream::connect(("127.0.0.2", control)));
+                let stream = stream.as_mut().expect("connect");
+                stream.write_all(&[1; 8]).expect("its first bytes");
+                stream.try_clone().expect("copy")
+            })
+            .collect();
+        let until = Instant::now() + Duration::from_secs(10);
+        while !matches!(side.poll(), Err(_) | Ok(Some(_))) {
+            assert!(Instant::now() < until, "the accepts hang");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        drop((side, dialled));
+        nothing_is_left(plugin);
+        plugin.settle();
+        let now = descriptors();
+        assert!(now <= *before.get_or_insert(now), "{now} descriptors are open, {before:?} after the first round");
+    }
 }
 
 fn wild_handles(plugin: &Arc<Plugin>) {
@@ -599,7 +670,8 @@ fn memory_after_the_close(plugin: &Arc<Plugin>) {
     };
     drop(b);
     drop(send);
-    recv.close().expect("closed");
+    recv.close(());
+    wait("the comm is closed", || recv.is_closed().expect("close"));
     drop((recv, registration));
     wait("the closed comm writes", written);
     assert!(!freed.load(Acquire), "freed while the plugin may write");
@@ -610,7 +682,7 @@ fn memory_after_the_close(plugin: &Arc<Plugin>) {
     std::thread::sleep(Duration::from_millis(30));
     assert!(!written(), "written to after the registration was dropped");
     drop(again);
-    nothing_is_left();
+    nothing_is_left(plugin);
 }
 
 fn registrations(plugin: &Arc<Plugin>) {
@@ -639,11 +711,15 @@ fn registrations(plugin: &Arc<Plugin>) {
     }
     assert_eq!(live(), 30);
     // The registration ends with its last user.
+    let settle = || plugin.settle();
     a.truncate(2);
+    settle();
     assert_eq!(live(), 30);
     a.truncate(1);
+    settle();
     assert_eq!(live(), 15);
     drop(a);
+    settle();
     assert_eq!((live(), c.descriptors.load(Acquire)), (0, 0));
 }
 
@@ -670,8 +746,11 @@ fn registrations_in_flight(plugin: &Arc<Plugin>) {
     let Pair { send, recv, .. } = a.remove(0);
     drop(recv);
     drop(send);
+    let settle = || plugin.settle();
+    settle();
     assert_eq!(live(), 1);
     let (_a, _b) = both(open(plugin, 1), open(plugin, 1));
+    settle();
     assert_eq!(live(), 0);
 }
 

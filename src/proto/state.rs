@@ -368,8 +368,13 @@ impl State {
             Way::In => "from",
         };
         let rest = if others_moved { ", while others moved" } else { "" };
-        let on = channels.describe_busy(way, now);
-        let on = if on.is_empty() { "nothing is in flight on the channels".to_owned() } else { format!("in flight: {on}") };
+        let (busy, control) = (channels.describe_busy(way, now), channels.describe_control(way));
+        let on = match (busy.is_empty(), control.is_empty()) {
+            (true, true) => "nothing is in flight on the channels".to_owned(),
+            (true, false) => control,
+            (false, true) => format!("in flight: {busy}"),
+            (false, false) => format!("{control}; in flight: {busy}"),
+        };
         err!(TimedOut, "{whose} {} {direction} the peer has not moved for {still:.1?}{rest}; {on}{}", key.id, channels.faults())
     }
 

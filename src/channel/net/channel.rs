@@ -5,7 +5,7 @@
 use super::receiving::Receiving;
 use super::sending::Sending;
 use super::usage::{DeviceMode, Resources, Usage};
-use crate::channel::path::{Arrival, Copier, Departure, Line};
+use crate::channel::path::{Arrival, Copier, Departure, Line, Outbound};
 use crate::channel::stripe::{Flow, Load};
 use crate::direct::{Event, Way};
 use crate::net::setup::Pair;
@@ -98,18 +98,28 @@ impl Channel {
         Ok(self.sending.is_quiet(copier)? && self.receiving.is_quiet(copier)?)
     }
 
-    /// Closes both comms. Nothing else may follow but its statistics.
-    ///
-    /// # Errors
-    /// `Plugin` when one stays open: memory of its chunks may still be read or written, and stays in use until the process ends.
-    pub(super) fn close(&mut self) -> Result<()> {
+    /// Closes both comms, without waiting. Nothing else may follow but its statistics, and how the close ends.
+    pub(super) fn close(&mut self) {
         // Registrations are dropped while their comm is open. If requests may still use them, they are dropped after it.
         if !self.busy() {
             self.sending.drop_staging();
             self.receiving.drop_staging();
         }
-        let (sent, received) = (self.sending.close(), self.receiving.close());
-        sent.and(received)
+        self.sending.close();
+        self.receiving.close();
+    }
+
+    /// Whether its close has ended.
+    ///
+    /// # Errors
+    /// `Plugin` when a comm stays open: memory of its chunks may still be read or written, and stays in use until the process ends.
+    pub(super) fn is_closed(&self) -> Result<bool> {
+        Ok(self.sending.comm.is_closed()? & self.receiving.comm.is_closed()?)
+    }
+
+    /// See [`SendComm::settle`].
+    pub(super) fn settle(&self) {
+        self.sending.comm.settle();
     }
 
     /// The network's progress on this channel.
@@ -117,7 +127,9 @@ impl Channel {
         let sent = self.sending.comm.network_bytes().map_err(|e| self.blame(Way::Out, &e))?;
         let received = self.receiving.comm.network_bytes().map_err(|e| self.blame(Way::In, &e))?;
         let under_way = (self.sending.outgoing.len(), self.receiving.under_way());
-        let (outbound, posted) = (self.sending.outbound(sent), self.receiving.posted.len());
+        let posted = self.receiving.posted.len();
+        let control_silent = self.sending.comm.control_silent().max(self.receiving.comm.control_silent());
+        let outbound = Outbound { control_silent, ..self.sending.outbound(sent) };
         Ok(Line { nic: &self.nic, moved: sent.zip(received), outbound, under_way, posted, open: true })
     }
 
@@ -180,8 +192,7 @@ impl Channel {
 
 impl Drop for Channel {
     fn drop(&mut self) {
-        // The log has an error.
-        let _ = self.close();
+        self.close();
     }
 }
 

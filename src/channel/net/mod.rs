@@ -92,6 +92,13 @@ impl NetPath {
     }
 }
 
+impl Drop for NetPath {
+    fn drop(&mut self) {
+        self.slots.iter_mut().for_each(Slot::close);
+        self.slots.iter().for_each(Slot::settle);
+    }
+}
+
 impl Path for NetPath {
     fn channels(&self) -> usize {
         self.slots.len()

@@ -3,7 +3,7 @@
 
 use super::copying::{device, iov, register, within, Copying, Counts};
 use super::staging::{Staging, STAGED_WINDOW};
-use super::usage::{DeviceMode, Usage};
+use super::usage::{DeviceMode, Usage, Used};
 use crate::channel::device::{spread, View};
 use crate::channel::memory::{HostBlock, PAGE};
 use crate::channel::path::{Arrival, Copier, Dest};
@@ -72,17 +72,13 @@ impl Receiving {
         (self.host_in, self.device_in) = (None, None);
     }
 
-    /// Closes the comm. Nothing else may follow.
-    ///
-    /// # Errors
-    /// The comm stays open: what it may write, with the regions of its chunks, stays in use until the process ends.
-    pub(super) fn close(&mut self) -> Result<()> {
-        let closed = self.comm.close();
-        if closed.is_err() {
-            let chunks = (std::mem::take(&mut self.posted), std::mem::take(&mut self.finishing));
-            std::mem::forget((chunks, self.host_in.take(), self.device_in.take(), self.discard.take()));
-        }
-        closed
+    /// Closes the comm. What it may write, with the regions of its chunks, stays in use until the close has ended. Nothing else may
+    /// follow.
+    pub(super) fn close(&mut self) {
+        let chunks = (std::mem::take(&mut self.posted), std::mem::take(&mut self.finishing));
+        let used = (chunks, self.host_in.take(), self.device_in.take(), self.discard.take());
+        // SAFETY: memory that these values own or hold in use.
+        self.comm.close(unsafe { Used::new(used) });
     }
 
     /// Whether no copy out of the bounce buffer is running.
@@ -265,7 +261,7 @@ impl Receiving {
         if let Some(view) = self.view {
             return Ok(view);
         }
-        let handle = self.comm.device_handle();
+        let handle = self.comm.device_handle()?;
         if handle.netDeviceType != nccl_net_abi::NCCL_NET_DEVICE_UNPACK
             || handle.netDeviceVersion != nccl_net_abi::NCCL_NET_DEVICE_UNPACK_VERSION
         {
@@ -285,7 +281,6 @@ impl Receiving {
 
 impl Drop for Receiving {
     fn drop(&mut self) {
-        // The log has an error.
-        let _ = self.close();
+        self.close();
     }
 }

@@ -3,7 +3,7 @@
 
 use super::copying::{device, iov, register, within, Copying, Counts};
 use super::staging::{Staging, STAGED_WINDOW};
-use super::usage::{DeviceMode, Usage};
+use super::usage::{DeviceMode, Usage, Used};
 use crate::channel::device::gather;
 use crate::channel::memory::HostBlock;
 use crate::channel::path::{Copier, Departure, Outbound};
@@ -141,6 +141,7 @@ impl Sending {
             waiting: flow.waiting,
             due: flow.unanswered > 0,
             too_large: (blocked && flow.waiting >= u64::from(flow.packet)).then_some(flow.packet),
+            control_silent: None,
         }
     }
 
@@ -259,19 +260,12 @@ impl Sending {
         Ok(any)
     }
 
-    /// Closes the comm. Nothing else may follow.
-    ///
-    /// # Errors
-    /// The comm stays open: what it may read, with the regions of its chunks, stays in use until the process ends.
-    pub(super) fn close(&mut self) -> Result<()> {
-        let closed = self.comm.close();
+    /// Closes the comm. What it may read, with the regions of its chunks, stays in use until the close has ended. Nothing else may
+    /// follow.
+    pub(super) fn close(&mut self) {
         let used = (std::mem::take(&mut self.outgoing), self.host_out.take(), std::mem::take(&mut self.device_out));
-        match closed {
-            // Its registrations go while the receive comm is open.
-            Ok(()) => drop(used),
-            Err(_) => std::mem::forget(used),
-        }
-        closed
+        // SAFETY: memory that these values own or hold in use.
+        self.comm.close(unsafe { Used::new(used) });
     }
 
     /// Whether no copy into staging memory is running.
@@ -313,8 +307,7 @@ impl Sending {
 
 impl Drop for Sending {
     fn drop(&mut self) {
-        // The log has an error.
-        let _ = self.close();
+        self.close();
     }
 }
 

@@ -35,6 +35,8 @@ pub(super) struct Slot {
     channel: Option<Channel>,
     /// Why the channel has failed.
     failed: Option<Error>,
+    /// The failed channel is being closed.
+    closes: bool,
     /// The peer has not opened the restored channel yet: nothing is sent.
     waits: bool,
     /// The pair of NICs, as an index into the path's.
@@ -63,7 +65,7 @@ impl Slot {
             Seat::Lost(..) => None,
         };
         let (before, busy) = ((0, 0), Default::default());
-        Slot { channel, failed: None, waits: false, nic, moved: None, acknowledged: 0, before, past, name, busy }
+        Slot { channel, failed: None, closes: false, waits: false, nic, moved: None, acknowledged: 0, before, past, name, busy }
     }
 
     /// These comms take the place of the closed channel.
@@ -76,7 +78,7 @@ impl Slot {
         }
         self.name.clone_from(&pair.nic);
         (self.before, self.busy) = (self.moved.unwrap_or_default(), Default::default());
-        (self.channel, self.failed, self.waits) = (Some(Channel::new(pair)), None, true);
+        (self.channel, self.failed, self.closes, self.waits) = (Some(Channel::new(pair)), None, false, true);
         Ok(())
     }
 
@@ -181,19 +183,35 @@ impl Slot {
             return self.note(advanced);
         }
         let (Some(channel), Some(why)) = (&mut self.channel, &self.failed) else { return Ok(false) };
-        if !channel.is_quiet(copier)? {
-            return Ok(false);
+        if !self.closes {
+            if !channel.is_quiet(copier)? {
+                return Ok(false);
+            }
+            let last = channel.stats(false, now).and(&self.past);
+            let route = channel.describe(Way::Out);
+            let idle = ChannelStats { network: None, speed: 0.0, queued_bytes: 0, window_out: 0, window_in: 0, ..last };
+            self.past = ChannelStats { lost: true, route, ..idle };
+            channel.close();
+            self.closes = true;
         }
-        let last = channel.stats(false, now).and(&self.past);
-        let route = channel.describe(Way::Out);
-        let idle = ChannelStats { network: None, speed: 0.0, queued_bytes: 0, window_out: 0, window_in: 0, ..last };
-        self.past = ChannelStats { lost: true, route, ..idle };
         // What the channel did not deliver must not be sent again while one of its comms may still read or write memory.
         let stays = |e| err!(Plugin, "channel {number} on {} was lost ({why}), and cannot be closed: {e}", self.name);
-        channel.close().map_err(stays)?;
+        if !channel.is_closed().map_err(stays)? {
+            return Ok(false);
+        }
         self.channel = None;
         events.push(Event::Closed(number, why.clone()));
         Ok(true)
+    }
+
+    /// Closes the channel, if it is not closed, without waiting.
+    pub(super) fn close(&mut self) {
+        self.channel.iter_mut().for_each(Channel::close);
+    }
+
+    /// See `SendComm::settle`.
+    pub(super) fn settle(&self) {
+        self.channel.iter().for_each(Channel::settle);
     }
 
     /// The network's progress on the channel, which fails if it has failed unnoticed.
@@ -219,8 +237,8 @@ impl Slot {
 
     pub(super) fn stats(&self, kernel: bool, now: Instant) -> ChannelStats {
         match &self.channel {
-            Some(channel) => channel.stats(kernel, now).and(&self.past),
-            None => self.past.clone(),
+            Some(channel) if !self.closes => channel.stats(kernel, now).and(&self.past),
+            _ => self.past.clone(),
         }
     }
 

@@ -50,3 +50,18 @@ pub(super) struct Resources<'a> {
     pub usage: &'a Usage,
     pub now: Instant,
 }
+
+/// What a comm may use until its close has ended, which another thread may see.
+pub(super) struct Used<T> {
+    _kept: T,
+}
+// SAFETY: by the contract of `new`.
+unsafe impl<T> Send for Used<T> {}
+
+impl<T> Used<T> {
+    /// # Safety
+    /// It may be dropped by any thread.
+    pub(super) unsafe fn new(kept: T) -> Used<T> {
+        Used { _kept: kept }
+    }
+}

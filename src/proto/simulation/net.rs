@@ -396,6 +396,7 @@ impl Path for SimulatedPath {
                     waiting: out.posted.len() as u64,
                     due: !out.posted.is_empty() && !out.packing,
                     too_large: None,
+                    control_silent: None,
                 },
                 under_way: (out.posted.len() + out.sent.len(), incoming.expected.len()),
                 posted: incoming.expected.len().min(WINDOW),
