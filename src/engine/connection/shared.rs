@@ -211,8 +211,11 @@ impl Shared {
 
     /// Wakes waiters if a transfer has ended since the count was `before`.
     pub(super) fn wake_waiters(&self, core: &Core, before: u64) {
-        if core.machine.ended() != before && self.waiters.load(Ordering::Acquire) > 0 {
-            self.ended.notify_all();
+        if core.machine.ended() != before {
+            if self.waiters.load(Ordering::Acquire) > 0 {
+                self.ended.notify_all();
+            }
+            self.context.events.happened();
         }
     }
 
@@ -277,6 +280,7 @@ impl Shared {
         self.context.queue.bell.unwatch(self.fd);
         core.control.shutdown_write();
         self.ended.notify_all();
+        self.context.events.happened();
     }
 
     /// Ends the connection, unless it has ended. Returns whether everything queued for the peer was sent.
@@ -323,6 +327,7 @@ impl Shared {
         core.machine.fail(error, &mut core.channels);
         core.control.shutdown_write();
         self.ended.notify_all();
+        self.context.events.happened();
         left
     }
 }
