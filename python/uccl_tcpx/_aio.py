@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import AsyncIterator, Callable, Optional, Tuple, TypeVar
+from typing import AsyncIterator, Tuple, Union
 
 from ._core import Core, Notification
-
-T = TypeVar("T")
 
 
 class Aio:
@@ -36,9 +34,7 @@ class Aio:
         while True:
             yield await self.wait_notif()
 
-    async def connect(self, remote_ip_addr: str, remote_gpu_bdf: str = "", remote_port: int = -1) -> Tuple[bool, int]:
+    async def connect(self, remote_ip_addr: str, remote_gpu_bdf: Union[str, int] = "", remote_port: int = -1) -> Tuple[bool, int]:
         """`Endpoint.connect` in a thread of the loop's executor."""
-        return True, await self._in_thread(lambda: self._core.connect(remote_ip_addr, str(remote_gpu_bdf), remote_port))
-
-    async def _in_thread(self, call: Callable[[], T], executor: Optional[object] = None) -> T:
-        return await asyncio.get_running_loop().run_in_executor(None, call)
+        loop = asyncio.get_running_loop()
+        return True, await loop.run_in_executor(None, self._core.connect, remote_ip_addr, str(remote_gpu_bdf), remote_port)

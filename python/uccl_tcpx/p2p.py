@@ -25,7 +25,7 @@ from ._buffers import Memory, memory_of
 from ._core import Core, Notification, Progress, Segment, deadline, slices, timed_out
 from ._library import ACCESS_REMOTE_READ, ACCESS_REMOTE_WRITE, FIFO_SIZE, library
 from ._passive import accept_passively
-from .errors import ConnectionLost, InvalidArgument, TimedOut, UcclError, invalid
+from .errors import UNSUPPORTED, ConnectionLost, InvalidArgument, TimedOut, UcclError, invalid
 
 __all__ = [
     "ACCESS_REMOTE_READ",
@@ -511,8 +511,19 @@ class Endpoint:
             raise invalid("Local and remote descriptors must have the same size")
         if op_name not in ("write", "read"):
             raise invalid(f"Invalid op_name: {op_name}")
+        self._core.connection(conn_id)
         segments = [_pair(here, there) for here, there in zip(local_desc_list, remote_desc_list)]
         return True, self._core.one_sided(conn_id, op_name == "write", segments)
+
+    # ---- UCCL's second interface for processes on one host ----
+
+    def _refuse(self, *_arguments: Any, **_keywords: Any) -> Any:
+        """Raises UcclError: `connect`, `read` and `write` move data between processes on one host without channels, where they can."""
+        raise UcclError(UNSUPPORTED, "not needed and not offered: connect, read and write make direct transfers on one host")
+
+    connect_local = accept_local = advertise_ipc = advertisev_ipc = _refuse
+    read_ipc = read_ipc_async = readv_ipc = readv_ipc_async = _refuse
+    write_ipc = write_ipc_async = writev_ipc = writev_ipc_async = _refuse
 
     # ---- other ----
 
@@ -536,7 +547,7 @@ def _device(index: Optional[int]) -> Iterator[None]:
         yield
         return
     with cuda.device(index):
-        cuda.current_stream()  # the runtime creates its context only when it is needed
+        cuda.synchronize()  # the runtime creates its context only when it is needed
         yield
 
 

@@ -169,7 +169,11 @@ pub unsafe extern "C" fn uccl_engine_notif_next(engine: *mut uccl_engine_t, noti
 ///
 /// Threads: any; each notification is handed out once.
 #[no_mangle]
-pub unsafe extern "C" fn uccl_engine_notif_wait(engine: *mut uccl_engine_t, timeout_ms: i64, notif: *mut *mut uccl_notif_t) -> c_int {
+pub unsafe extern "C" fn uccl_engine_notif_wait(
+    engine: *mut uccl_engine_t,
+    timeout_ms: i64,
+    notif: *mut *mut uccl_notif_t,
+) -> c_int {
     status(|| {
         // SAFETY: the caller passes a writable pointer or null.
         let out = unsafe { out_arg(notif, "notif")? };
