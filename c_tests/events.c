@@ -81,6 +81,58 @@ static void notified_by_events(side *s)
 
 CASE(transfers_and_notifications) { run_pair(LEN, move_by_events, notified_by_events); }
 
+/* The first transfer of a new connection, and no call that drives it. */
+typedef void idle(side *s, uint64_t id, int fd);
+
+static void look_and_sleep(side *s, uint64_t id, int fd) { CHECK_OK(outcome_by_events(s->conn, id, fd)); }
+
+static void sleep_and_look(side *s, uint64_t id, int fd)
+{
+    sleep_until_event(fd);
+    CHECK_OK(uccl_engine_poll(s->conn, id, NULL));
+}
+
+static void deregister(side *s, uint64_t id, int fd)
+{
+    (void)fd;
+    uccl_engine_mr_destroy(s->engine, s->mr);
+    CHECK_OK(uccl_engine_poll(s->conn, id, NULL));
+    s->mr = region_add(s->engine, s->mine, s->len);
+}
+
+static int64_t first_transfer_ms(direction d, idle *wait)
+{
+    side a, b;
+    uint64_t id;
+    local_pair(&a, &b, LEN);
+    int fd = descriptor(a.engine);
+    reset(fd);
+    int64_t begin = now_ms();
+    CHECK_OK(start(&a, d, 0, 0, a.len, &id));
+    wait(&a, id, fd);
+    int64_t ms = now_ms() - begin;
+    CHECK(close(fd) == 0);
+    side_close(&a);
+    side_close(&b);
+    return ms;
+}
+
+/* Without a drive, the timers of the connection would end it, a third of the peer timeout later: three times in
+ * a row that is no accident. */
+CASE(no_thread_has_to_poll)
+{
+    idle *waits[] = {look_and_sleep, sleep_and_look, deregister};
+    for (size_t w = 0; w < sizeof waits / sizeof *waits; w++)
+        for (int d = 0; d < 2; d++) {
+            int64_t best = HANG_MS;
+            for (int i = 0; i < 3 && best > 2000; i++) {
+                int64_t ms = first_transfer_ms(DIRECTIONS[d], waits[w]);
+                best = ms < best ? ms : best;
+            }
+            CHECK_MSG(best <= 2000, "%s, wait %zu: %lld ms", direction_name(DIRECTIONS[d]), w, (long long)best);
+        }
+}
+
 /* The end of a transfer that fails is an event, and so is the end of a connection on which nothing moves. */
 CASE(failures)
 {

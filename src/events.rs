@@ -25,6 +25,11 @@ impl Events {
         Ok(copy)
     }
 
+    /// Whether the application has asked for a descriptor.
+    pub(crate) fn are_watched(&self) -> bool {
+        self.0.get().is_some()
+    }
+
     /// Something has happened. The caller has made the change, so that a thread that is woken finds it.
     pub(crate) fn happened(&self) {
         if let Some(waker) = self.0.get() {

@@ -219,8 +219,12 @@ impl Shared {
         }
     }
 
-    /// How long an application thread has been driving the connection, if one is.
+    /// How long an application thread has been driving the connection, if one is. One that waits for events may look at many transfers in
+    /// a row, but sleeps afterwards.
     pub(super) fn driven_by_application(&self) -> Option<Duration> {
+        if self.context.events.are_watched() {
+            return None;
+        }
         self.polls.active(self.context.clock()).map(Duration::from_micros)
     }
 

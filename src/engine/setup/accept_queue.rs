@@ -222,7 +222,7 @@ mod tests {
         accepts.push(all[0].clone());
         assert!(accepts.take(Some(soon)).unwrap().is_some(), "what is there is handed out after the deadline too");
         accepts.stop();
-        assert_eq!(accepts.take(Some(soon)).unwrap_err().kind(), ErrorKind::Canceled);
+        assert_eq!(accepts.take(Some(soon)).map(drop).unwrap_err().kind(), ErrorKind::Canceled);
     }
 
     #[test]
