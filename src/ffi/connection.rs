@@ -74,7 +74,7 @@ pub unsafe extern "C" fn uccl_engine_accept(
         let conn = engines().get(engine.cast())?.accept()?;
         *gpu = conn.peer_gpu_index();
         // SAFETY: ip_addr_buf_len bytes are writable.
-        unsafe { copy_text(&conn.peer_ip().to_string(), ip_addr_buf, ip_addr_buf_len) };
+        unsafe { cut_text(&conn.peer_ip().to_string(), ip_addr_buf, ip_addr_buf_len) };
         Ok(hand_out(conn))
     })
 }
@@ -84,7 +84,7 @@ fn hand_out(conn: Arc<Connection>) -> *mut uccl_conn_t {
 }
 
 /// Writes a text, NUL-terminated and cut to fit.
-unsafe fn copy_text(text: &str, buf: *mut c_char, len: usize) {
+unsafe fn cut_text(text: &str, buf: *mut c_char, len: usize) {
     let n = text.len().min(len - 1);
     // SAFETY: the caller passes `len` writable bytes, at least 1.
     unsafe {
@@ -125,7 +125,7 @@ pub unsafe extern "C" fn uccl_engine_accept_for(
         let Some(conn) = engine.accept_until(deadline(timeout_ms))? else { return Ok(UCCL_IN_PROGRESS) };
         *gpu = conn.peer_gpu_index();
         // SAFETY: ip_addr_buf_len bytes are writable.
-        unsafe { copy_text(&conn.peer_ip().to_string(), std::ptr::from_mut(buf), ip_addr_buf_len) };
+        unsafe { cut_text(&conn.peer_ip().to_string(), std::ptr::from_mut(buf), ip_addr_buf_len) };
         *out = hand_out(conn);
         Ok(UCCL_OK)
     })
@@ -231,7 +231,7 @@ pub unsafe extern "C" fn uccl_engine_conn_peer_name(conn: *mut uccl_conn_t, buf:
         let buf = unsafe { out_arg(buf, "buf")? };
         let conn = connections().get(conn.cast())?;
         // SAFETY: len bytes are writable.
-        unsafe { copy_text(conn.peer_key().unwrap_or_default(), std::ptr::from_mut(buf), len) };
+        unsafe { cut_text(conn.peer_key().unwrap_or_default(), std::ptr::from_mut(buf), len) };
         Ok(UCCL_OK)
     })
 }
