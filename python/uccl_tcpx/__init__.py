@@ -39,4 +39,4 @@ def library_version() -> str:
     """The version of the library."""
     from ._library import library
 
-    return library().version
+    return library().release

@@ -78,7 +78,8 @@ class Core:
     def __init__(self, options: Mapping[str, object]) -> None:
         self.lib = library()
         self._pid = os.getpid()
-        self._lock = threading.Lock()
+        # A finalizer that closes may run in a thread that holds it.
+        self._lock = threading.RLock()
         self._connections: Dict[int, int] = {}
         self._regions: Dict[int, Memory] = {}
         self._together: Dict[int, List[int]] = {}

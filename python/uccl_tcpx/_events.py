@@ -16,7 +16,8 @@ class Events:
 
     def __init__(self, open_fd: Callable[[], int]) -> None:
         self._open_fd = open_fd
-        self._lock = threading.Lock()
+        # A finalizer that closes may run in a thread that holds it.
+        self._lock = threading.RLock()
         self._loops: Dict[asyncio.AbstractEventLoop, int] = {}
         self._waiting: "Set[asyncio.Future[None]]" = set()
         self._closed = False

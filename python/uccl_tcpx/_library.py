@@ -87,7 +87,8 @@ class Library:
     def __init__(self, path: str) -> None:
         try:
             dll = c.CDLL(path)
-            self.path, self.version = path, self._declare(dll, "version")().decode()
+            self.path: str = path
+            self.release: str = self._declare(dll, "version")().decode()
         except (OSError, AttributeError) as e:
             raise ImportError(f"{path} cannot be loaded: {e}. LIBUCCL_P2P names another libuccl_p2p.so") from e
         for name in _PROTOTYPES:
@@ -95,17 +96,18 @@ class Library:
 
     def _declare(self, dll: c.CDLL, name: str) -> Callable[..., Any]:
         try:
-            function = getattr(dll, "uccl_engine_" + name)
+            function: Any = getattr(dll, "uccl_engine_" + name)
         except AttributeError:
             if name == "version":
                 raise
             return self._missing(name)
         function.restype, function.argtypes = _PROTOTYPES[name]
-        return function
+        declared: Callable[..., Any] = function
+        return declared
 
     def _missing(self, name: str) -> Callable[..., Any]:
         def refuse(*_arguments: object) -> None:
-            raise UcclError(UNSUPPORTED, f"{self.path}, version {self.version}, has no uccl_engine_{name}: it is older than this package")
+            raise UcclError(UNSUPPORTED, f"{self.path}, version {self.release}, has no uccl_engine_{name}: it is older than this package")
 
         return refuse
 

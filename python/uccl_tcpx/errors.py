@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Tuple
+
 OK, IN_PROGRESS = 0, 1
 INVALID_ARGUMENT, NOT_FOUND, RESOURCE, UNSUPPORTED, CANCELED = -1, -2, -3, -4, -5
 TIMED_OUT, UNREACHABLE, REMOTE_DISCONNECT = -10, -11, -12
@@ -18,7 +20,7 @@ class UcclError(RuntimeError):
     def __str__(self) -> str:
         return f"{self.text} (status {self.status})"
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> Tuple[object, ...]:
         return type(self), (self.status, self.text)
 
 

@@ -167,9 +167,8 @@ class Endpoint:
     @staticmethod
     def parse_metadata(metadata: Union[bytes, bytearray, str]) -> Tuple[str, int, str]:
         """Address, port and GPU of metadata, the arguments of `connect`."""
-        text = metadata.encode() if isinstance(metadata, str) else bytes(metadata)
         ip, gpu, port = c.create_string_buffer(256), c.create_string_buffer(256), c.c_int()
-        library().check(library().parse_metadata(text, ip, len(ip), c.byref(port), gpu, len(gpu)))
+        library().check(library().parse_metadata(_bytes(metadata), ip, len(ip), c.byref(port), gpu, len(gpu)))
         return ip.value.decode(), port.value, gpu.value.decode()
 
     def connect(self, remote_ip_addr: str, remote_gpu_bdf: Union[str, int] = "", remote_port: int = -1) -> Tuple[bool, int]:
@@ -180,7 +179,7 @@ class Endpoint:
 
     def add_remote_endpoint(self, metadata_bytes: Union[bytes, bytearray]) -> Tuple[bool, int]:
         """Connects to the endpoint of the metadata, unless an open connection to it was added before. Returns True and its number."""
-        key = bytes(metadata_bytes)
+        key = _bytes(metadata_bytes)
         with self._adding:
             known = self._added.get(key)
             if known is not None and self._core.is_up(known):
@@ -243,7 +242,7 @@ class Endpoint:
         _check_lengths(ptrs=ptrs, sizes=sizes)
         regions: List[int] = []
         try:
-            for memory in [memory_of(*each) for each in zip(ptrs, sizes or [None] * len(ptrs))]:
+            for memory in [memory_of(*each) for each in zip(ptrs, _sizes(ptrs, sizes))]:
                 regions.append(self._register(memory))
         except BaseException:
             for region in regions:
@@ -282,7 +281,7 @@ class Endpoint:
     ) -> Tuple[bool, List[bytes]]:
         """`advertise` for several ranges."""
         _check_lengths(num_iovs, mr_id_v=mr_id_v, ptr_v=ptr_v, size_v=size_v)
-        return True, [self.advertise(*each)[1] for each in zip(mr_id_v, ptr_v, size_v or [None] * len(ptr_v))]
+        return True, [self.advertise(*each)[1] for each in zip(mr_id_v, ptr_v, _sizes(ptr_v, size_v))]
 
     # ---- reads and writes ----
 
@@ -452,7 +451,7 @@ class Endpoint:
 
     def get_notifs(self) -> List[Notification]:
         """Takes the notifications that have arrived."""
-        return list(iter(lambda: self._core.notification(None), None))  # type: ignore[arg-type]
+        return list(iter(lambda: self._core.notification(None), None))
 
     def wait_notif(self, timeout: Optional[float] = None) -> Notification:
         """Takes the oldest notification, waiting for one for at most `timeout` seconds.
@@ -499,7 +498,7 @@ class Endpoint:
         """Descriptors that a peer serialized."""
         if not serialized_bytes:
             return []
-        reader = _Reader(bytes(serialized_bytes))
+        reader = _Reader(_bytes(serialized_bytes))
         return [reader.descriptor() for _ in range(reader.take("Q")[0])]
 
     def transfer(
@@ -557,11 +556,15 @@ def _check_lengths(number: Optional[int] = None, **lists: Optional[Sequence[Any]
         raise invalid(f"{' and '.join(lists)} must match" + ("" if number is None else f", and have the length num_iovs ({number})"))
 
 
+def _sizes(buffers: Sequence[Buffer], sizes: Optional[Sequence[Optional[int]]]) -> Sequence[Optional[int]]:
+    return [None] * len(buffers) if sizes is None else sizes
+
+
 def _ranges(
     regions: Sequence[int], buffers: Sequence[Buffer], sizes: Optional[Sequence[Optional[int]]], number: Optional[int]
 ) -> List[Tuple[int, int, int]]:
     _check_lengths(number, mr_id_v=regions, ptr_v=buffers, size_v=sizes)
-    memories = [memory_of(*each) for each in zip(buffers, sizes or [None] * len(buffers))]
+    memories = [memory_of(*each) for each in zip(buffers, _sizes(buffers, sizes))]
     return [(region, memory.addr, memory.size) for region, memory in zip(regions, memories)]
 
 
@@ -574,7 +577,7 @@ def _segments(
 ) -> List[Segment]:
     _check_lengths(number, mr_id_v=regions, meta_blob_v=items)
     ranges = _ranges(regions, buffers, sizes, number)
-    return [Segment(*each, bytes(item)) for each, item in zip(ranges, items)]
+    return [Segment(*each, _bytes(item)) for each, item in zip(ranges, items)]
 
 
 def _pair(here: XferDesc, there: XferDesc) -> Segment:
@@ -616,5 +619,8 @@ class _Reader:
         return described
 
 
-def _bytes(text: Union[bytes, str]) -> bytes:
-    return text.encode() if isinstance(text, str) else bytes(text)
+def _bytes(text: Union[bytes, bytearray, memoryview, str]) -> bytes:
+    try:
+        return text.encode() if isinstance(text, str) else bytes(memoryview(text))
+    except TypeError:
+        raise invalid(f"{type(text).__name__} in the place of bytes") from None
