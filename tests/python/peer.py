@@ -1,6 +1,7 @@
 """The other process of the tests: an endpoint that does what the test asks over a pipe. Also a runner for cases."""
 
 import contextlib
+import faulthandler
 import functools
 import hashlib
 import multiprocessing
@@ -164,6 +165,8 @@ def main():
         if words and not any(word in name for word in words):
             continue
         begun = time.monotonic()
+        # A case that hangs ends the program and shows where.
+        faulthandler.dump_traceback_later(4 * LIMIT, exit=True)
         try:
             run()
             outcome, why = "passed", ""
@@ -175,6 +178,7 @@ def main():
         print(f"{outcome:<8} {name} ({time.monotonic() - begun:.2f} s){why}", flush=True)
         if outcome == "failed" and SHARED:
             SHARED.pop().kill()
+    faulthandler.cancel_dump_traceback_later()
     print(", ".join(f"{number} {outcome}" for outcome, number in outcomes.items()), flush=True)
     if SHARED:
         SHARED[0].begin("exit")

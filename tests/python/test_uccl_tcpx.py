@@ -444,6 +444,30 @@ def messages_of_several_buffers():
         assert not here._core._together
 
 
+@case
+def messages_of_several_buffers_stay_together():
+    with pair() as (here, other, conn):
+        there = other.call("accept", LIMIT)[3]
+        count, started = 24, []
+
+        def send(sender):
+            parts = [bytearray([sender, part]) for part in range(count)]
+            started.append(here.sendv_async(conn, here.regv(parts)[1], parts)[1])
+
+        threads = [threading.Thread(target=send, args=(sender,)) for sender in range(6)]
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(before)
+        found = [other.receive(there, 2) for _ in range(6 * count)]
+        senders = [found[at][0] for at in range(0, len(found), count)]
+        assert sorted(senders) == list(range(6)) and found == [bytes([sender, part]) for sender in senders for part in range(count)]
+        assert all(here.wait(number, LIMIT) for number in started)
+
+
 # ---- descriptors ----
 
 
