@@ -84,7 +84,7 @@ class XferHandle(NamedTuple):
 class XferDesc:
     """Memory for `Endpoint.transfer`, here or at the peer.
 
-    `rkeys` are the words of the region's FIFO item: who has them can access the region. `addr` and `size` may be set to a part of the
+    `rkeys` are the words of the region's FIFO item: every holder can access the region. `addr` and `size` may be set to a part of the
     region. `mr_id` is meaningful in the process that registered the memory, and `lkeys` nowhere."""
 
     __slots__ = ("addr", "size", "mr_id", "lkeys", "rkeys")
@@ -271,8 +271,8 @@ class Endpoint:
                 self._core.deregister(region)
 
     def advertise(self, mr_id: int, ptr: Buffer, size: Optional[int] = None) -> Tuple[bool, bytes]:
-        """Returns True and 64 bytes (a FIFO item) with which a peer can read and write the range. They are secret: who has them can
-        access the whole region, within its access rights, until `dereg`."""
+        """Returns True and 64 bytes (a FIFO item) with which a peer can read and write the range. They are secret: every holder
+        can access the whole region, within its access rights, until `dereg`."""
         memory = memory_of(ptr, size)
         return True, self._core.item(mr_id, memory.addr, memory.size)
 
