@@ -113,8 +113,13 @@ static void use_all(void *argument)
     CHECK_PARENTS(uccl_engine_get_ipc_info(s->engine, (size_t)s->mine, text, &has_ipc));
     CHECK_PARENTS(uccl_engine_metadata_into(s->engine, text, sizeof text, NULL));
     CHECK_PARENTS(uccl_engine_notif_next(s->engine, &notif));
+    CHECK_PARENTS(uccl_engine_notif_wait(s->engine, -1, &notif));
+    int fd;
+    CHECK_PARENTS(uccl_engine_event_fd(s->engine, &fd));
     CHECK(!uccl_engine_connect(s->engine, LOOPBACK, "0", 80, false) && uccl_engine_last_status() == UCCL_ERR_NOT_FOUND);
     CHECK(!uccl_engine_accept(s->engine, ip, sizeof ip, &gpu) && uccl_engine_last_status() == UCCL_ERR_NOT_FOUND);
+    uccl_conn_t *conn;
+    CHECK_PARENTS(uccl_engine_accept_for(s->engine, -1, ip, sizeof ip, &gpu, &conn));
     CHECK(!uccl_engine_xfer_status(s->conn, 1) && !uccl_engine_conn_is_local(s->conn));
     /* What waits in the parent is the parent's. */
     CHECK_OK(uccl_engine_get_notifs(&message, 1, &count));

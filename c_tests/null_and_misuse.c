@@ -214,6 +214,44 @@ CASE(uccl_engine_accept)
     }
 }
 
+CASE(uccl_engine_accept_for)
+{
+    WITH_FIXTURE(f)
+    {
+        char ip[8] = "as was";
+        int gpu = 77;
+        uccl_conn_t *const untouched = (uccl_conn_t *)&untouched, *conn = untouched;
+        uccl_engine_t *engine;
+        FOR_EACH(engine, f.bad_engines) CHECK_MISUSE(uccl_engine_accept_for(engine, -1, ip, sizeof ip, &gpu, &conn));
+        CHECK_MISUSE(uccl_engine_accept_for(f.engine, -1, ip, 0, &gpu, &conn));
+        CHECK_MISUSE(uccl_engine_accept_for(f.engine, -1, NULL, sizeof ip, &gpu, &conn));
+        CHECK_MISUSE(uccl_engine_accept_for(f.engine, -1, ip, sizeof ip, NULL, &conn));
+        CHECK_MISUSE(uccl_engine_accept_for(f.engine, -1, ip, sizeof ip, &gpu, NULL));
+        CHECK_STATUS(uccl_engine_accept_for(f.engine, 0, ip, sizeof ip, &gpu, &conn), UCCL_IN_PROGRESS);
+        CHECK(strcmp(ip, "as was") == 0 && gpu == 77 && conn == untouched);
+        /* Beyond what a clock shows: without limit, and one waits already. */
+        address self = engine_address(f.engine);
+        uccl_conn_t *out = join(f.engine, &self, true);
+        CHECK_OK(uccl_engine_accept_for(f.engine, INT64_MAX, ip, sizeof ip, &gpu, &conn));
+        CHECK(strcmp(ip, "127.0.0") == 0 && gpu != 77);
+        uccl_engine_conn_destroy(conn);
+        uccl_engine_conn_destroy(out);
+    }
+}
+
+CASE(uccl_engine_event_fd)
+{
+    WITH_FIXTURE(f)
+    {
+        int fd = 77;
+        uccl_engine_t *engine;
+        FOR_EACH(engine, f.bad_engines) CHECK_MISUSE(uccl_engine_event_fd(engine, &fd));
+        CHECK_MISUSE(uccl_engine_event_fd(f.engine, NULL));
+        CHECK_MISUSE(uccl_engine_event_fd(f.engine, (int *)((char *)&fd + 1)));
+        CHECK(fd == 77);
+    }
+}
+
 CASE(uccl_engine_stop_accept)
 {
     WITH_FIXTURE(f)
@@ -857,6 +895,19 @@ static uccl_notif_t *some_notif(const fixture *f)
 {
     CHECK_OK(uccl_engine_send_notif_bytes(f->conn, "n", 1, "m", 1));
     return next_notif(f->engine);
+}
+
+CASE(uccl_engine_notif_wait)
+{
+    WITH_FIXTURE(f)
+    {
+        uccl_notif_t *const untouched = (uccl_notif_t *)&untouched, *notif = untouched;
+        uccl_engine_t *engine;
+        FOR_EACH(engine, f.bad_engines) CHECK_MISUSE(uccl_engine_notif_wait(engine, -1, &notif));
+        CHECK_MISUSE(uccl_engine_notif_wait(f.engine, -1, NULL));
+        CHECK_STATUS(uccl_engine_notif_wait(f.engine, 0, &notif), UCCL_IN_PROGRESS);
+        CHECK(notif == untouched);
+    }
 }
 
 CASE(uccl_engine_notif_name)

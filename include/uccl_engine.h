@@ -446,6 +446,26 @@ int uccl_engine_create_with(const struct uccl_option_t *options,
  */
 void uccl_engine_destroy(uccl_engine_t *engine);
 
+/**
+ * Returns a descriptor with which an event loop (poll, epoll, asyncio) waits for an engine. It becomes readable when a notification has
+ * come, a transfer has ended, a connection has come or ended, and at uccl_engine_stop_accept and uccl_engine_destroy.
+ *
+ * @param engine  [in]  The engine.
+ * @param fd      [out] The descriptor, an eventfd, non-blocking and closed on exec. The caller owns it and closes it; it stays open when
+ *                      the engine is destroyed. It is readable at first, because it does not show what happened before.
+ * @return UCCL_OK; UCCL_ERR_RESOURCE without a free descriptor; another negative status.
+ *
+ * When it is readable, first read its 8 bytes, which resets it, then look: uccl_engine_poll for each transfer in flight,
+ * uccl_engine_notif_next until there is none, uccl_engine_accept_for with timeout 0. An event between the read and the look makes it
+ * readable again. All descriptors of an engine are duplicates of one: a read resets them all, so one thread reads and wakes the others.
+ * Each event costs a system call from the first call of this function on. A thread that waits for one transfer needs no descriptor
+ * (uccl_engine_wait), nor does one that waits for notifications (uccl_engine_notif_wait).
+ *
+ * Threads: any.
+ */
+int uccl_engine_event_fd(uccl_engine_t *engine,
+                         int *fd);
+
 /* ==== Metadata: how peers find an engine ==== */
 
 #ifndef __cplusplus
@@ -540,6 +560,27 @@ uccl_conn_t *uccl_engine_connect(uccl_engine_t *engine,
  * Threads: any. The peer can transfer data as soon as its connect returned, before this call.
  */
 uccl_conn_t *uccl_engine_accept(uccl_engine_t *engine, char *ip_addr_buf, size_t ip_addr_buf_len, int *remote_gpu_idx);
+
+/**
+ * Returns the next connection that a peer opened, like uccl_engine_accept, waiting for it at most for the given time.
+ *
+ * @param engine          [in]  The engine.
+ * @param timeout_ms      [in]  Longest wait in milliseconds; 0: does not block; negative: until there is one.
+ * @param ip_addr_buf     [out] The peer's address as text, always NUL-terminated, cut to fit.
+ * @param ip_addr_buf_len [in]  Size of ip_addr_buf in bytes, at least 1; 46 holds every address.
+ * @param remote_gpu_idx  [out] CUDA index of the peer's GPU in the peer's process, -1 if it has none.
+ * @param conn            [out] The connection; the caller owns it and ends it with uccl_engine_conn_destroy.
+ * @return UCCL_OK; UCCL_IN_PROGRESS if timeout_ms passed first; UCCL_ERR_CANCELED after uccl_engine_stop_accept or
+ *         uccl_engine_destroy; another negative status. Unless it is UCCL_OK, all outputs are unchanged.
+ *
+ * Threads: any; each connection is handed out once, by this call or by uccl_engine_accept.
+ */
+int uccl_engine_accept_for(uccl_engine_t *engine,
+                           int64_t timeout_ms,
+                           char *ip_addr_buf,
+                           size_t ip_addr_buf_len,
+                           int *remote_gpu_idx,
+                           uccl_conn_t **conn);
 
 /**
  * Wakes every blocked uccl_engine_accept of the engine; these and later ones return NULL. Open connections stay open.
@@ -1058,6 +1099,21 @@ int uccl_engine_get_notifs(struct notify_msg *out, size_t max, size_t *count);
  * Threads: any; each notification is handed out once, by this call or by uccl_engine_get_notifs.
  */
 int uccl_engine_notif_next(uccl_engine_t *engine, uccl_notif_t **notif);
+
+/**
+ * Takes the oldest notification of an engine, waiting for one at most for the given time.
+ *
+ * @param engine      [in]  The engine.
+ * @param timeout_ms  [in]  Longest wait in milliseconds; 0: does not block; negative: until there is one.
+ * @param notif       [out] The notification; the caller owns it and frees it with uccl_engine_notif_free.
+ * @return UCCL_OK; UCCL_IN_PROGRESS if timeout_ms passed first; UCCL_ERR_CANCELED if the engine is destroyed meanwhile; another negative
+ *         status. Unless it is UCCL_OK, *notif is unchanged.
+ *
+ * Threads: any; each notification is handed out once.
+ */
+int uccl_engine_notif_wait(uccl_engine_t *engine,
+                           int64_t timeout_ms,
+                           uccl_notif_t **notif);
 
 /**
  * Returns the name of a notification.

@@ -32,6 +32,7 @@ mod channel;
 pub mod config;
 mod direct;
 pub mod engine;
+mod events;
 mod ffi;
 #[cfg(fuzzing)]
 #[doc(hidden)]

@@ -1,12 +1,14 @@
-//! Received notifications: a queue per engine, drained per engine or over the whole process in order of arrival. Knows nothing of
-//! sockets.
+//! Received notifications: a queue per engine, drained per engine or over the whole process in order of arrival. Threads may wait for
+//! the next one. Knows nothing of sockets.
 
 use crate::budget::{part_of_address, Account};
-use crate::status::{bail, Result};
-use process::{Mutex, PerProcess};
+use crate::events::Events;
+use crate::status::{bail, err, Result};
+use process::{Condvar, Mutex, PerProcess};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
+use std::time::Instant;
 
 /// A notification as the peer sent it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,6 +26,19 @@ const OVERHEAD: usize = 128;
 struct Waiting {
     items: VecDeque<Item>,
     bytes: usize,
+    /// Threads that wait for the next one.
+    waiters: usize,
+    closed: bool,
+}
+
+impl Waiting {
+    fn take(&mut self) -> Option<Notification> {
+        let item = self.items.pop_front()?;
+        self.bytes -= item.cost();
+        item.of_one.fetch_sub(item.cost(), Ordering::Relaxed);
+        item.account.notifications.fetch_sub(item.cost(), Ordering::Relaxed);
+        Some(item.notification)
+    }
 }
 
 struct Item {
@@ -58,6 +73,8 @@ fn copy(bytes: &[u8]) -> Result<Vec<u8>> {
 /// The queue of an engine.
 pub(crate) struct Queue {
     waiting: Mutex<Waiting>,
+    changed: Condvar,
+    events: Arc<Events>,
     /// Most bytes that may wait: of all, of one address, and of one connection. If the application drains nothing, the connection
     /// that exceeds its limit fails with an error; no notification is dropped.
     most: usize,
@@ -69,8 +86,11 @@ static ARRIVALS: AtomicU64 = AtomicU64::new(0);
 static QUEUES: PerProcess<Mutex<Vec<Weak<Queue>>>> = PerProcess::new(Mutex::default);
 
 impl Queue {
-    pub(crate) fn new(most: usize, of_one: usize) -> Arc<Queue> {
-        let queue = Arc::new(Queue { waiting: Mutex::default(), most, of_address: part_of_address(most).max(of_one), of_one });
+    /// A queue that reports to `events` what comes.
+    pub(crate) fn new(most: usize, of_one: usize, events: &Arc<Events>) -> Arc<Queue> {
+        let of_address = part_of_address(most).max(of_one);
+        let (waiting, changed, events) = (Mutex::default(), Condvar::new(), events.clone());
+        let queue = Arc::new(Queue { waiting, changed, events, most, of_address, of_one });
         let mut all = QUEUES.get().lock();
         all.retain(|q| q.strong_count() > 0);
         all.push(Arc::downgrade(&queue));
@@ -93,16 +113,47 @@ impl Queue {
         // The number is drawn under the queue's lock, so numbers rise within a queue.
         let number = ARRIVALS.fetch_add(1, Ordering::Relaxed);
         waiting.items.push_back(Item { number, notification, of_one: of_one.clone(), account: account.clone() });
+        let waits = waiting.waiters > 0;
+        drop(waiting);
+        if waits {
+            self.changed.notify_one();
+        }
+        self.events.happened();
         Ok(())
     }
 
     pub(crate) fn pop(&self) -> Option<Notification> {
+        self.waiting.lock().take()
+    }
+
+    /// The oldest notification, waiting for it until the deadline, if there is one.
+    ///
+    /// # Errors
+    /// `Canceled` after [`Queue::close`].
+    pub(crate) fn pop_until(&self, deadline: Option<Instant>) -> Result<Option<Notification>> {
         let mut waiting = self.waiting.lock();
-        let item = waiting.items.pop_front()?;
-        waiting.bytes -= item.cost();
-        item.of_one.fetch_sub(item.cost(), Ordering::Relaxed);
-        item.account.notifications.fetch_sub(item.cost(), Ordering::Relaxed);
-        Some(item.notification)
+        waiting.waiters += 1;
+        let found = loop {
+            if let Some(notification) = waiting.take() {
+                break Ok(Some(notification));
+            }
+            if waiting.closed {
+                break Err(err!(Canceled, "the engine was destroyed"));
+            }
+            match deadline {
+                None => self.changed.wait(&mut waiting),
+                Some(deadline) if Instant::now() < deadline => drop(self.changed.wait_until(&mut waiting, deadline)),
+                Some(_) => break Ok(None),
+            }
+        };
+        waiting.waiters -= 1;
+        found
+    }
+
+    /// Wakes the threads that wait; they fail.
+    pub(crate) fn close(&self) {
+        self.waiting.lock().closed = true;
+        self.changed.notify_all();
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -154,13 +205,17 @@ mod tests {
     use crate::budget::Pool;
     use crate::status::ErrorKind;
 
+    fn queue(most: usize, of_one: usize) -> Arc<Queue> {
+        Queue::new(most, of_one, &Arc::default())
+    }
+
     fn inbox(queue: &Arc<Queue>, pool: &Arc<Pool>, address: u8) -> Inbox {
         Inbox::new(queue, &pool.account([10, 0, 0, address].into()))
     }
 
     #[test]
     fn one_connection_fills_its_own_share_only_and_empty_ones_count() {
-        let queue = Queue::new(8 << 20, 2 << 20);
+        let queue = queue(8 << 20, 2 << 20);
         let pool = Pool::endless();
         let (greedy, other) = (inbox(&queue, &pool, 1), inbox(&queue, &pool, 1));
         let mut taken = 0usize;
@@ -182,7 +237,7 @@ mod tests {
 
     #[test]
     fn a_hundred_connections_together_stay_below_the_total() {
-        let queue = Queue::new(1 << 20, 1 << 18);
+        let queue = queue(1 << 20, 1 << 18);
         let pool = Pool::endless();
         let all: Vec<Inbox> = (0..100).map(|n| inbox(&queue, &pool, n)).collect();
         let taken = (0..100).flat_map(|_| &all).filter(|inbox| inbox.push(b"", &[0; 1000]).is_ok()).count();
@@ -192,7 +247,7 @@ mod tests {
     }
     #[test]
     fn an_address_leaves_a_quarter_to_others() {
-        let (queue, pool) = (Queue::new(1 << 20, 1 << 18), Pool::endless());
+        let (queue, pool) = (queue(1 << 20, 1 << 18), Pool::endless());
         let greedy: Vec<Inbox> = (0..100).map(|_| inbox(&queue, &pool, 1)).collect();
         let fill = |greedy: &[Inbox]| (0..100).flat_map(|_| greedy).filter(|inbox| inbox.push(b"", &[0; 1000]).is_ok()).count();
         let most = (3 << 18) / (1000 + OVERHEAD);
@@ -203,5 +258,37 @@ mod tests {
         assert!(inbox(&queue, &pool, 1).push(b"", &[0; 1000]).is_err());
         while queue.pop().is_some() {}
         assert_eq!(fill(&[inbox(&queue, &pool, 1)]), 100);
+    }
+
+    #[test]
+    fn a_thread_that_waits_is_woken_by_the_next_one_and_by_the_end() {
+        let (queue, pool) = (queue(1 << 20, 1 << 18), Pool::endless());
+        let past = Some(Instant::now());
+        assert_eq!(queue.pop_until(past).unwrap(), None);
+        let waiter = |queue: &Arc<Queue>| {
+            let other = queue.clone();
+            std::thread::spawn(move || other.pop_until(None))
+        };
+        let waiting = |queue: &Queue| {
+            let until = Instant::now() + std::time::Duration::from_secs(10);
+            while queue.waiting.lock().waiters == 0 && Instant::now() < until {
+                std::thread::yield_now();
+            }
+        };
+        let first = waiter(&queue);
+        waiting(&queue);
+        inbox(&queue, &pool, 1).push(b"n", b"m").unwrap();
+        assert_eq!(first.join().unwrap().unwrap().unwrap().name, b"n");
+        let second = waiter(&queue);
+        waiting(&queue);
+        inbox(&queue, &pool, 1).push(b"last", b"").unwrap();
+        assert_eq!(second.join().unwrap().unwrap().unwrap().name, b"last");
+        inbox(&queue, &pool, 1).push(b"kept", b"").unwrap();
+        queue.close();
+        assert_eq!(queue.pop_until(None).unwrap().unwrap().name, b"kept");
+        assert_eq!(queue.pop_until(None).unwrap_err().kind(), ErrorKind::Canceled);
+        let third = waiter(&queue);
+        assert_eq!(third.join().unwrap().unwrap_err().kind(), ErrorKind::Canceled);
+        assert_eq!(queue.waiting.lock().waiters, 0);
     }
 }

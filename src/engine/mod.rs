@@ -38,6 +38,7 @@ use progress::{doorbell, heartbeat, thread};
 use setup::accept_queue::Accepts;
 use setup::context::{Gate, Identity, Plugins, SetupContext};
 use setup::{acceptor, build, connect, listener, quota, shutdown, warmup};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -136,7 +137,7 @@ impl Engine {
             outgoing: Gate::new(limits.outgoing),
             cores: std::thread::available_parallelism().map_or(2, usize::from),
             shutdown: shutdown::Shutdown::new()?,
-            notifications: notify::Queue::new(limits.notif_bytes, limits.notif_bytes_of_one),
+            notifications: notify::Queue::new(limits.notif_bytes, limits.notif_bytes_of_one, &table.context.events),
             pool: budget::Pool::new(limits.peer_bytes, limits.peer_bytes_of_one, limits.transfers),
             quota: quota::ConnectionQuota::new(limits.connections, limits.of_address),
             table: table.clone(),
@@ -218,15 +219,35 @@ impl Engine {
     /// # Errors
     /// `Canceled` after [`Engine::stop_accept`].
     pub fn accept(&self) -> Result<Arc<Connection>> {
+        let taken = self.accept_until(None)?;
+        taken.ok_or_else(|| err!(Internal, "an accept without a deadline ended without a connection"))
+    }
+
+    /// Takes the next incoming connection. Blocks until the deadline, if there is one; `None`: none has come.
+    ///
+    /// # Errors
+    /// `Canceled` after [`Engine::stop_accept`].
+    pub fn accept_until(&self, deadline: Option<Instant>) -> Result<Option<Arc<Connection>>> {
         self.parts.check("engine")?;
-        self.parts.accepts.take()
+        self.parts.accepts.take(deadline)
     }
 
     /// Wakes blocked accepts; they and later ones fail.
     pub fn stop_accept(&self) {
         if self.parts.is_here() {
             self.parts.accepts.stop();
+            self.parts.context.table.context.events.happened();
         }
+    }
+
+    /// A descriptor, for the caller to close, that becomes readable when something has happened: a notification has come, a transfer
+    /// has ended, a connection has come or ended.
+    ///
+    /// # Errors
+    /// `Resource` without a free descriptor.
+    pub fn event_descriptor(&self) -> Result<OwnedFd> {
+        self.alive()?;
+        self.parts.context.table.context.events.descriptor().map_err(|e| limits::system("eventfd", &e))
     }
 
     /// Registers memory; returns the region's id.
@@ -339,6 +360,18 @@ impl Engine {
         })
     }
 
+    /// Takes this engine's oldest notification. Blocks until the deadline, if there is one; `None`: none has come.
+    ///
+    /// # Errors
+    /// `Canceled` when the engine is shut down.
+    pub fn notification_until(&self, deadline: Option<Instant>) -> Result<Option<Notification>> {
+        self.parts.check("engine")?;
+        match self.next_notification() {
+            None => self.parts.context.notifications.pop_until(deadline),
+            found => Ok(found),
+        }
+    }
+
     /// Drives connections with something to read: an application that finds no notification is about to ask again.
     pub(crate) fn drive(&self) {
         if !self.parts.is_here() {
@@ -362,6 +395,8 @@ impl Engine {
         }
         let Parts { context, accepts, threads, .. } = &*self.parts;
         accepts.stop();
+        context.notifications.close();
+        context.table.context.events.happened();
         if context.shutdown.begin() {
             return;
         }

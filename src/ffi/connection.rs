@@ -1,11 +1,13 @@
 //! Connections of the C ABI. Translates only.
 
 use super::engine::uccl_engine_t;
-use super::guard::{guard, out_arg, status, str_arg};
+use super::guard::{deadline, guard, out_arg, status, str_arg};
 use super::handles::{connections, engines};
-use crate::status::{bail, UCCL_OK};
+use crate::engine::Connection;
+use crate::status::{bail, UCCL_IN_PROGRESS, UCCL_OK};
 use std::ffi::{c_char, c_int};
 use std::sync::atomic::Ordering;
+use std::sync::Arc;
 
 /// A connection to a peer engine: one control connection and one or more channels.
 #[allow(non_camel_case_types)]
@@ -69,17 +71,63 @@ pub unsafe extern "C" fn uccl_engine_accept(
         // SAFETY: the caller passes writable memory of that size, or null.
         let (buf, gpu) = unsafe { (out_arg(ip_addr_buf, "ip_addr_buf")?, out_arg(remote_gpu_idx, "remote_gpu_idx")?) };
         *buf = 0;
-        let engine = engines().get(engine.cast())?;
-        let conn = engine.accept()?;
-        let ip = conn.peer_ip().to_string();
-        let n = ip.len().min(ip_addr_buf_len - 1);
-        // SAFETY: n + 1 <= ip_addr_buf_len bytes are writable.
-        unsafe {
-            std::ptr::copy_nonoverlapping(ip.as_ptr().cast(), ip_addr_buf, n);
-            *ip_addr_buf.add(n) = 0;
-        }
+        let conn = engines().get(engine.cast())?.accept()?;
         *gpu = conn.peer_gpu_index();
-        Ok(connections().insert(conn).cast())
+        // SAFETY: ip_addr_buf_len bytes are writable.
+        unsafe { cut_text(&conn.peer_ip().to_string(), ip_addr_buf, ip_addr_buf_len) };
+        Ok(hand_out(conn))
+    })
+}
+
+fn hand_out(conn: Arc<Connection>) -> *mut uccl_conn_t {
+    connections().insert(conn).cast()
+}
+
+/// Writes a text, NUL-terminated and cut to fit.
+unsafe fn cut_text(text: &str, buf: *mut c_char, len: usize) {
+    let n = text.len().min(len - 1);
+    // SAFETY: the caller passes `len` writable bytes, at least 1.
+    unsafe {
+        std::ptr::copy_nonoverlapping(text.as_ptr().cast(), buf, n);
+        *buf.add(n) = 0;
+    }
+}
+
+/// Returns the next connection that a peer opened, like uccl_engine_accept, waiting for it at most for the given time.
+///
+/// @param engine          [in]  The engine.
+/// @param timeout_ms      [in]  Longest wait in milliseconds; 0: does not block; negative: until there is one.
+/// @param ip_addr_buf     [out] The peer's address as text, always NUL-terminated, cut to fit.
+/// @param ip_addr_buf_len [in]  Size of ip_addr_buf in bytes, at least 1; 46 holds every address.
+/// @param remote_gpu_idx  [out] CUDA index of the peer's GPU in the peer's process, -1 if it has none.
+/// @param conn            [out] The connection; the caller owns it and ends it with uccl_engine_conn_destroy.
+/// @return UCCL_OK; UCCL_IN_PROGRESS if timeout_ms passed first; UCCL_ERR_CANCELED after uccl_engine_stop_accept or
+///         uccl_engine_destroy; another negative status. Unless it is UCCL_OK, all outputs are unchanged.
+///
+/// Threads: any; each connection is handed out once, by this call or by uccl_engine_accept.
+#[no_mangle]
+pub unsafe extern "C" fn uccl_engine_accept_for(
+    engine: *mut uccl_engine_t,
+    timeout_ms: i64,
+    ip_addr_buf: *mut c_char,
+    ip_addr_buf_len: usize,
+    remote_gpu_idx: *mut c_int,
+    conn: *mut *mut uccl_conn_t,
+) -> c_int {
+    status(|| {
+        if ip_addr_buf_len == 0 {
+            bail!(InvalidArgument, "ip_addr_buf_len is 0");
+        }
+        // SAFETY: the caller passes writable memory of that size, or null.
+        let (buf, gpu, out) =
+            unsafe { (out_arg(ip_addr_buf, "ip_addr_buf")?, out_arg(remote_gpu_idx, "remote_gpu_idx")?, out_arg(conn, "conn")?) };
+        let engine = engines().get(engine.cast())?;
+        let Some(conn) = engine.accept_until(deadline(timeout_ms))? else { return Ok(UCCL_IN_PROGRESS) };
+        *gpu = conn.peer_gpu_index();
+        // SAFETY: ip_addr_buf_len bytes are writable.
+        unsafe { cut_text(&conn.peer_ip().to_string(), std::ptr::from_mut(buf), ip_addr_buf_len) };
+        *out = hand_out(conn);
+        Ok(UCCL_OK)
     })
 }
 
@@ -182,13 +230,8 @@ pub unsafe extern "C" fn uccl_engine_conn_peer_name(conn: *mut uccl_conn_t, buf:
         // SAFETY: the caller passes writable memory of that size, or null.
         let buf = unsafe { out_arg(buf, "buf")? };
         let conn = connections().get(conn.cast())?;
-        let name = conn.peer_key().unwrap_or_default();
-        let n = name.len().min(len - 1);
-        // SAFETY: n + 1 <= len bytes are writable.
-        unsafe {
-            std::ptr::copy_nonoverlapping(name.as_ptr().cast(), buf, n);
-            *std::ptr::from_mut(buf).add(n) = 0;
-        }
+        // SAFETY: len bytes are writable.
+        unsafe { cut_text(conn.peer_key().unwrap_or_default(), std::ptr::from_mut(buf), len) };
         Ok(UCCL_OK)
     })
 }

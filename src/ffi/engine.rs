@@ -6,6 +6,7 @@ use crate::config::Config;
 use crate::engine::Engine;
 use crate::status::{Result, UCCL_OK};
 use std::ffi::{c_char, c_int};
+use std::os::fd::IntoRawFd;
 
 /// An engine: a listening port, registered memory, connections, and the threads that move data.
 #[allow(non_camel_case_types)]
@@ -90,5 +91,30 @@ pub extern "C" fn uccl_engine_destroy(engine: *mut uccl_engine_t) {
             engine.shutdown();
             crate::logging::flush();
         })
+    })
+}
+
+/// Returns a descriptor with which an event loop (poll, epoll, asyncio) waits for an engine. It becomes readable when a notification has
+/// come, a transfer has ended, a connection has come or ended, and at uccl_engine_stop_accept and uccl_engine_destroy.
+///
+/// @param engine  [in]  The engine.
+/// @param fd      [out] The descriptor, an eventfd, non-blocking and closed on exec. The caller owns it and closes it; it stays open when
+///                      the engine is destroyed. It is readable at first, because it does not show what happened before.
+/// @return UCCL_OK; UCCL_ERR_RESOURCE without a free descriptor; another negative status.
+///
+/// When it is readable, first read its 8 bytes, which resets it, then look: uccl_engine_poll for each transfer in flight,
+/// uccl_engine_notif_next until there is none, uccl_engine_accept_for with timeout 0. An event between the read and the look makes it
+/// readable again. All descriptors of an engine are duplicates of one: a read resets them all, so one thread reads and wakes the others.
+/// Each event costs a system call from the first call of this function on. A thread that waits for one transfer needs no descriptor
+/// (uccl_engine_wait), nor does one that waits for notifications (uccl_engine_notif_wait).
+///
+/// Threads: any.
+#[no_mangle]
+pub unsafe extern "C" fn uccl_engine_event_fd(engine: *mut uccl_engine_t, fd: *mut c_int) -> c_int {
+    status(|| {
+        // SAFETY: the caller passes a writable number or null.
+        let out = unsafe { out_arg(fd, "fd")? };
+        *out = engines().get(engine.cast())?.event_descriptor()?.into_raw_fd();
+        Ok(UCCL_OK)
     })
 }

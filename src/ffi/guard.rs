@@ -5,6 +5,7 @@ use crate::status::{bail, Error, ErrorKind, Result, StatusCode, UCCL_OK};
 use std::cell::{Cell, UnsafeCell};
 use std::ffi::{c_char, c_void, CStr};
 use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::time::{Duration, Instant};
 
 /// Longest text of a last error, with its NUL; longer ones are cut.
 const TEXT_BYTES: usize = 2048;
@@ -14,6 +15,11 @@ const TEXT_BYTES: usize = 2048;
 thread_local! {
     static LAST_ERROR: UnsafeCell<[u8; TEXT_BYTES]> = const { UnsafeCell::new([0; TEXT_BYTES]) };
     static LAST_STATUS: Cell<StatusCode> = const { Cell::new(UCCL_OK) };
+}
+
+/// When a wait of this many milliseconds ends; `None`: negative or beyond what a clock shows, so it does not end.
+pub(super) fn deadline(timeout_ms: i64) -> Option<Instant> {
+    Instant::now().checked_add(Duration::from_millis(u64::try_from(timeout_ms).ok()?))
 }
 
 pub(super) fn last_status() -> StatusCode {

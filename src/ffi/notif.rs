@@ -2,10 +2,10 @@
 
 use super::connection::uccl_conn_t;
 use super::engine::uccl_engine_t;
-use super::guard::{array_arg, bytes_arg, guard, in_arg, out_arg, status};
+use super::guard::{array_arg, bytes_arg, deadline, guard, in_arg, out_arg, status};
 use super::handles::{connections, engines, notifications};
 use crate::engine::Notification;
-use crate::status::UCCL_OK;
+use crate::status::{UCCL_IN_PROGRESS, UCCL_OK};
 use std::ffi::{c_char, c_int, c_void};
 use std::sync::Arc;
 
@@ -155,6 +155,31 @@ pub unsafe extern "C" fn uccl_engine_notif_next(engine: *mut uccl_engine_t, noti
             Some(notification) => notifications().insert(Arc::new(notification)).cast(),
             None => std::ptr::null_mut(),
         };
+        Ok(UCCL_OK)
+    })
+}
+
+/// Takes the oldest notification of an engine, waiting for one at most for the given time.
+///
+/// @param engine      [in]  The engine.
+/// @param timeout_ms  [in]  Longest wait in milliseconds; 0: does not block; negative: until there is one.
+/// @param notif       [out] The notification; the caller owns it and frees it with uccl_engine_notif_free.
+/// @return UCCL_OK; UCCL_IN_PROGRESS if timeout_ms passed first; UCCL_ERR_CANCELED if the engine is destroyed meanwhile; another negative
+///         status. Unless it is UCCL_OK, *notif is unchanged.
+///
+/// Threads: any; each notification is handed out once.
+#[no_mangle]
+pub unsafe extern "C" fn uccl_engine_notif_wait(
+    engine: *mut uccl_engine_t,
+    timeout_ms: i64,
+    notif: *mut *mut uccl_notif_t,
+) -> c_int {
+    status(|| {
+        // SAFETY: the caller passes a writable pointer or null.
+        let out = unsafe { out_arg(notif, "notif")? };
+        let engine = engines().get(engine.cast())?;
+        let Some(next) = engine.notification_until(deadline(timeout_ms))? else { return Ok(UCCL_IN_PROGRESS) };
+        *out = notifications().insert(Arc::new(next)).cast();
         Ok(UCCL_OK)
     })
 }

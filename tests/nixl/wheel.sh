@@ -36,6 +36,8 @@ export NIXL_PACKAGE=nixl_cu$cuda NIXL_LOG_LEVEL=${NIXL_LOG_LEVEL:-WARN}
 export UCCL_TCPX_PLUGIN=${UCCL_TCPX_PLUGIN:-soft} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo}
 export NCCL_GPUDIRECTTCPX_SOCKET_IFNAME=${NCCL_GPUDIRECTTCPX_SOCKET_IFNAME:-lo}
 "$python" "$here/test_wheel.py"
+# The package uccl_tcpx, installed: nothing here names its library.
+(cd / && env -u PYTHONPATH -u LIBUCCL_P2P "$python" "$here/../python/test_uccl_tcpx.py")
 # Agents in two processes over the installed plugin.
 NIXL_PLUGIN_DIR=$("$python" -m nixl_tcpx plugin-dir)
 export NIXL_PLUGIN_DIR

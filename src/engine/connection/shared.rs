@@ -212,13 +212,20 @@ impl Shared {
 
     /// Wakes waiters if a transfer has ended since the count was `before`.
     pub(super) fn wake_waiters(&self, core: &Core, before: u64) {
-        if core.machine.ended() != before && self.waiters.load(Ordering::Acquire) > 0 {
-            self.ended.notify_all();
+        if core.machine.ended() != before {
+            if self.waiters.load(Ordering::Acquire) > 0 {
+                self.ended.notify_all();
+            }
+            self.context.events.happened();
         }
     }
 
-    /// How long an application thread has been driving the connection, if one is.
+    /// How long an application thread has been driving the connection, if one is. One that waits for events may look at many transfers in
+    /// a row, but sleeps afterwards.
     pub(super) fn driven_by_application(&self) -> Option<Duration> {
+        if self.context.events.are_watched() {
+            return None;
+        }
         self.polls.active(self.context.clock()).map(Duration::from_micros)
     }
 
@@ -278,6 +285,7 @@ impl Shared {
         self.context.queue.bell.unwatch(self.fd);
         core.control.shutdown_write();
         self.ended.notify_all();
+        self.context.events.happened();
     }
 
     /// Ends the connection, unless it has ended. Returns whether everything queued for the peer was sent.
@@ -324,6 +332,7 @@ impl Shared {
         core.machine.fail(error, &mut core.channels);
         core.control.shutdown_write();
         self.ended.notify_all();
+        self.context.events.happened();
         left
     }
 }

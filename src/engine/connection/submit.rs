@@ -14,6 +14,7 @@ use crate::status::{bail, Result};
 use crate::types::{Place, Segment};
 use crate::wire::frame::{MAX_NOTIFICATION, MAX_SEGMENTS};
 use std::borrow::Borrow;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// A read of host memory of at most this many bytes is copied before the call that starts it returns.
@@ -194,6 +195,8 @@ impl Submission<'_> {
         let mut needs_help = core.backlog() > 0 || (core.channels.busy() && !self.0.context.doorbells);
         // A device copy rings no doorbell; an application thread that polls checks for it anyway.
         needs_help |= core.channels.copies_pending() && self.0.driven_by_application().is_none();
+        // A note to the peer on this host, such as a claim, is sent by the next drive, and no poll may come.
+        needs_help |= self.0.one_host.as_ref().is_some_and(|one_host| one_host.news.load(Ordering::Acquire));
         drop(core);
         if needs_help {
             self.0.context.request_drive(self.0.id);

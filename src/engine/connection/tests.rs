@@ -148,7 +148,7 @@ fn connection_over(table: &Arc<ConnectionTable>, path: SimulatedDefect) -> (Arc<
     let account = Pool::endless().account([127, 0, 0, 1].into());
     let setting = Setting {
         registry: table.context.registry.clone(),
-        inbox: Inbox::new(&Queue::new(1 << 30, 256 << 20), &account),
+        inbox: Inbox::new(&Queue::new(1 << 30, 256 << 20, &Arc::default()), &account),
         account,
         lines: Arc::new(Limiter::new(1000)),
         eager_bytes: 0,

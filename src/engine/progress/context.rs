@@ -6,6 +6,7 @@ use super::doorbell::Bell;
 use super::pacing::Cores;
 use super::restoring::Restoring;
 use crate::engine::setup::accept_queue::Dead;
+use crate::events::Events;
 use crate::logging::Limiter;
 use crate::registry::Registry;
 use process::Mutex;
@@ -54,6 +55,8 @@ pub(crate) struct DriveContext {
     pub counters: Counters,
     /// Connections whose lost channels are to be set up again.
     pub restoring: Restoring,
+    /// What the application may wait for.
+    pub events: Arc<Events>,
     /// Connections that ended while they waited for accept.
     pub dead: Arc<Dead>,
     /// The channels ring the doorbell; otherwise the progress thread must poll while work is in flight.
@@ -74,6 +77,7 @@ impl DriveContext {
             queue: DriveQueue::new(bell),
             counters: Counters::default(),
             restoring: Restoring::default(),
+            events: Arc::default(),
             dead: Arc::default(),
             doorbells,
             cores: Cores::here(),

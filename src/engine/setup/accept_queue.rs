@@ -5,6 +5,7 @@ use crate::status::{bail, err, Result};
 use process::{Condvar, Mutex};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// An item of the queue, which may end while it waits.
 pub(crate) trait Waiting {
@@ -72,11 +73,11 @@ impl<T: Waiting> Accepts<T> {
         self.changed.notify_one();
     }
 
-    /// Takes the oldest connection that is up; blocks until there is one.
+    /// Takes the oldest connection that is up. Blocks until there is one, or until the deadline, if there is one.
     ///
     /// # Errors
     /// `Canceled` after [`Accepts::stop`].
-    pub(crate) fn take(&self) -> Result<Arc<T>> {
+    pub(crate) fn take(&self, deadline: Option<Instant>) -> Result<Option<Arc<T>>> {
         let mut queue = self.queue.lock();
         loop {
             if queue.stopped {
@@ -85,7 +86,7 @@ impl<T: Waiting> Accepts<T> {
             match queue.ready.pop_first() {
                 Some((_, connection)) if connection.is_up() => {
                     connection.waits(false);
-                    return Ok(connection);
+                    return Ok(Some(connection));
                 }
                 Some((_, dead)) => {
                     // Closing takes time: do it now, and outside the lock.
@@ -93,7 +94,11 @@ impl<T: Waiting> Accepts<T> {
                     drop(dead);
                     queue = self.queue.lock();
                 }
-                None => self.changed.wait(&mut queue),
+                None => match deadline {
+                    None => self.changed.wait(&mut queue),
+                    Some(deadline) if Instant::now() < deadline => drop(self.changed.wait_until(&mut queue, deadline)),
+                    Some(_) => return Ok(None),
+                },
             }
         }
     }
@@ -163,7 +168,7 @@ mod tests {
         accepts.room(0).unwrap();
         assert_eq!(Arc::strong_count(&all[0]), 1, "dropped while it waited");
         all[1].dead.store(true, Ordering::SeqCst);
-        assert!(Arc::ptr_eq(&accepts.take().unwrap(), &all[2]), "ended connections are not handed out");
+        assert!(Arc::ptr_eq(&accepts.take(None).unwrap().unwrap(), &all[2]), "ended connections are not handed out");
         assert!(!accepts.sweep());
     }
 
@@ -195,7 +200,7 @@ mod tests {
         // They end without a report.
         all.iter().for_each(|c| c.dead.store(true, Ordering::SeqCst));
         let other = accepts.clone();
-        let waits = std::thread::spawn(move || other.take().map(|_| ()));
+        let waits = std::thread::spawn(move || other.take(None).map(|_| ()));
         let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
         let kept = || all.iter().map(Arc::strong_count).max();
         while kept() > Some(1) && std::time::Instant::now() < until {
@@ -208,10 +213,23 @@ mod tests {
     }
 
     #[test]
+    fn a_deadline_ends_a_take() {
+        let accepts = Accepts::new(3, Arc::default());
+        assert!(accepts.take(Some(Instant::now())).unwrap().is_none());
+        let soon = Instant::now() + std::time::Duration::from_millis(20);
+        assert!(accepts.take(Some(soon)).unwrap().is_none() && Instant::now() >= soon);
+        let all = simulated(1);
+        accepts.push(all[0].clone());
+        assert!(accepts.take(Some(soon)).unwrap().is_some(), "what is there is handed out after the deadline too");
+        accepts.stop();
+        assert_eq!(accepts.take(Some(soon)).map(drop).unwrap_err().kind(), ErrorKind::Canceled);
+    }
+
+    #[test]
     fn stop_wakes_blocked_takes() {
         let accepts = Arc::new(Accepts::<Simulated>::new(1, Arc::default()));
         let other = accepts.clone();
-        let waits = std::thread::spawn(move || other.take().map(|_| ()));
+        let waits = std::thread::spawn(move || other.take(None).map(|_| ()));
         accepts.stop();
         assert_eq!(waits.join().unwrap().unwrap_err().kind(), ErrorKind::Canceled);
     }

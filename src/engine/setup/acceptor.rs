@@ -488,6 +488,7 @@ impl Acceptor {
                 // If the queue is full, GPU memory is prepared with the first chunk.
                 let _ = self.fresh.try_send(connection.id());
                 self.accepts.push(connection);
+                self.context.table.context.events.happened();
                 self.pauses.sweep_at.get_or_insert(now + SWEEP);
             }
             Err(e) => match entry.role {

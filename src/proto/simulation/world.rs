@@ -101,7 +101,7 @@ impl Side {
     ) -> Side {
         let registry = Arc::new(Registry::new());
         net.lock().direct.registries[side] = Some(registry.clone());
-        let queue = Queue::new(1 << 30, 256 << 20);
+        let queue = Queue::new(1 << 30, 256 << 20, &Arc::default());
         let account = Pool::endless().account([127, 0, 0, 1].into());
         let setting = Setting {
             registry: registry.clone(),

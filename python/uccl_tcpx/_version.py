@@ -1,0 +1,3 @@
+"""Written by scripts/build-wheel from Cargo.toml."""
+
+__version__ = "0"
