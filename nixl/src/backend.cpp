@@ -31,9 +31,24 @@ constexpr struct {
 };
 constexpr char kNumCpus[] = "num_cpus";
 
+/// What the program asks of UCX, once carried out as far as it holds for the process, and said.
+FromUcx ask_ucx(const nixl_b_params_t &parameters) {
+  static std::mutex lock;
+  static std::string said;
+  const std::lock_guard<std::mutex> guard(lock);
+  FromUcx asked = from_ucx(parameters, default_parameters(), environment(), NetDevices::of_this_host());
+  // The network plugin takes it from the environment alone. What the user has set stays.
+  if (!asked.nics.empty()) ::setenv(kDataNics, asked.nics.c_str(), 0);
+  // Programs create many agents alike.
+  if (asked.line != said) log_line("info", said = asked.line);
+  return asked;
+}
+
 /// NULL when the parameters or the environment do not make sense; the reason is logged.
-uccl_engine_t *create_engine(const nixl_b_params_t &parameters) {
+uccl_engine_t *create_engine(const nixl_b_params_t &parameters, Name name_of_backend) {
+  const FromUcx asked = name_of_backend == Name::kUcx ? ask_ucx(parameters) : FromUcx{};
   std::vector<uccl_option_t> settings;
+  for (const auto &[variable, value] : asked.settings) settings.push_back({variable.c_str(), value.c_str()});
   for (const auto &[name, value] : parameters) {
     if (value.empty()) continue;
     const char *variable = nullptr;
@@ -49,7 +64,7 @@ uccl_engine_t *create_engine(const nixl_b_params_t &parameters) {
         log_line("error", "parameter num_cpus=" + value + " is not a number from 0 to 4096");
         return nullptr;
       }
-    } else {
+    } else if (name_of_backend != Name::kUcx) {
       log_line("warning", "parameter '" + name + "' is not known and has no effect");
     }
   }
@@ -208,9 +223,9 @@ std::unique_ptr<LocalMemory> Backend::Core::give_back(LocalMemory *used) {
   return std::unique_ptr<LocalMemory>(used);
 }
 
-Backend::Backend(const nixlBackendInitParams *init) : nixlBackendEngine(init) {
+Backend::Backend(const nixlBackendInitParams *init, Name name) : nixlBackendEngine(init) {
   initErr = true;
-  uccl_engine_t *engine = create_engine(*init->customParams);
+  uccl_engine_t *engine = create_engine(*init->customParams, name);
   if (!engine) return;
   core_ = std::make_unique<Core>(init->localAgent, engine);
   if (core_->identify() != UCCL_OK) {

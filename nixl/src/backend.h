@@ -8,18 +8,22 @@
 #include <string>
 
 #include "backend/backend_plugin.h"
+#include "from_ucx.h"
 #include "peers.h"
 #include "process.h"
 #include "uccl_engine.h"
 
 namespace tcpx {
 
+/// The name under which an agent asked for this backend.
+enum class Name { kTcpx, kUcx };
+
 /// Defaults of the backend's parameters, for NIXL's getPluginParams. An empty value leaves the environment variable in charge.
 nixl_b_params_t default_parameters();
 
 class Backend final : public nixlBackendEngine {
  public:
-  explicit Backend(const nixlBackendInitParams *init);
+  Backend(const nixlBackendInitParams *init, Name name);
   ~Backend() override;
 
   bool supportsRemote() const override { return true; }
