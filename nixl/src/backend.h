@@ -65,6 +65,10 @@ class Backend final : public nixlBackendEngine {
   bool unusable() const;
   nixl_status_t peer_of(const std::string &agent, std::shared_ptr<Peer> &out) const;
 
+  /// The connection info as this library has it.
+  nixl_status_t own_info(std::string &out) const;
+
+  const Name name_;
   const Birth birth_;
   /// Left alone, and so leaked, in a forked child.
   std::unique_ptr<Core> core_;

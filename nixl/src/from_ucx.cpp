@@ -154,6 +154,9 @@ Words entries(const std::filesystem::path &folder) {
   return names;
 }
 
+/// Version 1 without flags; then 0xff, which stands for "no more devices" wherever the end of the fixed fields is.
+const std::string kNoDevice = std::string(1, '\0') + std::string(31, '\xff');
+
 }  // namespace
 
 Variables environment() {
@@ -198,6 +201,12 @@ FromUcx from_ucx(const Parameters &parameters, const Parameters &own, const Vari
   }
   out.line = line_of(understood, ignored);
   return out;
+}
+
+std::string as_ucx_address(const std::string &text) { return kNoDevice + text; }
+
+std::string behind_ucx_address(const std::string &text) {
+  return text.compare(0, kNoDevice.size(), kNoDevice) == 0 ? text.substr(kNoDevice.size()) : text;
 }
 
 }  // namespace tcpx

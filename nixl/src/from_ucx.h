@@ -46,4 +46,10 @@ Parameters ucx_parameters();
 /// `own`: parameters that are this library's and are not looked at. A variable of this library that is set counts before UCX's.
 FromUcx from_ucx(const Parameters &parameters, const Parameters &own, const Variables &environment, const NetDevices &devices);
 
+/// Connection info as it goes out under the name UCX: behind an address of UCX's form that has no device. A real UCX takes it for an address and finds the
+/// peer unreachable; other texts may fail a check that ends its process.
+std::string as_ucx_address(const std::string &text);
+/// What stands behind that address; the text itself where there is none.
+std::string behind_ucx_address(const std::string &text);
+
 }  // namespace tcpx

@@ -154,6 +154,13 @@ void one_line_says_what_was_understood() {
   check(line.find("ignored 26: UCX_A, ") != std::string::npos && line.find("UCX_H and 18 more") != std::string::npos, line.c_str());
 }
 
+void ucx_addresses_go_before_connection_info() {
+  for (const std::string text : {"10.0.0.1:7777?-1#00", ""}) {
+    check(tcpx::as_ucx_address(text) != text && tcpx::behind_ucx_address(tcpx::as_ucx_address(text)) == text, "there and back");
+    check(tcpx::behind_ucx_address(text) == text, "a text without an address of UCX's form");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -164,6 +171,7 @@ int main() {
   ucx_names_of_transports_choose_the_paths();
   ucx_names_of_devices_choose_the_nics();
   one_line_says_what_was_understood();
-  if (failures == 0) std::puts("7 tests passed");
+  ucx_addresses_go_before_connection_info();
+  if (failures == 0) std::puts("8 tests passed");
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

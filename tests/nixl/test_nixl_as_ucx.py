@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,8 +91,8 @@ def counted(folder, wanted):
         for path in glob.glob(str(folder / "metrics-*")):
             with open(path, encoding="utf-8") as file:
                 for line in file:
-                    if "sent_bytes_total" in line and not line.startswith("#"):
-                        nic = line.split('nic="')[1].split('"')[0] if 'nic="' in line else "control"
+                    if "sent_bytes_total" in line and 'nic="' in line:
+                        nic = line.split('nic="')[1].split('"')[0]
                         sent[nic] = sent.get(nic, 0) + float(line.rsplit(" ", 1)[1])
         if sum(sent.values()) >= wanted or time.monotonic() > deadline:
             return sent
@@ -232,20 +233,51 @@ def command_is_what_runs():
 
 
 @case()
+def compiled_programs_need_no_change():
+    """The example that is in NIXL's wheels: C++, with the backend UCX and its parameters."""
+    folder, package = scratch(), os.environ.get("NIXL_PACKAGE", "nixl")
+    spec = importlib.util.find_spec(package)
+    found = pathlib.Path(spec.origin).parent.parent / f"{package}.scripts" / "nixl_example"
+    if not found.exists():
+        raise harness.Skip(f"the wheel of {package} has no {found.name}")
+    program = shutil.copy(found, folder)
+    os.chmod(program, 0o755)
+    site = found.parent.parent
+    libraries = [str(path) for name in (f".{package}.mesonpy.libs", f"{package}.libs") if (path := site / name).exists()]
+    code, out, err = tool("as-ucx", "--", program, LD_LIBRARY_PATH=os.pathsep.join([*libraries, *filter(None, [PLAIN.get("LD_LIBRARY_PATH")])]))
+    print(out, err)
+    check_equal(code, 0, "exit status")
+    check("Transfer verified" in out and "as UCX: " in err, "the example has not run over this library")
+
+
+@case()
 def agent_with_the_real_ucx_is_refused():
-    """One program with TCPX in UCX's place, the other without: both say so, and nothing moves."""
+    """One program with TCPX in UCX's place, the other without: neither takes the other's metadata, and neither ends by it."""
     folder = scratch()
     package = os.environ.get("NIXL_PACKAGE", "nixl")
     agent = f"import sys, {package}._api as api; agent = api.nixl_agent(sys.argv[1]); "
     write = [sys.executable, "-c", agent + "open(sys.argv[2], 'wb').write(agent.get_agent_metadata())"]
-    load = [sys.executable, "-c", agent + "agent.add_remote_agent(open(sys.argv[2], 'rb').read())"]
-    ours = merged({"NIXL_PLUGIN_DIR": str(directory())})
-    subprocess.run([*write, "real", str(folder / "real")], env=merged({}), capture_output=True, timeout=60, check=False)
+    load = [sys.executable, "-c", agent + """
+try:
+    agent.add_remote_agent(open(sys.argv[2], 'rb').read())
+    agent.make_connection(sys.argv[3])
+except Exception as error:
+    print('refused:', error, flush=True)
+"""]
+
+    def run(command, *words, ours):
+        return subprocess.run([*command, *words], env=merged({"NIXL_PLUGIN_DIR": str(directory()) if ours else None}), capture_output=True, text=True,
+                              timeout=60, check=False)
+
+    for name in ("ours", "real"):
+        run(write, name, str(folder / name), ours=name == "ours")
     if not (folder / "real").exists():
         raise harness.Skip("UCX itself does not work here")
-    done = subprocess.run([*load, "ours", str(folder / "real")], env=ours, capture_output=True, text=True, timeout=60, check=False)
-    print(done.stderr)
-    check(done.returncode == 1 and "agent 'real' has another plugin under the name of this backend" in done.stderr, f"exit {done.returncode}")
+    for name, other in (("ours", "real"), ("real", "ours")):
+        done = run(load, name, str(folder / other), other, ours=name == "ours")
+        print(name, done.returncode, done.stdout, done.stderr)
+        check("refused:" in done.stdout, f"{name} ended with {done.returncode}")
+        check(name == "real" or "agent 'real' has another plugin under the name of this backend" in done.stderr, "what the log says")
 
 
 if __name__ == "__main__":
