@@ -203,8 +203,8 @@ def _usable(place):
 def _prune(folder):
     """Removes directories of links whose package is no longer there."""
     for root in folder.iterdir():
-        dangling = [link for link in root.glob(f"*/*/{PLUGIN}") if not link.exists()]
-        if dangling:
+        links = [folder / PLUGIN for folder in root.glob("*/*")]
+        if any(link.is_symlink() and not link.exists() for link in links):
             shutil.rmtree(root, ignore_errors=True)
 
 

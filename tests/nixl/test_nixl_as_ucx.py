@@ -199,7 +199,7 @@ def plugins_of_a_named_directory_are_taken():
     folder = scratch()
     named = folder / "named" / "plugins"
     named.mkdir(parents=True)
-    (named / "libplugin_MINE.so").symlink_to(directory() / "libplugin_POSIX.so")
+    (named / "libplugin_MINE.so").symlink_to((directory() / "libplugin_TCPX.so").resolve())
     run = Run(folder, NIXL_PLUGIN_DIR=str(named))
     check_equal(run.code, 0, run.err)
     check(f"NIXL_PLUGIN_DIR is {named}" in run.err, "no word about NIXL_PLUGIN_DIR")
@@ -244,7 +244,11 @@ def compiled_programs_need_no_change():
     os.chmod(program, 0o755)
     site = found.parent.parent
     libraries = [str(path) for name in (f".{package}.mesonpy.libs", f"{package}.libs") if (path := site / name).exists()]
-    code, out, err = tool("as-ucx", "--", program, LD_LIBRARY_PATH=os.pathsep.join([*libraries, *filter(None, [PLAIN.get("LD_LIBRARY_PATH")])]))
+    libraries = os.pathsep.join([*libraries, *filter(None, [PLAIN.get("LD_LIBRARY_PATH")])])
+    plain = subprocess.run([program], env=merged({"LD_LIBRARY_PATH": libraries}), capture_output=True, timeout=60, check=False)
+    if plain.returncode != 0:
+        raise harness.Skip(f"the example does not work with UCX itself here: it ends with {plain.returncode}")
+    code, out, err = tool("as-ucx", "--", program, LD_LIBRARY_PATH=libraries)
     print(out, err)
     check_equal(code, 0, "exit status")
     check("Transfer verified" in out and "as UCX: " in err, "the example has not run over this library")
