@@ -31,9 +31,24 @@ constexpr struct {
 };
 constexpr char kNumCpus[] = "num_cpus";
 
+/// What the program asks of UCX, once carried out as far as it holds for the process, and said.
+FromUcx ask_ucx(const nixl_b_params_t &parameters) {
+  static std::mutex lock;
+  static std::string said;
+  const std::lock_guard<std::mutex> guard(lock);
+  FromUcx asked = from_ucx(parameters, default_parameters(), environment(), NetDevices::of_this_host());
+  // The network plugin takes it from the environment alone.
+  if (!asked.nics.empty()) ::setenv(kDataNics, asked.nics.c_str(), 1);
+  // Programs create many agents alike.
+  if (asked.line != said) log_line("info", said = asked.line);
+  return asked;
+}
+
 /// NULL when the parameters or the environment do not make sense; the reason is logged.
-uccl_engine_t *create_engine(const nixl_b_params_t &parameters) {
+uccl_engine_t *create_engine(const nixl_b_params_t &parameters, Name name_of_backend) {
+  const FromUcx asked = name_of_backend == Name::kUcx ? ask_ucx(parameters) : FromUcx{};
   std::vector<uccl_option_t> settings;
+  for (const auto &[variable, value] : asked.settings) settings.push_back({variable.c_str(), value.c_str()});
   for (const auto &[name, value] : parameters) {
     if (value.empty()) continue;
     const char *variable = nullptr;
@@ -49,7 +64,7 @@ uccl_engine_t *create_engine(const nixl_b_params_t &parameters) {
         log_line("error", "parameter num_cpus=" + value + " is not a number from 0 to 4096");
         return nullptr;
       }
-    } else {
+    } else if (name_of_backend != Name::kUcx) {
       log_line("warning", "parameter '" + name + "' is not known and has no effect");
     }
   }
@@ -208,9 +223,9 @@ std::unique_ptr<LocalMemory> Backend::Core::give_back(LocalMemory *used) {
   return std::unique_ptr<LocalMemory>(used);
 }
 
-Backend::Backend(const nixlBackendInitParams *init) : nixlBackendEngine(init) {
+Backend::Backend(const nixlBackendInitParams *init, Name name) : nixlBackendEngine(init), name_(name) {
   initErr = true;
-  uccl_engine_t *engine = create_engine(*init->customParams);
+  uccl_engine_t *engine = create_engine(*init->customParams, name);
   if (!engine) return;
   core_ = std::make_unique<Core>(init->localAgent, engine);
   if (core_->identify() != UCCL_OK) {
@@ -296,6 +311,12 @@ nixl_status_t Backend::unloadMD(nixlBackendMD *input) {
 // ---- Connections ----------------------------------------------------------------------------------------------------------------
 
 nixl_status_t Backend::getConnInfo(std::string &out) const {
+  const nixl_status_t status = own_info(out);
+  if (status == NIXL_SUCCESS && name_ == Name::kUcx) out = as_ucx_address(out);
+  return status;
+}
+
+nixl_status_t Backend::own_info(std::string &out) const {
   if (unusable()) return NIXL_ERR_BACKEND;
   size_t needed = 0;
   int status = uccl_engine_metadata_into(core_->engine, nullptr, 0, &needed);
@@ -310,7 +331,7 @@ nixl_status_t Backend::getConnInfo(std::string &out) const {
 nixl_status_t Backend::loadRemoteConnInfo(const std::string &agent, const std::string &info) {
   if (unusable()) return NIXL_ERR_BACKEND;
   const bool known = core_->peers->lookup(agent) != nullptr;
-  if (const nixl_status_t status = core_->peers->remember(agent, info); status != NIXL_SUCCESS) return status;
+  if (const nixl_status_t status = core_->peers->remember(agent, behind_ucx_address(info)); status != NIXL_SUCCESS) return status;
   // Connecting here and not at the first transfer: the caller expects to learn here that a peer cannot be reached.
   const nixl_status_t status = core_->peers->connect(agent);
   if (status != NIXL_SUCCESS && !known) core_->peers->forget(agent);
@@ -322,7 +343,7 @@ nixl_status_t Backend::connect(const std::string &agent) {
   if (agent != localAgent) return core_->peers->connect(agent);
   // NIXL asks every backend for this at its creation. The channels to oneself are made when the first transfer needs them.
   std::string info;
-  const nixl_status_t status = getConnInfo(info);
+  const nixl_status_t status = own_info(info);
   return status == NIXL_SUCCESS ? core_->peers->remember(agent, info) : status;
 }
 

@@ -8,18 +8,22 @@
 #include <string>
 
 #include "backend/backend_plugin.h"
+#include "from_ucx.h"
 #include "peers.h"
 #include "process.h"
 #include "uccl_engine.h"
 
 namespace tcpx {
 
+/// The name under which an agent asked for this backend.
+enum class Name { kTcpx, kUcx };
+
 /// Defaults of the backend's parameters, for NIXL's getPluginParams. An empty value leaves the environment variable in charge.
 nixl_b_params_t default_parameters();
 
 class Backend final : public nixlBackendEngine {
  public:
-  explicit Backend(const nixlBackendInitParams *init);
+  Backend(const nixlBackendInitParams *init, Name name);
   ~Backend() override;
 
   bool supportsRemote() const override { return true; }
@@ -61,6 +65,10 @@ class Backend final : public nixlBackendEngine {
   bool unusable() const;
   nixl_status_t peer_of(const std::string &agent, std::shared_ptr<Peer> &out) const;
 
+  /// The connection info as this library has it.
+  nixl_status_t own_info(std::string &out) const;
+
+  const Name name_;
   const Birth birth_;
   /// Left alone, and so leaked, in a forked child.
   std::unique_ptr<Core> core_;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <utility>
 
 #include "reach.h"
 
@@ -26,6 +27,8 @@ constexpr milliseconds kStable{5000};
 constexpr milliseconds kTend{500};
 /// Lines about one peer are at least this far apart.
 constexpr milliseconds kLines{5000};
+/// Bytes of a text that is not understood.
+constexpr size_t kShown = 64;
 constexpr size_t kOutboxBytes = 64 << 20, kOutboxCount = 4096;
 /// Name and message of a notification together, as the engine takes them.
 constexpr size_t kNotification = 64 << 20;
@@ -84,7 +87,8 @@ std::shared_ptr<Peer> Peers::lookup(const std::string &agent) const {
 nixl_status_t Peers::remember(const std::string &agent, const std::string &text) {
   auto info = ConnInfo::parse(text);
   if (!info) {
-    log_line("error", "connection info of agent '" + agent + "' is not host:port?gpu#identity: '" + text + "'");
+    log_line("error", "agent '" + agent + "' has another plugin under the name of this backend: its connection info is not host:port?gpu#identity: '" +
+                          text.substr(0, kShown) + "'");
     return NIXL_ERR_MISMATCH;
   }
   std::shared_ptr<Peer> peer;
@@ -280,7 +284,7 @@ void Peers::say_dropped_locked(Peer &peer, const char *why) {
 void Peers::lost_locked(Peer &peer) {
   const auto now = Clock::now();
   if (now - peer.up_since > kStable) peer.failures = 0;
-  say_locked(peer, "warning", "the connection is lost; it is made again in the background");
+  peer.loss_unsaid = true;
   peer.state = Peer::State::kDown;
   peer.hopeless = false;
   peer.failure = NIXL_ERR_REMOTE_DISCONNECT;
@@ -325,7 +329,11 @@ void Peers::arrived_locked(Peer &peer, const Outcome &outcome) {
     peer.hopeless = false;
     peer.failure_text.clear();
     peer.up_since = now;
-    if (again) say_locked(peer, "info", "connected again");
+    if (std::exchange(peer.loss_unsaid, false)) {
+      say_locked(peer, "warning", "the connection was lost, and is up again");
+    } else if (again) {
+      say_locked(peer, "info", "connected again");
+    }
     if (!flush_locked(peer)) lost_locked(peer);
     peer.changed.notify_all();
     return;
@@ -335,9 +343,11 @@ void Peers::arrived_locked(Peer &peer, const Outcome &outcome) {
   peer.failure = outcome.status;
   peer.next_attempt = now + pause_after(peer.failures);
   if (outcome.replaced) peer.state = Peer::State::kReplaced;
+  const bool lost = std::exchange(peer.loss_unsaid, false);
   if (peer.failure_text != outcome.text) {
     peer.failure_text = outcome.text;
-    say_locked(peer, outcome.replaced ? "error" : "warning", outcome.text);
+    const std::string before = lost && !outcome.ended ? "the connection is lost and is made again in the background: " : "";
+    say_locked(peer, outcome.replaced ? "error" : outcome.ended ? "info" : "warning", before + outcome.text);
   }
   if (peer.hopeless) drop_outbox_locked(peer, outcome.text.c_str());
   peer.changed.notify_all();
@@ -348,9 +358,9 @@ Peers::Outcome Peers::make(const std::string &name, const ConnInfo &info, bool m
   if (met) {
     // A connect to a host that is silent takes the whole connect timeout, and the link may be back long before.
     const Reach answer = reach(info.host, info.port, kReach);
-    outcome.hopeless = answer == Reach::kRefused;
+    outcome.hopeless = outcome.ended = answer == Reach::kRefused;
     if (answer != Reach::kAnswers) {
-      outcome.text = answer == Reach::kRefused ? "nothing listens there any more" : "the host does not answer";
+      outcome.text = outcome.ended ? "it has ended: nothing listens there any more" : "the host does not answer";
       return outcome;
     }
   }

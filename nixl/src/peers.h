@@ -54,6 +54,8 @@ class Peer : public std::enable_shared_from_this<Peer> {
   /// Counts new metadata and disconnects: what an older attempt brings is thrown away.
   uint64_t epoch = 0;
   bool attempting = false;
+  /// The connection was lost. Only the next attempt shows whether that is an outage or the end of the peer.
+  bool loss_unsaid = false;
   /// There was a connection to this instance, so its address is known to be right.
   bool met = false;
   /// The last attempt proved that waiting is of no use, and this is the status for it.
@@ -106,6 +108,7 @@ class Peers : public std::enable_shared_from_this<Peers> {
   struct Outcome {
     uccl_conn_t *conn = nullptr;
     bool replaced = false;
+    bool ended = false;
     bool hopeless = false;
     nixl_status_t status = NIXL_ERR_REMOTE_DISCONNECT;
     std::string text;

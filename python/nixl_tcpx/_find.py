@@ -1,10 +1,12 @@
 """Finds NIXL's packages and their plugins, and puts TCPX beside them without touching them. Knows files, imports nothing of NIXL."""
 
+import csv
 import hashlib
 import importlib.metadata
 import importlib.util
 import os
 import pathlib
+import shutil
 import stat
 import sys
 import tempfile
@@ -13,6 +15,10 @@ from typing import NamedTuple, Optional
 from ._version import __version__
 
 PLUGIN = "libplugin_TCPX.so"
+# NIXL takes a plugin's name from its file's.
+UCX, UCX_REAL = "libplugin_UCX.so", "libplugin_UCX_REAL.so"
+STANDS_FOR_UCX = "libtcpx_as_ucx.so"
+DISTRIBUTION = "nixl-tcpx"
 PACKAGES = ("nixl_cu13", "nixl_cu12", "nixl_rocm", "nixl")
 # First version whose plugin interface is this one's, and the first that may differ.
 OLDEST, BEYOND = (1, 0), (1, 6)
@@ -28,7 +34,12 @@ class Nixl(NamedTuple):
 
 def plugin_path():
     """The plugin's file."""
-    return str(pathlib.Path(__file__).parent / "plugins" / PLUGIN)
+    return str(_own("plugins") / PLUGIN)
+
+
+def _own(*names):
+    """A path inside this package."""
+    return pathlib.Path(__file__).parent.joinpath(*names)
 
 
 def _version_of(package):
@@ -52,7 +63,7 @@ def _plugins_of(package) -> Optional[pathlib.Path]:
         site = pathlib.Path(location).parent
         for libraries in (f".{package}.mesonpy.libs", f"{package}.libs", package):
             for folder in (site / libraries / "plugins", site / libraries / "nixl"):
-                if (folder / "libplugin_UCX.so").exists():
+                if (folder / UCX).exists():
                     return folder
     return None
 
@@ -97,23 +108,73 @@ def supported(version=None):
     return OLDEST <= (int(parts[0]), int(parts[1])) < BEYOND
 
 
-def _link_all(source, target, leave_out=()):
-    target.mkdir(exist_ok=True)
-    for entry in sorted(source.iterdir()):
-        if entry.name not in leave_out:
-            (target / entry.name).symlink_to(entry)
+def named_dir() -> Optional[pathlib.Path]:
+    """The directory that NIXL_PLUGIN_DIR names, where it exists and is not one of those made here."""
+    named = os.environ.get("NIXL_PLUGIN_DIR")
+    if not named or not os.path.isdir(named):
+        return None
+    folder = pathlib.Path(os.path.abspath(named))
+    return None if any(place.folder in folder.parents for place in _places()) else folder
 
 
-def _build(nixl, root):
+def _links_of(source, target, names):
+    for name in names:
+        (target / name).symlink_to(source / name)
+
+
+def _build(nixl, root, as_ucx):
     """A copy, in links, of the part of site-packages that NIXL's plugins refer to by relative paths, with TCPX among the plugins."""
-    libraries, site = nixl.plugins.parent, nixl.plugins.parent.parent
-    for entry in sorted(site.iterdir()):
-        if entry != libraries and entry.name.endswith(".libs") and nixl.package in entry.name:
-            (root / entry.name).symlink_to(entry)
-    _link_all(libraries, root / libraries.name, leave_out=(nixl.plugins.name,))
-    plugins = root / libraries.name / nixl.plugins.name
-    _link_all(nixl.plugins, plugins, leave_out=(PLUGIN,))
-    (plugins / PLUGIN).symlink_to(plugin_path())
+    libraries, site, plugins = nixl.plugins.parent, nixl.plugins.parent.parent, root / nixl.plugins.parent.name / nixl.plugins.name
+    plugins.mkdir(parents=True)
+    _links_of(site, root, sorted(e.name for e in site.glob("*.libs") if e != libraries and nixl.package in e.name))
+    _links_of(libraries, plugins.parent, sorted(e.name for e in libraries.glob("*.so*")))
+    own = {PLUGIN: plugin_path()}
+    if as_ucx:
+        own[UCX] = _own("plugins", STANDS_FOR_UCX)
+        if (nixl.plugins / UCX).exists():
+            own[UCX_REAL] = nixl.plugins / UCX
+    _links_of(nixl.plugins, plugins, sorted(e.name for e in nixl.plugins.iterdir() if e.name not in own))
+    for name, target in own.items():
+        (plugins / name).symlink_to(target)
+
+
+class Place(NamedTuple):
+    """Where directories of links may lie."""
+
+    folder: pathlib.Path
+    # Whether its parent must be of this user alone, too.
+    private: bool = False
+    # The list of this installation's files, which then names the links: who uninstalls the package removes them.
+    record: Optional[pathlib.Path] = None
+
+
+def _record() -> Optional[pathlib.Path]:
+    """The list of the files of the installation that this package is part of; None where there is none."""
+    try:
+        distribution = importlib.metadata.distribution(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    if pathlib.Path(distribution.locate_file(__package__)) != _own():
+        return None
+    found = [pathlib.Path(distribution.locate_file(file)) for file in distribution.files or () if file.name == "RECORD"]
+    return found[0] if len(found) == 1 else None
+
+
+def _places():
+    """The places for directories of links, the best first."""
+    chosen, home, name = os.environ.get("NIXL_TCPX_CACHE"), os.path.expanduser("~"), "nixl-tcpx"
+    if chosen:
+        # A program may look for plugins from another directory than the one in which it asked.
+        yield Place(pathlib.Path(os.path.abspath(chosen)) / name)
+    record = _record()
+    if record:
+        yield Place(_own("links"), record=record)
+    # A user without an entry in the list of users may have no home, and no "~" either.
+    for place in (os.environ.get("XDG_CACHE_HOME"), os.path.join(home, ".cache")):
+        if place and os.path.isabs(place):
+            yield Place(pathlib.Path(place) / name)
+    # In a directory that others can write to, another user may have been first.
+    yield Place(pathlib.Path(tempfile.gettempdir()) / f"nixl-tcpx-{os.getuid()}" / name, private=True)
 
 
 def _is_own(folder, links=False):
@@ -122,57 +183,85 @@ def _is_own(folder, links=False):
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
-def _places():
-    """Directories in which the cache may lie, the best first, each with whether it is for this user alone, too."""
-    chosen, home = os.environ.get("NIXL_TCPX_CACHE"), os.path.expanduser("~")
-    if chosen:
-        # A program may look for plugins from another directory than the one in which it asked.
-        yield pathlib.Path(os.path.abspath(chosen)), False
-    # A user without an entry in the list of users may have no home, and no "~" either.
-    for place in (os.environ.get("XDG_CACHE_HOME"), os.path.join(home, ".cache")):
-        if place and os.path.isabs(place):
-            yield pathlib.Path(place), False
-    # In a directory that others can write to, another user may have been first.
-    yield pathlib.Path(tempfile.gettempdir()) / f"nixl-tcpx-{os.getuid()}", True
+def _usable(place):
+    """Whether links can be made there; makes the folder."""
+    if place.record:
+        # Who could write there could change this package.
+        if os.access(place.record, os.W_OK) and os.access(place.folder.parent, os.W_OK):
+            place.folder.mkdir(mode=0o755, exist_ok=True)
+            return True
+        return False
+    parent = place.folder.parent
+    parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Who owns the parent could put another folder there later.
+    if place.private and not _is_own(parent):
+        return False
+    place.folder.mkdir(mode=0o700, exist_ok=True)
+    return _is_own(place.folder, links=not place.private) and os.access(place.folder, os.W_OK)
 
 
-def _cache():
-    """A directory of this user alone."""
-    for place, private in _places():
-        folder = place / "nixl-tcpx"
+def _prune(folder):
+    """Removes directories of links whose package is no longer there."""
+    for root in folder.iterdir():
+        links = [folder / PLUGIN for folder in root.glob("*/*")]
+        if any(link.is_symlink() and not link.exists() for link in links):
+            shutil.rmtree(root, ignore_errors=True)
+
+
+def _write_down(record, root):
+    """Lists the links of `root` among the files of the installation."""
+    site = record.parent.parent
+    links = sorted(entry for entry in root.rglob("*") if entry.is_symlink())
+    with open(record, "a", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows((os.path.relpath(link, site), "", "") for link in links)
+
+
+def _make(place, name, nixl, as_ucx):
+    """The directory of that name in the place, which is made."""
+    root = place.folder / name
+    scratch = pathlib.Path(tempfile.mkdtemp(dir=place.folder))
+    _build(nixl, scratch, as_ucx)
+    if place.record:
+        scratch.chmod(0o755)
+    try:
+        # Another process may do the same: the first one wins, and both have the same links.
+        scratch.rename(root)
+    except OSError:
+        shutil.rmtree(scratch)
+        if not root.is_dir():
+            raise
+    else:
+        if place.record:
+            _write_down(place.record, root)
+        _prune(place.folder)
+
+
+def plugin_dir(package=None, as_ucx=False):
+    """A directory for NIXL_PLUGIN_DIR that holds TCPX and the plugins of the NIXL found; TCPX alone where there is no NIXL.
+
+    `as_ucx`: TCPX is there under the name UCX too, and UCX as UCX_REAL; the other plugins are those of the directory that NIXL_PLUGIN_DIR
+    names already, if it does.
+    """
+    named = named_dir() if as_ucx else None
+    nixl = Nixl("", "", named) if named else find_nixl(package)
+    if nixl is None and not as_ucx:
+        return str(pathlib.Path(plugin_path()).parent)
+    nixl = nixl or Nixl("", "", _own("plugins"))
+    stamp = [__version__, plugin_path(), str(nixl.plugins), str(as_ucx)]
+    stamp += [f"{entry.name} {entry.stat().st_mtime_ns}" for entry in sorted(nixl.plugins.iterdir()) if entry.exists()]
+    words = ["as-ucx"] * as_ucx + [nixl.package or "plugins", nixl.version, hashlib.sha256(chr(10).join(stamp).encode()).hexdigest()[:16]]
+    name = "-".join(word for word in words if word)
+    for place in _places():
+        inside = place.folder / name / nixl.plugins.parent.name / nixl.plugins.name
         try:
-            place.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # Who owns the place could put another folder there later.
-            if private and not _is_own(place):
+            # Made before, perhaps by the user who installed the package.
+            if place.record and inside.is_dir():
+                return str(inside)
+            if not _usable(place):
                 continue
-            folder.mkdir(mode=0o700, exist_ok=True)
-            if _is_own(folder, links=not private) and os.access(folder, os.W_OK):
-                return folder
         except OSError:
             continue
+        if not inside.is_dir():
+            _make(place, name, nixl, as_ucx)
+        return str(inside)
     raise OSError("no directory can be written for the links to NIXL's plugins: set NIXL_TCPX_CACHE to one")
-
-
-def plugin_dir(package=None):
-    """A directory for NIXL_PLUGIN_DIR that holds TCPX and the plugins of the NIXL found; TCPX alone where there is no NIXL."""
-    nixl = find_nixl(package)
-    if nixl is None:
-        return str(pathlib.Path(plugin_path()).parent)
-    stamp = [__version__, plugin_path(), str(nixl.plugins)]
-    stamp += [f"{entry.name} {entry.stat().st_mtime_ns}" for entry in sorted(nixl.plugins.iterdir())]
-    cache = _cache()
-    root = cache / f"{nixl.package}-{nixl.version}-{hashlib.sha256(chr(10).join(stamp).encode()).hexdigest()[:16]}"
-    inside = root / nixl.plugins.parent.name / nixl.plugins.name
-    if not inside.is_dir():
-        scratch = pathlib.Path(tempfile.mkdtemp(dir=cache))
-        _build(nixl, scratch)
-        try:
-            # Another process may do the same: the first one wins, and both have the same links.
-            scratch.rename(root)
-        except OSError:
-            import shutil
-
-            shutil.rmtree(scratch)
-            if not inside.is_dir():
-                raise
-    return str(inside)

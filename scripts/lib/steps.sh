@@ -32,8 +32,8 @@ nixl_plugin() {
     cmake --build "$work/nixl" -j 2 && ctest --test-dir "$work/nixl" --output-on-failure
 }
 
-# nixl PROGRAM [JOBS]: one of the test programs in tests/nixl
-nixl() { nixl_plugin && NIXL_TEST=$1 NIXL_JOBS=${2:-1} tests/nixl/run.sh "$release" "$work/nixl"; }
+# nixl PROGRAM [JOBS [CASE...]]: one of the test programs in tests/nixl
+nixl() { nixl_plugin && NIXL_TEST=$1 NIXL_JOBS=${2:-1} tests/nixl/run.sh "$release" "$work/nixl" "${@:3}"; }
 nixl_matrix() { nixl_plugin && tests/nixl/matrix.sh "$release" "$work/nixl" 1.0.0 1.2.0 1.3.2 1.4.1; }
 # With NIXL_SOURCE, after the step with older versions, one of which it takes.
 nixl_upstream() { nixl_plugin && tests/nixl/upstream.sh "$release" "$work/nixl"; }

@@ -42,6 +42,8 @@ done
 for version in "${versions[@]}"; do
   try "$version" test_nixl_tcpx.py "$jobs"
   tell "$version" test_nixl_tcpx.py
+  try "$version" test_nixl_as_ucx.py "$jobs"
+  tell "$version" test_nixl_as_ucx.py
   try "$version" test_nixl_blocking.py "$jobs" release_of_a_stalled_read_returns_at_once silent_host_does_not_keep_the_caller \
     notifications_return_under_a_flood target_ends_in_good_order_during_a_small_write refused_memory_is_not_allowed another_key_is_not_allowed
   tell "$version" test_nixl_blocking.py

@@ -5,6 +5,7 @@ import random
 import signal
 import socket
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -620,6 +621,32 @@ def restart(how, **params):
 @case(**SHORT)
 def peer_killed_and_started_again():
     restart("killed")
+
+
+def lines_about(name, act):
+    """What the plugin writes about an agent while `act` runs and, where that is nothing, soon after."""
+    with tempfile.TemporaryFile("a+") as log:
+        before = os.dup(2)
+        os.dup2(log.fileno(), 2)
+        try:
+            act()
+            deadline, lines = time.monotonic() + 20, []
+            while not lines and time.monotonic() < deadline:
+                time.sleep(0.1)
+                log.seek(0)
+                lines = [line.strip() for line in log if line.startswith("[TCPX backend]") and f"agent '{name}'" in line]
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+    return lines
+
+
+@case()
+def peer_that_ends_is_no_outage():
+    here, there, remote = pair(MIB, 1)
+    check_equal(here.move("WRITE", "data", [(0, MIB)], at(remote, [(0, MIB)]), "there"), "DONE", "write")
+    lines = lines_about("there", there.close)
+    check(len(lines) == 1 and "info: " in lines[0] and "it has ended" in lines[0], f"said about a peer that ended: {lines}")
 
 
 @case(**SHORT)

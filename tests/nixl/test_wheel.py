@@ -20,6 +20,11 @@ import nixl_tcpx
 PLAIN = {k: v for k, v in os.environ.items() if k != "NIXL_PLUGIN_DIR"}
 
 
+def cached(**environment):
+    """An environment with the package where no installer put it, so that its links are in a cache."""
+    return {**PLAIN, "PYTHONPATH": alone(), **environment}
+
+
 def tool(*words, environment=None):
     done = subprocess.run(words, capture_output=True, text=True, env=environment or PLAIN, timeout=60)
     return done.returncode, done.stdout + done.stderr
@@ -41,8 +46,48 @@ def directory_has_both():
 
 
 @case()
+def directory_is_part_of_the_installation():
+    for words in (["plugin-dir"], ["as-ucx", "--dir"]):
+        code, text = module(*words)
+        check_equal(code, 0, text)
+        directory = pathlib.Path(text.strip())
+        check(pathlib.Path(nixl_tcpx.__file__).parent in directory.parents, f"{directory} is outside of the package")
+        listed = {pathlib.Path(file.locate()) for file in importlib.metadata.files("nixl-tcpx")}
+        missing = [entry for entry in directory.parent.rglob("*") if entry.is_symlink() and entry not in listed]
+        check(not missing, f"an installer does not know {missing}")
+
+
+@case()
+def directories_of_a_package_that_is_gone_go_too():
+    with tempfile.TemporaryDirectory() as folder:
+        found = []
+        for name in ("old", "new"):
+            shutil.copytree(pathlib.Path(nixl_tcpx.__file__).parent, pathlib.Path(folder, name, "nixl_tcpx"), symlinks=True)
+            code, text = module("plugin-dir", environment={**PLAIN, "PYTHONPATH": os.path.join(folder, name), "XDG_CACHE_HOME": os.path.join(folder, "cache")})
+            check_equal(code, 0, text)
+            found.append(pathlib.Path(text.strip()))
+            shutil.rmtree(os.path.join(folder, "old"), ignore_errors=True)
+        check(not found[0].exists() and found[1].exists(), f"{found[0]} is still there, or {found[1]} is not")
+
+
+@case()
+def metadata_says_what_a_reader_of_an_index_needs():
+    metadata = importlib.metadata.metadata("nixl-tcpx")
+    for name in ("Author", "Keywords", "Project-URL", "Requires-Python", "License-Expression"):
+        check(metadata[name], f"no {name}")
+    # pip install 'nixl-tcpx[nixl]' takes a NIXL that this plugin was made for.
+    requirements = [line.replace(" ", "").replace("'", '"') for line in importlib.metadata.requires("nixl-tcpx")]
+    oldest, beyond = (".".join(map(str, version)) for version in (nixl_tcpx._find.OLDEST, nixl_tcpx._find.BEYOND))
+    check(any(f"nixl>={oldest},<{beyond};" in r or f"nixl<{beyond},>={oldest};" in r for r in requirements), f"requirements: {requirements}")
+    description = metadata.get_payload() or metadata["Description"]
+    for word in ("NIXL 1.0 to 1.5", "NIXL_TCPX_CACHE", "as-ucx"):
+        check(word in description, f"the description does not say {word}")
+    check("NIXL_TCPX_CACHE" in module("--help")[1], "the module's help does not name NIXL_TCPX_CACHE")
+
+
+@case()
 def directory_survives_without_a_home():
-    code, text = module("plugin-dir", environment={**PLAIN, "HOME": "/proc/nowhere", "XDG_CACHE_HOME": "/proc/nowhere"})
+    code, text = module("plugin-dir", environment=cached(HOME="/proc/nowhere", XDG_CACHE_HOME="/proc/nowhere"))
     check_equal(code, 0, text)
     check((pathlib.Path(text.strip()) / "libplugin_TCPX.so").exists(), text)
 
@@ -53,7 +98,7 @@ def directory_belongs_to_no_other_user():
         raise harness.Skip("only root can become another user")
     with tempfile.TemporaryDirectory() as shared:
         os.chmod(shared, 0o1777)
-        environment = {**PLAIN, "HOME": "/proc/nowhere", "XDG_CACHE_HOME": "/proc/nowhere", "TMPDIR": shared}
+        environment = cached(HOME="/proc/nowhere", XDG_CACHE_HOME="/proc/nowhere", TMPDIR=shared)
         code, text = module("plugin-dir", environment=environment)
         check_equal(code, 0, text)
         first = pathlib.Path(text.strip()).relative_to(shared).parts[0]
@@ -75,7 +120,7 @@ def directory_is_absolute():
     with tempfile.TemporaryDirectory() as folder:
         for environment in ({"NIXL_TCPX_CACHE": "here"}, {"HOME": "here", "XDG_CACHE_HOME": "there", "TMPDIR": folder}):
             done = subprocess.run([sys.executable, "-m", "nixl_tcpx", "plugin-dir"], capture_output=True, text=True, cwd=folder,
-                                  env={**PLAIN, **environment}, timeout=60)
+                                  env=cached(**environment), timeout=60)
             check(done.returncode == 0 and done.stdout.startswith(os.path.join(folder, "")), f"{environment}: {done.stdout}{done.stderr}")
 
 

@@ -39,7 +39,15 @@ export NCCL_GPUDIRECTTCPX_SOCKET_IFNAME=${NCCL_GPUDIRECTTCPX_SOCKET_IFNAME:-lo}
 # The package uccl_tcpx, installed: nothing here names its library.
 (cd / && env -u PYTHONPATH -u LIBUCCL_P2P "$python" "$here/../python/test_uccl_tcpx.py")
 # Agents in two processes over the installed plugin.
+"$python" "$here/test_nixl_as_ucx.py"
 NIXL_PLUGIN_DIR=$("$python" -m nixl_tcpx plugin-dir)
 export NIXL_PLUGIN_DIR
 "$python" "$here/test_nixl_tcpx.py" write_64_mib_unaligned read_64_mib_unaligned notification_after_the_data_of_its_transfer \
   prepared_descriptor_lists peer_ended_and_started_again
+
+# Uninstalling leaves nothing that NIXL would find.
+"$python" -m nixl_tcpx as-ucx --dir >/dev/null
+pip uninstall --yes nixl-tcpx
+rest=$(find "$scratch/venv" "$XDG_CACHE_HOME" -iname '*nixl*tcpx*' -o -name '*plugin_TCPX*' 2>/dev/null || true)
+[ -z "$rest" ] || { printf 'left behind by the wheel:\n%s\n' "$rest"; exit 1; }
+echo "uninstalled without a rest"
