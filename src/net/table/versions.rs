@@ -193,9 +193,12 @@ macro_rules! properties {
                 speed_mbps: p.speed,
                 ptr_support: p.ptrSupport,
                 device_type: p.netDeviceType,
-                $(reg_is_global: p.$global != 0, $(max_message: std::num::NonZeroUsize::new(p.$largest),)?)?
                 ..Properties::default()
             };
+            $(
+                out.reg_is_global = p.$global != 0;
+                $(out.max_message = std::num::NonZeroUsize::new(p.$largest);)?
+            )?
             Some(result)
         }
     };
