@@ -22,7 +22,7 @@ impl Rules {
     /// Removes the rules with the sockets' current addresses. Others stay.
     pub(crate) fn take_back(&self, data: &[TcpStream]) {
         crate::manager::answer("close");
-        std::thread::sleep(crate::rules::settings().close_time);
+        std::thread::sleep(crate::rules::settings().manager.close_time);
         for (socket, rule) in data.iter().zip(&self.0) {
             let peer = socket.peer_addr().unwrap_or_else(|e| violation!("closeRecv on a data socket that has no peer: {e}"));
             let here = socket.local_addr().unwrap_or_else(|e| violation!("closeRecv on a data socket without an address: {e}"));

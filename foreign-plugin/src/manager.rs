@@ -6,7 +6,7 @@ use std::time::Duration;
 
 /// Waits for the answer to a call.
 pub(crate) fn answer(call: &str) {
-    let Some(file) = &settings().frozen else { return };
+    let Some(file) = &settings().manager.frozen else { return };
     while std::fs::read_to_string(file).is_ok_and(|calls| calls.split(' ').any(|frozen| frozen == call)) {
         std::thread::sleep(Duration::from_millis(1));
     }

@@ -82,6 +82,16 @@ pub(crate) struct Device {
     pub dead: bool,
 }
 
+/// What the receive manager does wrong.
+pub(crate) struct Manager {
+    /// `STRICT_FOREIGN_CLOSE_MS`: how long it takes to remove the rules of a comm.
+    pub close_time: Duration,
+    /// `STRICT_FOREIGN_FROZEN`: see `manager`.
+    pub frozen: Option<std::path::PathBuf>,
+    /// `STRICT_FOREIGN_MANAGER=none`: there is none, for which TCPXO ends the process at its init.
+    pub missing: bool,
+}
+
 /// Settings of the process, read at `init`.
 pub(crate) struct Settings {
     /// `NCCL_DYNAMIC_CHUNK_SIZE`, as strtoll reads it.
@@ -98,10 +108,6 @@ pub(crate) struct Settings {
     pub sends: u64,
     /// `STRICT_FOREIGN_CLOSES`: the number of comms that close; the others stay open, with an error.
     pub closes: u64,
-    /// `STRICT_FOREIGN_CLOSE_MS`: how long the receive manager takes to remove the rules of a comm.
-    pub close_time: Duration,
-    /// `STRICT_FOREIGN_FROZEN`: see `manager`.
-    pub frozen: Option<std::path::PathBuf>,
     /// `STRICT_FOREIGN_PAGES`: pages of the receive memory.
     pub pages: usize,
     /// `STRICT_FOREIGN_FRAGMENT`: largest fragment, bytes.
@@ -112,8 +118,7 @@ pub(crate) struct Settings {
     pub cuda: bool,
     /// `STRICT_FOREIGN_LATE=1`: the kernel sends from the memory of a send until the peer has acknowledged it, as with TCPX.
     pub late: bool,
-    /// `STRICT_FOREIGN_MANAGER=none`: there is no receive manager, for which TCPXO ends the process at its init.
-    pub manager_missing: bool,
+    pub manager: Manager,
     /// `STRICT_FOREIGN_UNLOCKED=1`: set-up calls of several threads race instead of ending the process.
     pub unlocked: bool,
 }
@@ -157,14 +162,16 @@ pub(crate) fn settings() -> &'static Settings {
             listens: number("STRICT_FOREIGN_LISTENS", u64::MAX),
             sends: number("STRICT_FOREIGN_SENDS", u64::MAX),
             closes: number("STRICT_FOREIGN_CLOSES", u64::MAX),
-            close_time: Duration::from_millis(number("STRICT_FOREIGN_CLOSE_MS", 0)),
-            frozen: text("STRICT_FOREIGN_FROZEN").map(Into::into),
             pages: number("STRICT_FOREIGN_PAGES", 1 << 17) as usize,
             fragment: (number("STRICT_FOREIGN_FRAGMENT", 4000) as usize).clamp(1, 4096),
             lenient: text("STRICT_FOREIGN_LENIENT").is_some(),
             cuda: text("STRICT_FOREIGN_CUDA").is_some(),
             late: text("STRICT_FOREIGN_LATE").is_some(),
-            manager_missing: text("STRICT_FOREIGN_MANAGER").is_some_and(|word| word == "none"),
+            manager: Manager {
+                close_time: Duration::from_millis(number("STRICT_FOREIGN_CLOSE_MS", 0)),
+                frozen: text("STRICT_FOREIGN_FROZEN").map(Into::into),
+                missing: text("STRICT_FOREIGN_MANAGER").is_some_and(|word| word == "none"),
+            },
             unlocked: text("STRICT_FOREIGN_UNLOCKED").is_some(),
         }
     })

@@ -20,7 +20,7 @@ fn current_gpu(call: &str) -> Option<&'static gpu::Gpu> {
 
 pub unsafe extern "C" fn init(logger: ncclDebugLogger_t) -> ncclResult_t {
     logger::set(logger);
-    if settings().manager_missing {
+    if settings().manager.missing {
         violation!("init without the receive manager: the plugin ends the process");
     }
     current_gpu("init");
