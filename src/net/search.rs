@@ -30,8 +30,9 @@ pub(super) const TCPX: Kind = Kind {
 pub(super) const TCPXO: Kind = Kind {
     word: "tcpxo",
     title: "GPUDirect-TCPXO",
-    dirs: &["/usr/local/nvidia/lib64", "/var/lib/tcpxo/lib64", "/plugins"],
-    files: &["libnccl-net-tcpxo.so", "libnccl-net.so"],
+    dirs: &["/usr/local/nvidia/lib64", "/usr/local/tcpxo/lib64", "/var/lib/tcpxo/lib64", "/var/lib/fastrak/lib64", "/plugins"],
+    // The installer puts its configuration checker in the place of libnccl-net.so.
+    files: &["libnccl-net_internal.so", "libnccl-net-tcpxo.so", "libnccl-net.so"],
     interfaces: "NCCL_FASTRAK_IFNAME",
     is: is_tcpxo,
 };

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Runs a command on a machine that looks like an A3 Mega to the library: the GPUs' PCI device is an H100's, and something listens in the place of
+# TCPXO's receive manager. All of it is simulated, for the strict foreign plugin over the memory of real GPUs. Exit status 77: skipped.
+# usage: as_a3_mega.sh COMMAND...
+set -euo pipefail
+if [ "${1:-}" != --inside ]; then
+  unshare -m true 2>/dev/null || { echo "SKIPPED: no mount namespace can be made"; exit 77; }
+  exec unshare -m "$0" --inside "$@"
+fi
+shift
+folder=$(mktemp -d)
+echo 0x2330 >"$folder/device"
+while read -r gpu; do
+  device=/sys/bus/pci/devices/${gpu: -12}/device
+  mount --bind "$folder/device" "${device,,}" || { echo "SKIPPED: $device cannot be replaced"; exit 77; }
+done < <(nvidia-smi --query-gpu=pci.bus_id --format=csv,noheader)
+python3 -c '
+import signal, socket, sys
+with socket.socket(socket.AF_UNIX) as listener:
+    listener.bind(sys.argv[1])
+    listener.listen(1024)
+    while True:
+        listener.accept()[0].close()' "$folder/rxdm_uds_nic_mapping" &
+trap 'kill $! 2>/dev/null; rm -rf "$folder"' EXIT
+for _ in $(seq 50); do [ -S "$folder/rxdm_uds_nic_mapping" ] && break; sleep 0.1; done
+export FILE_BASED_UDS_PATH_PREFIX=$folder NCCL_FASTRAK_ALLOW_NIC_SUBSET=1 NCCL_FASTRAK_CTRL_DEV=lo
+"$@"
