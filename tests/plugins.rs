@@ -147,7 +147,10 @@ fn where_both_plugins_are_installed_the_receive_manager_decides() {
     passes("is_tcpxo", &[path, (MANAGER, &manager), ("UCCL_TCPX_PLUGIN", "tcpxo")], &[]);
     // As the installer leaves it: another library under the plugin's usual name.
     let checker = with_table(&s, 8);
-    let installed = s.dir("installed", &[("libnccl-net.so", &checker), ("libnccl-net_internal.so", Path::new(&format!("{tcpxo}/libnccl-net.so")))]);
+    let installed = s.dir(
+        "installed",
+        &[("libnccl-net.so", &checker), ("libnccl-net_internal.so", Path::new(&format!("{tcpxo}/libnccl-net.so")))],
+    );
     passes("is_tcpxo", &[("LD_LIBRARY_PATH", &installed), (MANAGER, &manager), ("UCCL_TCPX_PLUGIN", "tcpxo")], &[]);
     let not_installed = "UCCL_TCPX_PLUGIN=tcpxo, but the GPUDirect-TCPXO plugin is not installed";
     passes("load_error", &[("LD_LIBRARY_PATH", &tcpx), ("UCCL_TCPX_PLUGIN", "tcpxo")], &[not_installed, "/var/lib/tcpxo/lib64"]);

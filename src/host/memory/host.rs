@@ -8,6 +8,7 @@ use super::witness::{Process, Witness, WITNESS};
 use super::{Export, GpuId, LocalMemory, Manner, Mapping, Piece, Pull};
 use crate::status::{bail, err, Error, Result};
 use crate::types::{Place, Span};
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::mem::MaybeUninit;
 use std::sync::Arc;
@@ -22,7 +23,9 @@ const FEW_SLICES: usize = 8;
 const PARTS: usize = 512;
 /// Bytes between two sources that are read, too, and thrown away: another stretch costs more. Less than a page, so that none lies
 /// between them that is not there.
-const NEAR: usize = 512;
+const NEAR: usize = 2048;
+/// Pieces that are longer on average stay in their order: each is a stretch of its own.
+const LONG: u64 = 4096;
 /// How long the end of a connection waits for slices that are under way. A kernel that copies takes microseconds.
 const QUIESCE_LIMIT: Duration = Duration::from_secs(5);
 
@@ -168,6 +171,17 @@ fn gap(last: &Piece, next: &Piece) -> Option<u64> {
     (gap <= NEAR as u64).then_some(gap)
 }
 
+/// The pieces in the order of their sources, so that near ones are one stretch. Any order brings the same bytes.
+fn by_source(pieces: &[Piece]) -> Cow<'_, [Piece]> {
+    let bytes: u64 = pieces.iter().map(|piece| piece.len).sum();
+    if bytes > LONG * pieces.len() as u64 || pieces.is_sorted_by_key(|piece| piece.src) {
+        return Cow::Borrowed(pieces);
+    }
+    let mut ordered = pieces.to_vec();
+    ordered.sort_unstable_by_key(|piece| piece.src);
+    Cow::Owned(ordered)
+}
+
 /// A list for the kernel, without what it does not use: most have few entries.
 struct Parts {
     parts: [MaybeUninit<libc::iovec>; PARTS],
@@ -265,14 +279,14 @@ struct Slices {
 }
 
 impl Slices {
-    fn new(peer: Peer, pieces: &[Piece]) -> Slices {
+    fn new(peer: Peer, pieces: Vec<Piece>) -> Slices {
         let mut marks = vec![Mark::default()];
         let mut at = Mark::default();
-        while let Some(end) = slice(pieces, at) {
+        while let Some(end) = slice(&pieces, at) {
             marks.push(end);
             at = end;
         }
-        Slices { peer, pieces: pieces.to_vec(), marks }
+        Slices { peer, pieces, marks }
     }
 }
 
@@ -341,14 +355,15 @@ impl LocalMemory for HostMemory {
     fn close(&mut self, _mapping: Mapping) {}
 
     unsafe fn pull(&mut self, _place: Place, pieces: &[Piece]) -> Result<Pull> {
-        let Some(end) = slice(pieces, Mark::default()) else { return Ok(Pull { unit: 0, job: ENDED }) };
+        let pieces = by_source(pieces);
+        let Some(end) = slice(&pieces, Mark::default()) else { return Ok(Pull { unit: 0, job: ENDED }) };
         if end.piece == pieces.len() {
             // SAFETY: by the caller's contract.
             unsafe { self.peer.read(pieces.iter().copied()) }?;
             return Ok(Pull { unit: 0, job: ENDED });
         }
         self.last += 1;
-        let slices = Slices::new(self.peer, pieces);
+        let slices = Slices::new(self.peer, pieces.into_owned());
         let few = slices.len() <= FEW_SLICES && self.jobs.is_empty();
         let job = Job::new(Box::new(slices), self.flow, self.bell.clone());
         self.pool.start(&job);
@@ -597,7 +612,7 @@ mod tests {
                 (src, dst) = (src + piece.len + gap, dst + piece.len + gap % 2);
                 piece
             }).collect();
-            let slices = Slices::new(Peer(Process { pid: 0, witness: Witness { addr: 0, bytes: [0; WITNESS] } }), &pieces);
+            let slices = Slices::new(Peer(Process { pid: 0, witness: Witness { addr: 0, bytes: [0; WITNESS] } }), pieces.clone());
             let mut all = Vec::new();
             for index in 0..slices.len() {
                 let part: Vec<Piece> = between(&slices.pieces, slices.marks[index], slices.marks[index + 1]).collect();
@@ -629,11 +644,22 @@ mod tests {
         let blocks = |stride: u64| -> Vec<Piece> {
             (0..200).map(|i| Piece { src: (1 << 20) + i * stride, dst: (1 << 30) + i * 1000, len: 64 }).collect()
         };
-        for (stride, calls) in [(64, 1), (128, 1), (576, 1), (577, 2), (4096, 2)] {
-            let slices =
-                Slices::new(Peer(Process { pid: 0, witness: Witness { addr: 0, bytes: [0; WITNESS] } }), &blocks(stride));
+        for (stride, calls) in [(64, 1), (128, 1), (2112, 1), (2113, 2), (4096, 2)] {
+            let slices = Slices::new(Peer(Process { pid: 0, witness: Witness { addr: 0, bytes: [0; WITNESS] } }), blocks(stride));
             assert_eq!(slices.len(), calls, "blocks every {stride} bytes");
         }
+    }
+
+    #[test]
+    fn blocks_in_any_order_are_as_few_stretches_as_in_their_own() {
+        let place = |i: u64| Piece { src: (1 << 20) + i * 37 % 200 * 64, dst: (1 << 30) + i * 1000, len: 64 };
+        let mixed: Vec<Piece> = (0..200).map(place).collect();
+        let calls = |pieces: &[Piece]| {
+            Slices::new(Peer(Process { pid: 0, witness: Witness { addr: 0, bytes: [0; WITNESS] } }), pieces.to_vec()).len()
+        };
+        assert_eq!((calls(&mixed), calls(&by_source(&mixed))), (2, 1));
+        let long: Vec<Piece> = mixed.iter().map(|&piece| Piece { len: LONG + 1, ..piece }).collect();
+        assert_eq!(*by_source(&long), long);
     }
 
     #[test]
