@@ -35,19 +35,24 @@ const NEARLY: f64 = 0.25;
 const STOPPED: f64 = 0.9;
 const UP: f64 = 0.3;
 /// The slowest NIC, bytes a second: no standstill shows less.
-const SLOWEST: f64 = 16e3;
+pub(super) const SLOWEST: f64 = 16e3;
 /// The shortest time between samples of a NIC of unknown speed, and of other NICs.
 const FIRST_LOOKS: Duration = Duration::from_micros(100);
 const LOOKS: Duration = Duration::from_millis(1);
 /// A NIC's speed is known after this many sampling intervals plus this many round trips.
 const DELAY_LOOKS: u32 = 3;
 const ROUND_TRIPS: u32 = 4;
-/// A slow NIC is probed with a short chunk, which takes at most this fraction of its time. At the known speed the chunk would
-/// take this many sampling intervals; if it is acknowledged in half of the time, the NIC may be faster, and the next follows at once.
+/// A slow NIC is probed with a short chunk. At the known speed the chunk would take this many sampling intervals; if it is acknowledged in half
+/// of the time, the NIC may be faster, and the next follows at once.
 const PROBE_LOOKS: f64 = 4.0;
-const PROBE_SHARE: f64 = 48.0;
+/// Transfers wait for a probe. The pause after it is this many times as long, within limits, and at most four times the last: a short
+/// outage slows a probe or two, and is over soon.
+const PROBE_SHARE: u32 = 48;
 const PROBE_LEAST: Duration = Duration::from_millis(500);
-const PROBE_MOST: Duration = Duration::from_secs(10);
+const PROBE_MOST: Duration = Duration::from_secs(4);
+/// A NIC that nearly stops is not believed to be fast again before that pause is over. It doubles if the last stop was at most so many of the
+/// longest pauses ago.
+const SEVERAL: u32 = 2;
 /// A probe is not shorter than `SHORTEST`, or than what the NIC moves in this time, but never shorter than `PROBE_SHORTEST`.
 const PROBE_TIME: f64 = 0.03;
 const PROBE_SHORTEST: u64 = 16 << 10;
@@ -124,6 +129,57 @@ struct Probing {
     busy: Duration,
 }
 
+/// When a NIC is probed if it is slow, and what has shown that.
+#[derive(Debug, Default)]
+struct Probes {
+    /// When it was last probed or measured, and how long to wait after that.
+    tried: Option<Instant>,
+    pause: Duration,
+    in_flight: Option<Probing>,
+    /// The probes since the last one that was slow, or showed the speed.
+    train: Span,
+    /// When it nearly stopped.
+    stopped: Option<Instant>,
+}
+
+impl Probes {
+    /// The probe in flight took so long, and showed no higher speed.
+    fn slow(&mut self, took: Duration) {
+        let pause = self.pause.max(PROBE_LEAST);
+        self.pause = (PROBE_SHARE * took).clamp(pause, 4 * pause).min(PROBE_MOST);
+        self.train = Span::default();
+    }
+
+    /// The probe in flight was quick: the next follows at once. Returns the rate once the volume is no burst. A NIC that was slow again and again has
+    /// to show more.
+    fn quick(&mut self, shown: Span) -> Option<f64> {
+        self.tried = None;
+        self.train.add(shown.bytes, shown.time, Duration::ZERO);
+        let pause = self.pause.max(PROBE_LEAST);
+        let enough = self.train.bytes as f64 >= BURST as f64 * pause.div_duration_f64(PROBE_LEAST);
+        enough.then(|| std::mem::take(&mut self.train).rate())
+    }
+
+    /// Its NIC has nearly stopped. One that does so again and again costs more than it carries.
+    fn stop(&mut self, now: Instant) {
+        let again = self.stopped.is_some_and(|stopped| now.saturating_duration_since(stopped) < SEVERAL * PROBE_MOST);
+        if !self.distrusted(now) {
+            self.pause = if again { (2 * self.pause).clamp(PROBE_LEAST, PROBE_MOST) } else { PROBE_LEAST };
+            (self.tried, self.stopped) = (Some(now), Some(now));
+        }
+    }
+
+    /// It nearly stopped so shortly ago that what follows says nothing.
+    fn distrusted(&self, now: Instant) -> bool {
+        self.stopped.is_some_and(|stopped| now.saturating_duration_since(stopped) < self.pause)
+    }
+
+    /// Whether so much time has passed since the last.
+    fn rested(&self, pause: Duration, now: Instant) -> bool {
+        self.tried.is_none_or(|tried| now.saturating_duration_since(tried) >= pause)
+    }
+}
+
 /// A pair of NICs, one at each engine.
 #[derive(Debug, Default)]
 pub(crate) struct Nic {
@@ -146,11 +202,7 @@ pub(crate) struct Nic {
     held: bool,
     /// The interval between the last two related samples.
     gap: Duration,
-    /// When it was last probed or measured, and the probe that is in flight.
-    tried: Option<Instant>,
-    probing: Option<Probing>,
-    /// The probes since the last one that was slow, or showed the speed.
-    train: Span,
+    probes: Probes,
 }
 
 impl Nic {
@@ -188,19 +240,23 @@ impl Nic {
 
     /// Its channels were closed because it was stuck: nothing but the speed is known.
     pub(crate) fn emptied(&mut self, now: Instant) {
-        self.tried = Some(now);
+        self.probes.tried = Some(now);
         self.restart();
     }
 
     /// Its channels are others now: nothing but the speed is known.
     pub(crate) fn restart(&mut self) {
-        *self = Nic { speed: self.speed, tried: self.tried, ..Nic::default() };
+        let probes = Probes { in_flight: None, train: Span::default(), ..std::mem::take(&mut self.probes) };
+        *self = Nic { speed: self.speed, probes, ..Nic::default() };
     }
 
     /// One of its channels took a chunk.
     pub(crate) fn gave(&mut self, len: u64, now: Instant) {
-        if self.backlog() == 0 && self.load(now).probe.is_some() {
-            (self.tried, self.probing) = (Some(now), Some(Probing { since: now, len, busy: Duration::ZERO }));
+        // A probe with more behind it shows nothing.
+        let alone = self.backlog() == 0 && self.load(now).probe.is_some();
+        self.probes.in_flight = alone.then_some(Probing { since: now, len, busy: Duration::ZERO });
+        if alone {
+            self.probes.tried = Some(now);
         }
         self.given += len;
     }
@@ -222,14 +278,14 @@ impl Nic {
         let held = if flow.in_flight <= HELD_UP { limited } else { Duration::ZERO };
         if seen.backlog.saturating_sub(moved) >= TAIL {
             self.busy.add(moved, gap, held);
-            self.sample(flow.round_trip);
+            self.sample(flow.round_trip, now);
         } else if moved > 0 {
             self.least.add(moved, gap, Duration::ZERO);
             self.at_least();
             // It ran empty. How long that took is known where it was long.
             if busy >= DRAINED.max(DRAINED_ROUND_TRIPS * flow.round_trip) && moved >= VOLUME {
                 self.busy.add(moved, busy.min(gap), held.min(busy));
-                self.sample(flow.round_trip);
+                self.sample(flow.round_trip, now);
             }
         }
         self.held = !held.is_zero();
@@ -246,7 +302,7 @@ impl Nic {
         }
     }
 
-    fn sample(&mut self, round_trip: Duration) {
+    fn sample(&mut self, round_trip: Duration, now: Instant) {
         let Span { bytes, time, held } = self.busy;
         let long = time >= LONG.max(SPAN_ROUND_TRIPS * round_trip);
         if !long && (time < SPAN || bytes < VOLUME) {
@@ -259,10 +315,13 @@ impl Nic {
         let rate = self.busy.rate().max(SLOWEST);
         let weight = match self.speed {
             0.0 => 1.0,
-            speed if rate < NEARLY * speed => STOPPED,
+            speed if rate < NEARLY * speed => {
+                self.probes.stop(now);
+                STOPPED
+            }
             speed if rate < speed => DOWN,
             // It may be a burst.
-            _ if bytes < BURST => return,
+            _ if bytes < BURST || self.probes.distrusted(now) => return,
             _ => UP,
         };
         self.speed += (rate - self.speed) * weight;
@@ -282,26 +341,30 @@ impl Nic {
         self.least = Span::default();
     }
 
-    /// A probe that is acknowledged soon is followed by others at once, until their volume shows the speed. `busy`: since the last sample.
+    /// A probe that is acknowledged soon is followed by others at once, until their volume shows the speed. One that takes long is no burst and shows
+    /// the speed alone. `busy`: since the last sample.
     fn judge_probe(&mut self, busy: Duration, now: Instant) {
-        let Some(probe) = &mut self.probing else { return };
+        let Some(probe) = &mut self.probes.in_flight else { return };
         probe.busy += busy;
-        let elapsed = now.saturating_duration_since(probe.since);
-        let took = if self.seen.measured { elapsed.min(probe.busy) } else { elapsed };
-        let soon = took.as_secs_f64() <= probe.len as f64 / self.speed.max(1.0) / 2.0;
-        if self.seen.backlog > 0 && soon {
+        if self.seen.backlog > 0 {
             return;
         }
-        if soon {
-            self.train.add(probe.len, took, Duration::ZERO);
-        } else {
+        let elapsed = now.saturating_duration_since(probe.since);
+        let time = if self.seen.measured { elapsed.min(probe.busy) } else { elapsed };
+        let shown = Span { bytes: probe.len, time, held: Duration::ZERO };
+        self.probes.in_flight = None;
+        let long = time >= LONG.max(ROUND_TRIPS * self.seen.round_trip);
+        if long || shown.rate() < 2.0 * self.speed {
+            if long {
+                self.speed = self.speed.max(shown.rate());
+            }
             // What went before may have been a burst.
-            (self.train, self.least) = (Span::default(), Span::default());
+            self.least = Span::default();
+            self.probes.slow(time);
+            return;
         }
-        (self.tried, self.probing) = (self.tried.filter(|_| !soon), None);
-        if self.train.bytes >= BURST {
-            self.speed = self.speed.max(self.train.rate().min(RISE * self.speed));
-            self.train = Span::default();
+        if let Some(rate) = self.probes.quick(shown) {
+            self.speed = self.speed.max(rate.min(RISE * self.speed));
         }
     }
 
@@ -318,12 +381,6 @@ impl Nic {
     pub(crate) fn load(&self, now: Instant) -> NicLoad {
         let shortest = ((PROBE_TIME * self.speed) as u64).clamp(PROBE_SHORTEST, SHORTEST);
         let probe = ((PROBE_LOOKS * self.speed * self.gap.as_secs_f64()) as u64).max(shortest);
-        let pause = match self.speed {
-            speed if speed > 0.0 => Duration::try_from_secs_f64(PROBE_SHARE * probe as f64 / speed).unwrap_or(PROBE_MOST),
-            _ => PROBE_LEAST,
-        };
-        let pause = pause.clamp(PROBE_LEAST, PROBE_MOST);
-        let since = |pause: Duration| self.tried.is_none_or(|tried| now.saturating_duration_since(tried) >= pause);
         NicLoad {
             backlog: self.backlog(),
             speed: self.speed,
@@ -331,8 +388,21 @@ impl Nic {
             trust: TRUST << self.trusted,
             moved: self.seen.acknowledged,
             delay: (DELAY_LOOKS * self.gap).max(ROUND_TRIPS * self.seen.round_trip),
-            probe: since(PROBE_LEAST).then(|| Probe { len: probe, at_any_cost: since(pause) }),
+            probe: self.probes.rested(PROBE_LEAST, now).then(|| Probe {
+                len: probe,
+                at_any_cost: self.probes.rested(self.probes.pause, now),
+                beside_others: self.probes.rested(self.probes.pause / 2, now),
+            }),
+            probing: self.probes.in_flight.is_some(),
         }
+    }
+}
+
+#[cfg(test)]
+impl Nic {
+    /// One whose speed is known, as if its channels had just been opened again.
+    pub(super) fn known(speed: f64, now: Instant) -> Nic {
+        Nic { speed, probes: Probes { tried: Some(now), ..Probes::default() }, ..Nic::default() }
     }
 }
 
