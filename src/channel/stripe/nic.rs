@@ -50,8 +50,8 @@ const PROBE_LOOKS: f64 = 4.0;
 const PROBE_SHARE: u32 = 48;
 const PROBE_LEAST: Duration = Duration::from_millis(500);
 const PROBE_MOST: Duration = Duration::from_secs(4);
-/// A NIC that nearly stops is not believed to be fast again before that pause is over. It doubles if the last stop was at most so many of the
-/// longest pauses ago.
+/// A NIC that nearly stops twice within so many of the longest pauses is not believed to be fast again before the pause is over, which doubles
+/// each time. A single stop may be an accident.
 const SEVERAL: u32 = 2;
 /// A probe is not shorter than `SHORTEST`, or than what the NIC moves in this time, but never shorter than `PROBE_SHORTEST`.
 const PROBE_TIME: f64 = 0.03;
@@ -150,23 +150,22 @@ impl Probes {
         self.train = Span::default();
     }
 
-    /// The probe in flight was quick: the next follows at once. Returns the rate once the volume is no burst. A NIC that was slow again and again has
-    /// to show more.
+    /// The probe in flight was quick: the next follows at once. Returns the rate once the volume is no burst.
     fn quick(&mut self, shown: Span) -> Option<f64> {
         self.tried = None;
         self.train.add(shown.bytes, shown.time, Duration::ZERO);
-        let pause = self.pause.max(PROBE_LEAST);
-        let enough = self.train.bytes as f64 >= BURST as f64 * pause.div_duration_f64(PROBE_LEAST);
-        enough.then(|| std::mem::take(&mut self.train).rate())
+        (self.train.bytes >= BURST).then(|| std::mem::take(&mut self.train).rate())
     }
 
-    /// Its NIC has nearly stopped. One that does so again and again costs more than it carries.
+    /// Its NIC has nearly stopped. One that does so again and again costs more than it carries. A probe is judged alone.
     fn stop(&mut self, now: Instant) {
-        let again = self.stopped.is_some_and(|stopped| now.saturating_duration_since(stopped) < SEVERAL * PROBE_MOST);
-        if !self.distrusted(now) {
-            self.pause = if again { (2 * self.pause).clamp(PROBE_LEAST, PROBE_MOST) } else { PROBE_LEAST };
-            (self.tried, self.stopped) = (Some(now), Some(now));
+        let since = self.stopped.map(|stopped| now.saturating_duration_since(stopped));
+        if self.in_flight.is_some() || since.is_some_and(|since| since < self.pause.max(PROBE_LEAST)) {
+            return;
         }
+        let again = since.is_some_and(|since| since < SEVERAL * PROBE_MOST);
+        self.pause = if again { (2 * self.pause).clamp(PROBE_LEAST, PROBE_MOST) } else { Duration::ZERO };
+        (self.tried, self.stopped) = (Some(now), Some(now));
     }
 
     /// It nearly stopped so shortly ago that what follows says nothing.
@@ -380,7 +379,8 @@ impl Nic {
     /// Its state for striping.
     pub(crate) fn load(&self, now: Instant) -> NicLoad {
         let shortest = ((PROBE_TIME * self.speed) as u64).clamp(PROBE_SHORTEST, SHORTEST);
-        let probe = ((PROBE_LOOKS * self.speed * self.gap.as_secs_f64()) as u64).max(shortest);
+        let looks = if self.seen.measured { self.gap.min(SPAN / 2) } else { self.gap };
+        let probe = ((PROBE_LOOKS * self.speed * looks.as_secs_f64()) as u64).max(shortest);
         NicLoad {
             backlog: self.backlog(),
             speed: self.speed,
@@ -584,16 +584,59 @@ mod tests {
     }
 
     #[test]
-    fn slower_nics_are_probed_more_rarely_and_with_less() {
+    fn slower_nics_are_probed_with_less() {
         let start = Instant::now();
-        let probe = |speed: f64| {
-            let mut nic = Nic { speed, ..Nic::default() };
-            nic.gave(1, start);
-            let ms = (0..100_000).step_by(100).find(|&ms| nic.load(at(start, ms)).probe.is_some_and(|probe| probe.at_any_cost));
-            (ms.unwrap_or(u64::MAX), nic.load(at(start, 100_000)).probe.unwrap().len >> 10)
-        };
-        assert_eq!([1e9, 2.5e6, 0.125e6, 1e3].map(probe), [(500, 64), (1300, 64), (6300, 16), (10_000, 16)]);
+        let probe = |speed: f64| Nic { speed, ..Nic::default() }.load(start).probe.unwrap().len >> 10;
+        assert_eq!([1e9, 2.5e6, 0.8e6, 0.125e6, 1e3].map(probe), [64, 64, 23, 16, 16]);
         assert!(Nic::default().load(start).probe.is_some());
+    }
+
+    /// A probe of 16 KiB, alone, that takes so many milliseconds. Returns the moment of its end.
+    fn probed(nic: &mut Nic, start: Instant, ms: u64, took: u64) -> u64 {
+        let before = nic.seen.acknowledged;
+        nic.gave(16 << 10, at(start, ms));
+        nic.look(flow(before + 1, (16 << 10) - 1), Duration::from_millis(took / 2), at(start, ms + took / 2));
+        nic.look(flow(before + (16 << 10), 0), Duration::from_millis(took - took / 2), at(start, ms + took));
+        ms + took
+    }
+
+    /// The first moment, in milliseconds, at which a probe may cost something.
+    fn due(nic: &Nic, start: Instant, from: u64) -> u64 {
+        (from..from + 20_000).find(|&ms| nic.load(at(start, ms)).probe.is_some_and(|probe| probe.at_any_cost)).unwrap()
+    }
+
+    #[test]
+    fn a_probe_that_takes_long_shows_the_speed_at_once_and_the_next_comes_later_each_time() {
+        let (start, mut nic) = (Instant::now(), Nic { speed: SLOWEST, ..Nic::default() });
+        nic.look(flow(0, 0), Duration::ZERO, start);
+        let (mut ms, mut pauses) = (1000, Vec::new());
+        for _ in 0..4 {
+            let end = probed(&mut nic, start, ms, 131);
+            assert!((120e3..130e3).contains(&nic.speed()), "{}", nic.speed());
+            let next = due(&nic, start, end);
+            pauses.push(next - ms);
+            ms = next;
+        }
+        assert_eq!(pauses, [2000, 4000, 4000, 4000]);
+    }
+
+    #[test]
+    fn a_nic_that_stops_again_and_again_is_not_believed_for_a_while() {
+        // It holds bytes, stops for 200 ms, and moves them then.
+        let believed = |stops: u64| {
+            let (start, mut nic, mut all) = (Instant::now(), Nic::default(), 0);
+            for ms in 0..700 * stops {
+                all += if ms % 700 < 500 { 100_000 } else { 0 };
+                nic.look(flow(all, 4_000_000), Duration::ZERO, at(start, ms));
+            }
+            (0..30_000).find(|ms| {
+                all += 100_000;
+                nic.look(flow(all, 4_000_000), Duration::ZERO, at(start, 700 * stops + ms));
+                nic.speed() > 30e6
+            })
+        };
+        let [one, two, five] = [1, 2, 5].map(|stops| believed(stops).unwrap());
+        assert!(one < 100 && two > 3 * one && five > 3 * two, "{one} {two} {five}");
     }
 
     #[test]

@@ -66,7 +66,16 @@ fn mbit(rate: u64) -> u64 {
 
 impl World {
     fn new(mbits: &[u64], channels: usize, buffer: u64) -> World {
-        let nic = |&rate| SimulatedNic { rate: mbit(rate), tokens: 0, bucket: 128 << 10, sent: 0, turn: 0, loses: 0, random: 1, waits_us: 0 };
+        let nic = |&rate| SimulatedNic {
+            rate: mbit(rate),
+            tokens: 0,
+            bucket: 128 << 10,
+            sent: 0,
+            turn: 0,
+            loses: 0,
+            random: 1,
+            waits_us: 0,
+        };
         let channel = |i| SimulatedChannel { nic: i % mbits.len(), chunks: VecDeque::new(), queued: 0, buffer: 0, busy_us: 0 };
         World {
             start: Instant::now(),
@@ -361,9 +370,15 @@ fn simulated_nics_that_become_slow_cost_nothing_after_two_seconds() {
 
 #[test]
 fn simulated_nics_that_stay_very_slow_cost_little_whatever_was_known_of_them() {
-    for (nics, slow, loses) in [(2, 1, 0), (4, 1, 0), (2, 5, 0), (2, 100, 0), (2, 1000, 1000), (2, 1000, 100), (4, 1000, 1000), (4, 1000, 100)] {
+    // A timeout is many transfers long, the more so beside two fast NICs.
+    let lossy = [(2, 1000, 1000, 0.85), (2, 1000, 100, 0.9), (4, 1000, 1000, 0.75), (4, 1000, 100, 0.85)];
+    for (nics, slow, loses, least) in [(2, 1, 0, 0.9), (4, 1, 0, 0.9), (2, 5, 0, 0.9), (2, 100, 0, 0.9)].into_iter().chain(lossy)
+    {
         for (speed, bytes) in [(SLOWEST, 8 * MIB), (SLOWEST, MIB), (64e3, 8 * MIB), (1e6, 8 * MIB)] {
-            let what = format!("{slow} of 1000 Mbit/s, one segment of {loses} lost, {nics} NICs, known as {speed} B/s, {} MiB", bytes / MIB);
+            let what = format!(
+                "{slow} of 1000 Mbit/s, one segment of {loses} lost, {nics} NICs, known as {speed} B/s, {} MiB",
+                bytes / MIB
+            );
             let mut world = World::new(&vec![1000; nics], 1, 1 << 20);
             rates(&mut world, bytes, 1);
             for n in nics / 2..nics {
@@ -372,7 +387,7 @@ fn simulated_nics_that_stay_very_slow_cost_little_whatever_was_known_of_them() {
             }
             let rate = rates(&mut world, bytes, 30).0 / (mbit(1000) as f64 * nics as f64 / 2.0);
             println!("{what}: {:.1} %", 100.0 * rate);
-            assert!(rate >= 0.9, "{what}: {:.1} %", 100.0 * rate);
+            assert!(rate >= least, "{what}: {:.1} %", 100.0 * rate);
         }
     }
 }
