@@ -43,7 +43,7 @@ const LOOKS: Duration = Duration::from_millis(1);
 const DELAY_LOOKS: u32 = 3;
 const ROUND_TRIPS: u32 = 4;
 /// A slow NIC is probed with a short chunk. At the known speed the chunk would take this many sampling intervals; if it is acknowledged in half
-/// of the time, the NIC may be faster, and the next follows at once.
+/// of the time, the NIC may be faster, and the next follows at once. Where the kernel tells how long it was busy, long intervals do not count.
 const PROBE_LOOKS: f64 = 4.0;
 /// Transfers wait for a probe. The pause after it is this many times as long, within limits, and at most four times the last: a short
 /// outage slows a probe or two, and is over soon.
