@@ -6,7 +6,7 @@
 # usage: slow_change.sh TCPX_PERF [matrix | CASE...]      a case: FAST,SLOW[,OP[,CONGESTION[,NICS[,BYTES]]]]
 #        FAST: Mbit/s of all NICs at first, or "veth" (not shaped); SLOW: Mbit/s, or "N%" packets lost, of the last NIC (of 4: of the last two)
 #        OP: write, read, send; CONGESTION: cubic, bbr; NICS: 2, 4; BYTES of a transfer: 8M
-# With TABLE=FILE the table goes to FILE too. SECONDS_AFTER=8: how long it looks after the change.
+# With TABLE=FILE the table goes to FILE too. SECONDS_AFTER=12: how long it looks after the change: three pauses between probes of a slow NIC.
 . "$(dirname "$0")/lib.sh"
 command -v iptables >/dev/null || skip "$name needs iptables"
 cases=("${@:2}")
@@ -21,7 +21,7 @@ if [ "${cases[*]}" = matrix ]; then
     cases+=(veth,$slow,write,cubic,2,1M veth,$slow,write,cubic,2,64M)
   done
 fi
-after=${SECONDS_AFTER:-8} before=3
+after=${SECONDS_AFTER:-12} before=3
 table=${TABLE:-/dev/null}
 hosts
 nics 1000 1000 1000 1000

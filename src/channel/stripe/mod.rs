@@ -40,6 +40,8 @@ pub(crate) struct NicLoad {
     pub delay: Duration,
     /// How to probe it now, if it is slow.
     pub probe: Option<Probe>,
+    /// A probe is in flight.
+    pub probing: bool,
 }
 
 /// A chunk that probes whether a slow NIC has recovered.
@@ -48,6 +50,8 @@ pub(crate) struct Probe {
     pub len: u64,
     /// The last probe was so long ago that this one may cost something.
     pub at_any_cost: bool,
+    /// The same, beside a probe of another NIC: transfers wait for both at once.
+    pub beside_others: bool,
 }
 
 /// The state of all channels of a path. With one NIC or none, NICs are not compared.
@@ -179,12 +183,14 @@ fn pick_nic(loads: &Loads, want: Want) -> Option<Pick> {
         |nic: usize, len: u64| pick_channel(&loads.channels, |load| load.nic == nic, len).map(|channel| Pick { channel, len });
     let candidates = || (0..n).filter(|&nic| free[nic]).map(candidate);
     let by_finish = |a: &Candidate, b: &Candidate| a.finish.total_cmp(&b.finish);
+    let probing = (0..n).any(|nic| loads.nics[nic].probing && share(nic) < LEFT_ALONE);
     let probe = |c: Candidate| {
         let probe =
             loads.nics[c.nic].probe.filter(|_| c.share < LEFT_ALONE && backlog(c.nic) == 0 && want.rest >= WORTH_A_PROBE)?;
         let harmless = HARMLESS * without(c.nic, n, &backlog, &share, want.rest) * c.share;
-        let len = if probe.at_any_cost { probe.len.max(harmless as u64) } else { harmless as u64 / PAGE * PAGE };
-        (probe.at_any_cost || len >= SHORTEST).then(|| within(c.nic, len.min(want.len)))?
+        let now = probe.at_any_cost || (probe.beside_others && probing);
+        let len = if now { probe.len.max(harmless as u64) } else { harmless as u64 / PAGE * PAGE };
+        (now || len >= SHORTEST).then(|| within(c.nic, len.min(want.len)))?
     };
     if let Some(pick) = candidates().find_map(probe) {
         return Some(pick);

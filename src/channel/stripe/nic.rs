@@ -35,19 +35,24 @@ const NEARLY: f64 = 0.25;
 const STOPPED: f64 = 0.9;
 const UP: f64 = 0.3;
 /// The slowest NIC, bytes a second: no standstill shows less.
-const SLOWEST: f64 = 16e3;
+pub(super) const SLOWEST: f64 = 16e3;
 /// The shortest time between samples of a NIC of unknown speed, and of other NICs.
 const FIRST_LOOKS: Duration = Duration::from_micros(100);
 const LOOKS: Duration = Duration::from_millis(1);
 /// A NIC's speed is known after this many sampling intervals plus this many round trips.
 const DELAY_LOOKS: u32 = 3;
 const ROUND_TRIPS: u32 = 4;
-/// A slow NIC is probed with a short chunk, which takes at most this fraction of its time. At the known speed the chunk would
-/// take this many sampling intervals; if it is acknowledged in half of the time, the NIC may be faster, and the next follows at once.
+/// A slow NIC is probed with a short chunk. At the known speed the chunk would take this many sampling intervals; if it is acknowledged in half
+/// of the time, the NIC may be faster, and the next follows at once. Where the kernel tells how long it was busy, long intervals do not count.
 const PROBE_LOOKS: f64 = 4.0;
-const PROBE_SHARE: f64 = 48.0;
+/// Transfers wait for a probe. The pause after it is this many times as long, within limits, and at most four times the last: a short
+/// outage slows a probe or two, and is over soon.
+const PROBE_SHARE: u32 = 48;
 const PROBE_LEAST: Duration = Duration::from_millis(500);
-const PROBE_MOST: Duration = Duration::from_secs(10);
+const PROBE_MOST: Duration = Duration::from_secs(4);
+/// A NIC that nearly stops twice within so many of the longest pauses is not believed to be fast again before the pause is over, which doubles
+/// each time. A single stop may be an accident.
+const SEVERAL: u32 = 2;
 /// A probe is not shorter than `SHORTEST`, or than what the NIC moves in this time, but never shorter than `PROBE_SHORTEST`.
 const PROBE_TIME: f64 = 0.03;
 const PROBE_SHORTEST: u64 = 16 << 10;
@@ -124,6 +129,56 @@ struct Probing {
     busy: Duration,
 }
 
+/// When a NIC is probed if it is slow, and what has shown that.
+#[derive(Debug, Default)]
+struct Probes {
+    /// When it was last probed or measured, and how long to wait after that.
+    tried: Option<Instant>,
+    pause: Duration,
+    in_flight: Option<Probing>,
+    /// The probes since the last one that was slow, or showed the speed.
+    train: Span,
+    /// When it nearly stopped.
+    stopped: Option<Instant>,
+}
+
+impl Probes {
+    /// The probe in flight took so long, and showed no higher speed.
+    fn slow(&mut self, took: Duration) {
+        let pause = self.pause.max(PROBE_LEAST);
+        self.pause = (PROBE_SHARE * took).clamp(pause, 4 * pause).min(PROBE_MOST);
+        self.train = Span::default();
+    }
+
+    /// The probe in flight was quick: the next follows at once. Returns the rate once the volume is no burst.
+    fn quick(&mut self, shown: Span) -> Option<f64> {
+        self.tried = None;
+        self.train.add(shown.bytes, shown.time, Duration::ZERO);
+        (self.train.bytes >= BURST).then(|| std::mem::take(&mut self.train).rate())
+    }
+
+    /// Its NIC has nearly stopped. One that does so again and again costs more than it carries. A probe is judged alone.
+    fn stop(&mut self, now: Instant) {
+        let since = self.stopped.map(|stopped| now.saturating_duration_since(stopped));
+        if self.in_flight.is_some() || since.is_some_and(|since| since < self.pause.max(PROBE_LEAST)) {
+            return;
+        }
+        let again = since.is_some_and(|since| since < SEVERAL * PROBE_MOST);
+        self.pause = if again { (2 * self.pause).clamp(PROBE_LEAST, PROBE_MOST) } else { Duration::ZERO };
+        (self.tried, self.stopped) = (Some(now), Some(now));
+    }
+
+    /// It nearly stopped so shortly ago that what follows says nothing.
+    fn distrusted(&self, now: Instant) -> bool {
+        self.stopped.is_some_and(|stopped| now.saturating_duration_since(stopped) < self.pause)
+    }
+
+    /// Whether so much time has passed since the last.
+    fn rested(&self, pause: Duration, now: Instant) -> bool {
+        self.tried.is_none_or(|tried| now.saturating_duration_since(tried) >= pause)
+    }
+}
+
 /// A pair of NICs, one at each engine.
 #[derive(Debug, Default)]
 pub(crate) struct Nic {
@@ -146,11 +201,7 @@ pub(crate) struct Nic {
     held: bool,
     /// The interval between the last two related samples.
     gap: Duration,
-    /// When it was last probed or measured, and the probe that is in flight.
-    tried: Option<Instant>,
-    probing: Option<Probing>,
-    /// The probes since the last one that was slow, or showed the speed.
-    train: Span,
+    probes: Probes,
 }
 
 impl Nic {
@@ -188,19 +239,23 @@ impl Nic {
 
     /// Its channels were closed because it was stuck: nothing but the speed is known.
     pub(crate) fn emptied(&mut self, now: Instant) {
-        self.tried = Some(now);
+        self.probes.tried = Some(now);
         self.restart();
     }
 
     /// Its channels are others now: nothing but the speed is known.
     pub(crate) fn restart(&mut self) {
-        *self = Nic { speed: self.speed, tried: self.tried, ..Nic::default() };
+        let probes = Probes { in_flight: None, train: Span::default(), ..std::mem::take(&mut self.probes) };
+        *self = Nic { speed: self.speed, probes, ..Nic::default() };
     }
 
     /// One of its channels took a chunk.
     pub(crate) fn gave(&mut self, len: u64, now: Instant) {
-        if self.backlog() == 0 && self.load(now).probe.is_some() {
-            (self.tried, self.probing) = (Some(now), Some(Probing { since: now, len, busy: Duration::ZERO }));
+        // A probe with more behind it shows nothing.
+        let alone = self.backlog() == 0 && self.load(now).probe.is_some();
+        self.probes.in_flight = alone.then_some(Probing { since: now, len, busy: Duration::ZERO });
+        if alone {
+            self.probes.tried = Some(now);
         }
         self.given += len;
     }
@@ -222,14 +277,14 @@ impl Nic {
         let held = if flow.in_flight <= HELD_UP { limited } else { Duration::ZERO };
         if seen.backlog.saturating_sub(moved) >= TAIL {
             self.busy.add(moved, gap, held);
-            self.sample(flow.round_trip);
+            self.sample(flow.round_trip, now);
         } else if moved > 0 {
             self.least.add(moved, gap, Duration::ZERO);
             self.at_least();
             // It ran empty. How long that took is known where it was long.
             if busy >= DRAINED.max(DRAINED_ROUND_TRIPS * flow.round_trip) && moved >= VOLUME {
                 self.busy.add(moved, busy.min(gap), held.min(busy));
-                self.sample(flow.round_trip);
+                self.sample(flow.round_trip, now);
             }
         }
         self.held = !held.is_zero();
@@ -246,7 +301,7 @@ impl Nic {
         }
     }
 
-    fn sample(&mut self, round_trip: Duration) {
+    fn sample(&mut self, round_trip: Duration, now: Instant) {
         let Span { bytes, time, held } = self.busy;
         let long = time >= LONG.max(SPAN_ROUND_TRIPS * round_trip);
         if !long && (time < SPAN || bytes < VOLUME) {
@@ -259,10 +314,13 @@ impl Nic {
         let rate = self.busy.rate().max(SLOWEST);
         let weight = match self.speed {
             0.0 => 1.0,
-            speed if rate < NEARLY * speed => STOPPED,
+            speed if rate < NEARLY * speed => {
+                self.probes.stop(now);
+                STOPPED
+            }
             speed if rate < speed => DOWN,
             // It may be a burst.
-            _ if bytes < BURST => return,
+            _ if bytes < BURST || self.probes.distrusted(now) => return,
             _ => UP,
         };
         self.speed += (rate - self.speed) * weight;
@@ -282,26 +340,30 @@ impl Nic {
         self.least = Span::default();
     }
 
-    /// A probe that is acknowledged soon is followed by others at once, until their volume shows the speed. `busy`: since the last sample.
+    /// A probe that is acknowledged soon is followed by others at once, until their volume shows the speed. One that takes long is no burst and shows
+    /// the speed alone. `busy`: since the last sample.
     fn judge_probe(&mut self, busy: Duration, now: Instant) {
-        let Some(probe) = &mut self.probing else { return };
+        let Some(probe) = &mut self.probes.in_flight else { return };
         probe.busy += busy;
-        let elapsed = now.saturating_duration_since(probe.since);
-        let took = if self.seen.measured { elapsed.min(probe.busy) } else { elapsed };
-        let soon = took.as_secs_f64() <= probe.len as f64 / self.speed.max(1.0) / 2.0;
-        if self.seen.backlog > 0 && soon {
+        if self.seen.backlog > 0 {
             return;
         }
-        if soon {
-            self.train.add(probe.len, took, Duration::ZERO);
-        } else {
+        let elapsed = now.saturating_duration_since(probe.since);
+        let time = if self.seen.measured { elapsed.min(probe.busy) } else { elapsed };
+        let shown = Span { bytes: probe.len, time, held: Duration::ZERO };
+        self.probes.in_flight = None;
+        let long = time >= LONG.max(ROUND_TRIPS * self.seen.round_trip);
+        if long || shown.rate() < 2.0 * self.speed {
+            if long {
+                self.speed = self.speed.max(shown.rate());
+            }
             // What went before may have been a burst.
-            (self.train, self.least) = (Span::default(), Span::default());
+            self.least = Span::default();
+            self.probes.slow(time);
+            return;
         }
-        (self.tried, self.probing) = (self.tried.filter(|_| !soon), None);
-        if self.train.bytes >= BURST {
-            self.speed = self.speed.max(self.train.rate().min(RISE * self.speed));
-            self.train = Span::default();
+        if let Some(rate) = self.probes.quick(shown) {
+            self.speed = self.speed.max(rate.min(RISE * self.speed));
         }
     }
 
@@ -317,13 +379,8 @@ impl Nic {
     /// Its state for striping.
     pub(crate) fn load(&self, now: Instant) -> NicLoad {
         let shortest = ((PROBE_TIME * self.speed) as u64).clamp(PROBE_SHORTEST, SHORTEST);
-        let probe = ((PROBE_LOOKS * self.speed * self.gap.as_secs_f64()) as u64).max(shortest);
-        let pause = match self.speed {
-            speed if speed > 0.0 => Duration::try_from_secs_f64(PROBE_SHARE * probe as f64 / speed).unwrap_or(PROBE_MOST),
-            _ => PROBE_LEAST,
-        };
-        let pause = pause.clamp(PROBE_LEAST, PROBE_MOST);
-        let since = |pause: Duration| self.tried.is_none_or(|tried| now.saturating_duration_since(tried) >= pause);
+        let looks = if self.seen.measured { self.gap.min(SPAN / 2) } else { self.gap };
+        let probe = ((PROBE_LOOKS * self.speed * looks.as_secs_f64()) as u64).max(shortest);
         NicLoad {
             backlog: self.backlog(),
             speed: self.speed,
@@ -331,8 +388,21 @@ impl Nic {
             trust: TRUST << self.trusted,
             moved: self.seen.acknowledged,
             delay: (DELAY_LOOKS * self.gap).max(ROUND_TRIPS * self.seen.round_trip),
-            probe: since(PROBE_LEAST).then(|| Probe { len: probe, at_any_cost: since(pause) }),
+            probe: self.probes.rested(PROBE_LEAST, now).then(|| Probe {
+                len: probe,
+                at_any_cost: self.probes.rested(self.probes.pause, now),
+                beside_others: self.probes.rested(self.probes.pause / 2, now),
+            }),
+            probing: self.probes.in_flight.is_some(),
         }
+    }
+}
+
+#[cfg(test)]
+impl Nic {
+    /// One whose speed is known, as if its channels had just been opened again.
+    pub(super) fn known(speed: f64, now: Instant) -> Nic {
+        Nic { speed, probes: Probes { tried: Some(now), ..Probes::default() }, ..Nic::default() }
     }
 }
 
@@ -514,16 +584,59 @@ mod tests {
     }
 
     #[test]
-    fn slower_nics_are_probed_more_rarely_and_with_less() {
+    fn slower_nics_are_probed_with_less() {
         let start = Instant::now();
-        let probe = |speed: f64| {
-            let mut nic = Nic { speed, ..Nic::default() };
-            nic.gave(1, start);
-            let ms = (0..100_000).step_by(100).find(|&ms| nic.load(at(start, ms)).probe.is_some_and(|probe| probe.at_any_cost));
-            (ms.unwrap_or(u64::MAX), nic.load(at(start, 100_000)).probe.unwrap().len >> 10)
-        };
-        assert_eq!([1e9, 2.5e6, 0.125e6, 1e3].map(probe), [(500, 64), (1300, 64), (6300, 16), (10_000, 16)]);
+        let probe = |speed: f64| Nic { speed, ..Nic::default() }.load(start).probe.unwrap().len >> 10;
+        assert_eq!([1e9, 2.5e6, 0.8e6, 0.125e6, 1e3].map(probe), [64, 64, 23, 16, 16]);
         assert!(Nic::default().load(start).probe.is_some());
+    }
+
+    /// A probe of 16 KiB, alone, that takes so many milliseconds. Returns the moment of its end.
+    fn probed(nic: &mut Nic, start: Instant, ms: u64, took: u64) -> u64 {
+        let before = nic.seen.acknowledged;
+        nic.gave(16 << 10, at(start, ms));
+        nic.look(flow(before + 1, (16 << 10) - 1), Duration::from_millis(took / 2), at(start, ms + took / 2));
+        nic.look(flow(before + (16 << 10), 0), Duration::from_millis(took - took / 2), at(start, ms + took));
+        ms + took
+    }
+
+    /// The first moment, in milliseconds, at which a probe may cost something.
+    fn due(nic: &Nic, start: Instant, from: u64) -> u64 {
+        (from..from + 20_000).find(|&ms| nic.load(at(start, ms)).probe.is_some_and(|probe| probe.at_any_cost)).unwrap()
+    }
+
+    #[test]
+    fn a_probe_that_takes_long_shows_the_speed_at_once_and_the_next_comes_later_each_time() {
+        let (start, mut nic) = (Instant::now(), Nic { speed: SLOWEST, ..Nic::default() });
+        nic.look(flow(0, 0), Duration::ZERO, start);
+        let (mut ms, mut pauses) = (1000, Vec::new());
+        for _ in 0..4 {
+            let end = probed(&mut nic, start, ms, 131);
+            assert!((120e3..130e3).contains(&nic.speed()), "{}", nic.speed());
+            let next = due(&nic, start, end);
+            pauses.push(next - ms);
+            ms = next;
+        }
+        assert_eq!(pauses, [2000, 4000, 4000, 4000]);
+    }
+
+    #[test]
+    fn a_nic_that_stops_again_and_again_is_not_believed_for_a_while() {
+        // It holds bytes, stops for 200 ms, and moves them then.
+        let believed = |stops: u64| {
+            let (start, mut nic, mut all) = (Instant::now(), Nic::default(), 0);
+            for ms in 0..700 * stops {
+                all += if ms % 700 < 500 { 100_000 } else { 0 };
+                nic.look(flow(all, 4_000_000), Duration::ZERO, at(start, ms));
+            }
+            (0..30_000).find(|ms| {
+                all += 100_000;
+                nic.look(flow(all, 4_000_000), Duration::ZERO, at(start, 700 * stops + ms));
+                nic.speed() > 30e6
+            })
+        };
+        let [one, two, five] = [1, 2, 5].map(|stops| believed(stops).unwrap());
+        assert!(one < 100 && two > 3 * one && five > 3 * two, "{one} {two} {five}");
     }
 
     #[test]

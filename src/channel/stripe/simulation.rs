@@ -1,6 +1,7 @@
 //! Striping over simulated NICs, in whole bytes and microseconds: shapers with token buckets, socket buffers of limited size, and
 //! windows of chunks. As in reality, the scheduler runs only when the kernel has taken a chunk.
 
+use super::nic::SLOWEST;
 use super::{pick, stuck, Flow, Load, Loads, Nic, Want};
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -12,6 +13,8 @@ const BULK_BYTES: u64 = 2 << 20;
 /// How often a machine looks for NICs that are stuck.
 const TICK_US: u64 = 50_000;
 const MIB: u64 = 1 << 20;
+/// The shortest retransmission timeout.
+const TIMEOUT_US: u64 = 200_000;
 
 struct SimulatedChannel {
     nic: usize,
@@ -32,6 +35,18 @@ struct SimulatedNic {
     bucket: u64,
     sent: u64,
     turn: usize,
+    /// On average it loses one segment of so many in a way that only the retransmission timer notices; 0: none. Until when it waits for that.
+    loses: u64,
+    random: u64,
+    waits_us: u64,
+}
+
+impl SimulatedNic {
+    /// Whether the next segment is lost.
+    fn loses(&mut self) -> bool {
+        self.random = self.random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        self.loses > 0 && (self.random >> 33) % self.loses == 0
+    }
 }
 
 struct World {
@@ -51,7 +66,16 @@ fn mbit(rate: u64) -> u64 {
 
 impl World {
     fn new(mbits: &[u64], channels: usize, buffer: u64) -> World {
-        let nic = |&rate| SimulatedNic { rate: mbit(rate), tokens: 0, bucket: 128 << 10, sent: 0, turn: 0 };
+        let nic = |&rate| SimulatedNic {
+            rate: mbit(rate),
+            tokens: 0,
+            bucket: 128 << 10,
+            sent: 0,
+            turn: 0,
+            loses: 0,
+            random: 1,
+            waits_us: 0,
+        };
         let channel = |i| SimulatedChannel { nic: i % mbits.len(), chunks: VecDeque::new(), queued: 0, buffer: 0, busy_us: 0 };
         World {
             start: Instant::now(),
@@ -130,11 +154,15 @@ impl World {
             let mut mine: Vec<&mut SimulatedChannel> = self.channels.iter_mut().filter(|c| c.nic == n).collect();
             let channels = mine.len();
             let mut idle = 0;
-            while nic.tokens >= 1_000_000 && idle < channels {
+            while nic.tokens >= 1_000_000 && idle < channels && nic.waits_us <= self.us {
                 nic.turn += 1;
                 let channel = &mut mine[nic.turn % channels];
                 let segment = channel.buffer.min(1448).min(nic.tokens / 1_000_000);
                 idle = if segment == 0 { idle + 1 } else { 0 };
+                if segment > 0 && nic.loses() {
+                    nic.waits_us = self.us + TIMEOUT_US;
+                    break;
+                }
                 channel.buffer -= segment;
                 nic.tokens -= segment * 1_000_000;
                 nic.sent += segment;
@@ -336,6 +364,55 @@ fn simulated_nics_that_become_slow_cost_nothing_after_two_seconds() {
                 );
                 assert!(rate >= 0.9 * best, "{what}: {:.2}", rate / best);
             }
+        }
+    }
+}
+
+#[test]
+fn simulated_nics_that_stay_very_slow_cost_little_whatever_was_known_of_them() {
+    // A timeout is many transfers long, the more so beside two fast NICs.
+    let lossy = [(2, 1000, 1000, 0.85), (2, 1000, 100, 0.9), (4, 1000, 1000, 0.75), (4, 1000, 100, 0.85)];
+    for (nics, slow, loses, least) in [(2, 1, 0, 0.9), (4, 1, 0, 0.9), (2, 5, 0, 0.9), (2, 100, 0, 0.9)].into_iter().chain(lossy)
+    {
+        for (speed, bytes) in [(SLOWEST, 8 * MIB), (SLOWEST, MIB), (64e3, 8 * MIB), (1e6, 8 * MIB)] {
+            let what = format!(
+                "{slow} of 1000 Mbit/s, one segment of {loses} lost, {nics} NICs, known as {speed} B/s, {} MiB",
+                bytes / MIB
+            );
+            let mut world = World::new(&vec![1000; nics], 1, 1 << 20);
+            rates(&mut world, bytes, 1);
+            for n in nics / 2..nics {
+                (world.nics[n].rate, world.nics[n].loses, world.nics[n].random) = (mbit(slow), loses, n as u64);
+                world.learned[n] = Nic::known(speed, world.now());
+            }
+            let rate = rates(&mut world, bytes, 30).0 / (mbit(1000) as f64 * nics as f64 / 2.0);
+            println!("{what}: {:.1} %", 100.0 * rate);
+            assert!(rate >= least, "{what}: {:.1} %", 100.0 * rate);
+        }
+    }
+}
+
+#[test]
+fn simulated_nics_that_were_interrupted_carry_data_again_within_five_seconds() {
+    for (fast, bytes) in [(1000, 8 * MIB), (50, MIB), (50, 8 * MIB)] {
+        for ms in [300, 1000, 2000, 3000, 20_000] {
+            let what = format!("{ms} ms, {fast} Mbit/s, {} MiB", bytes / MIB);
+            let mut world = World::new(&[fast; 2], 1, 1 << 20);
+            rates(&mut world, bytes, 2);
+            world.nics[1].rate = mbit(1);
+            rates(&mut world, bytes, 1);
+            world.learned[1] = Nic::known(SLOWEST, world.now());
+            let began = world.us;
+            while world.us - began < ms * 1000 {
+                world.transfer(bytes);
+            }
+            world.nics[1].rate = mbit(fast);
+            let (healed, sent) = (world.us, world.nics[1].sent);
+            while world.nics[1].sent - sent < 200_000 {
+                world.transfer(bytes);
+            }
+            println!("{what}: after {:.1} s", (world.us - healed) as f64 / 1e6);
+            assert!(world.us - healed < 5_000_000, "{what}: {:.1} s", (world.us - healed) as f64 / 1e6);
         }
     }
 }
