@@ -1,7 +1,8 @@
 //! Two honest machines in corner cases: more chunks in flight than either wants, and memory that no channel connects.
 
 use super::net::{Net, SimulatedPath};
-use super::world::{Side, DEVICE_CHANNELS, HOST_CHANNELS};
+use super::world::{Engine, Shape, Side, DEVICE_CHANNELS, HOST_CHANNELS};
+use crate::budget::Pool;
 use crate::channel::device::EmulatedDevice;
 use crate::channel::router::Channels;
 use crate::direct::Way;
@@ -18,6 +19,7 @@ const CHANNELS: usize = DEVICE_CHANNELS + HOST_CHANNELS;
 
 struct Both {
     net: Arc<Mutex<Net>>,
+    engines: [Engine; 2],
     sides: [Side; 2],
     now: Instant,
 }
@@ -26,7 +28,9 @@ impl Both {
     fn new() -> Both {
         let net = Arc::new(Mutex::new(Net::new(CHANNELS, true)));
         let now = Instant::now();
-        Both { sides: [0, 1].map(|side| Side::new(&net, side, 8192, 0, now)), net, now }
+        let engines = [0, 1].map(|number| Engine::new(number, Pool::endless()));
+        let sides = [0, 1].map(|side| Side::new(&engines[side], 1 - side, &net, side, &Shape::of(8192, 0), now));
+        Both { sides, engines, net, now }
     }
 
     /// Moves everything until nothing is left but the data that `hold` keeps in flight.
@@ -68,20 +72,20 @@ impl Both {
 
     /// A send of some bytes of device memory.
     fn send(&mut self, side: usize, len: usize, place: Place) -> u64 {
-        let memory = self.sides[side].allocate(vec![7; len], place);
+        let memory = self.engines[side].allocate(vec![7; len], place);
         let now = self.now;
-        let me = &mut self.sides[side];
-        let local = LocalSegment { mr: me.memory[memory].mr, addr: me.memory[memory].addr() as usize, len };
-        let (segments, uses) = message(std::iter::once(local), &me.registry).expect("own memory");
+        let (me, home) = (&mut self.sides[side], &self.engines[side]);
+        let local = LocalSegment { mr: home.memory[memory].mr, addr: home.memory[memory].addr() as usize, len };
+        let (segments, uses) = message(std::iter::once(local), &home.registry).expect("own memory");
         me.machine.start_send(segments, uses, &mut me.channels, now)
     }
 
     fn receive(&mut self, side: usize, len: usize, place: Place) -> u64 {
-        let memory = self.sides[side].allocate(vec![0; len], place);
+        let memory = self.engines[side].allocate(vec![0; len], place);
         let now = self.now;
-        let me = &mut self.sides[side];
-        let region = me.registry.local(me.memory[memory].mr).expect("own memory");
-        let segment = Segment { addr: me.memory[memory].addr(), len: len as u64, region: 0, place, peer: Place::HOST };
+        let (me, home) = (&mut self.sides[side], &self.engines[side]);
+        let region = home.registry.local(home.memory[memory].mr).expect("own memory");
+        let segment = Segment { addr: home.memory[memory].addr(), len: len as u64, region: 0, place, peer: Place::HOST };
         me.machine.start_receive(segment, region, &mut me.channels, now)
     }
 }
@@ -89,21 +93,21 @@ impl Both {
 /// A write of `pieces` bytes. Each is a chunk, since they alternate between two devices.
 fn tiny_chunks(both: &mut Both, pieces: usize) -> u64 {
     let places = [Place::HOST, Place::gpu(0)];
-    let here = places.map(|place| both.sides[0].allocate(vec![7; pieces], place));
-    let there = places.map(|place| both.sides[1].allocate(vec![0; pieces], place));
-    let items = there.map(|memory| both.sides[1].item(memory).expect("registered"));
+    let here = places.map(|place| both.engines[0].allocate(vec![7; pieces], place));
+    let there = places.map(|place| both.engines[1].allocate(vec![0; pieces], place));
+    let items = there.map(|memory| both.engines[1].item(memory).expect("registered"));
     let now = both.now;
-    let peer = both.sides[1].engine;
-    let me = &mut both.sides[0];
+    let peer = both.engines[1].id;
+    let (me, home) = (&mut both.sides[0], &both.engines[0]);
     let segments: Vec<_> = (0..pieces)
         .map(|i| {
-            let (memory, mut item) = (&me.memory[here[i % 2]], items[i % 2]);
+            let (memory, mut item) = (&home.memory[here[i % 2]], items[i % 2]);
             item.addr += i as u64;
             item.size = 1;
             (LocalSegment { mr: memory.mr, addr: memory.addr() as usize + i, len: 1 }, item)
         })
         .collect();
-    let builder = RequestBuilder::new(pieces, &me.registry, peer, None).expect("builder");
+    let builder = RequestBuilder::new(pieces, &home.registry, peer, None).expect("builder");
     let Ok(Built::Request(request)) = builder.build(segments.into_iter()) else { panic!("a good request") };
     me.machine.admit(request.segments.len(), &request.pairs, &me.channels).expect("admitted");
     me.machine.start(Way::Out, request, &mut me.channels, now).expect("started")

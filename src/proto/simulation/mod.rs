@@ -4,13 +4,22 @@
 //!
 //! UCCL_TCPX_SIMULATION_SEEDS: how many seeds (default 20,000); UCCL_TCPX_SIMULATION_FIRST: the first one (default 0).
 
+#[cfg(test)]
+mod cluster;
 mod direct;
 #[cfg(test)]
 mod edges;
+#[cfg(test)]
+mod fabric;
 mod liar;
 mod net;
+#[cfg(test)]
 mod paced;
 mod pair;
+mod positions;
+#[cfg(test)]
+mod scenarios;
+mod tcp;
 mod world;
 
 use pair::Faults;

@@ -2,8 +2,9 @@
 //! none succeeds with a wrong byte, and no memory is touched after it was given back.
 
 use super::net::Net;
-use super::world::{Side, DEVICE_CHANNELS, HOST_CHANNELS, MATCH_TIMEOUT, PEER_TIMEOUT, TRANSFER_TIMEOUT};
+use super::world::{Engine, Shape, Side, DEVICE_CHANNELS, HOST_CHANNELS, MATCH_TIMEOUT, PEER_TIMEOUT, TRANSFER_TIMEOUT};
 use super::{Action, Rng};
+use crate::budget::Pool;
 use crate::engine::fifo::FifoItem;
 use crate::engine::request::{message, sketch, Built, Feed, RequestBuilder};
 use crate::engine::transfer::{Direction, LocalSegment};
@@ -35,6 +36,7 @@ struct Transfer {
 struct World {
     rng: Rng,
     net: Arc<Mutex<Net>>,
+    engines: [Engine; 2],
     sides: [Side; 2],
     start: Instant,
     now: Instant,
@@ -112,15 +114,17 @@ impl World {
         let start = Instant::now();
         let chunk = 4096 << rng.below(3);
         net.lock().direct.on = rng.below(3) > 0;
-        let mut side = |side| {
+        let engines = [0, 1].map(|number| Engine::new(number, Pool::endless()));
+        let mut side = |side: usize| {
             let eager = if rng.below(2) == 0 { 0 } else { 3000 };
-            let mut made = Side::new(&net, side, chunk as usize, eager, start);
+            let mut made = Side::new(&engines[side], 1 - side, &net, side, &Shape::of(chunk as usize, eager), start);
             // A socket with little room makes a backlog.
             made.room = 1000 << rng.below(8);
             made
         };
         World {
             sides: [side(0), side(1)],
+            engines,
             rng,
             net,
             start,
@@ -157,9 +161,9 @@ impl World {
             7 => self.receive(side, a, b),
             8 => self.notify(side, b),
             9 => {
-                let count = self.sides[side].memory.len();
+                let count = self.engines[side].memory.len();
                 if count > 0 {
-                    self.sides[side].deregister(b as usize % count);
+                    self.engines[side].deregister(b as usize % count);
                 }
             }
             10..=14 => self.deliver_control(side, b as usize),
@@ -187,7 +191,7 @@ impl World {
             _ if self.lossy => self.lose(side, channel, a),
             _ => self.busy(5),
         }
-        self.sides.iter_mut().for_each(Side::reclaim);
+        self.engines.iter_mut().for_each(Engine::reclaim);
     }
 
     fn fault(&mut self, side: usize, channel: usize, a: u32, b: u32) {
@@ -347,9 +351,9 @@ impl World {
                 Direction::Read => (target, source.clone()),
             };
             let (p, q) = (self.place(), self.place());
-            let local = self.sides[here].allocate(local, p);
-            let remote = self.sides[there].allocate(remote, q);
-            let Some(mut item) = self.sides[there].item(remote) else { return };
+            let local = self.engines[here].allocate(local, p);
+            let remote = self.engines[there].allocate(remote, q);
+            let Some(mut item) = self.engines[there].item(remote) else { return };
             let at = (b >> 8) as usize % 7;
             item.addr += at as u64;
             if b.wrapping_add(segment) % 61 == 0 {
@@ -357,7 +361,7 @@ impl World {
                 item.padding[0] = !item.padding[0];
                 excused = true;
             }
-            let memory = &self.sides[here].memory[local];
+            let memory = &self.engines[here].memory[local];
             items.push((LocalSegment { mr: memory.mr, addr: memory.addr() as usize + at, len }, item));
             let (to, memory) = if direction == Direction::Write { (there, remote) } else { (here, local) };
             expected.push(Expected { side: to, memory, at, bytes: source[at..at + len].to_vec() });
@@ -367,9 +371,9 @@ impl World {
             self.transfers.push(Transfer { side: here, id, expected, begun: now, excused, ended: false });
             return self.sides[here].poll(now);
         }
-        let peer_engine = self.sides[there].engine;
+        let peer_engine = self.engines[there].id;
         let me = &mut self.sides[here];
-        let builder = RequestBuilder::new(items.len(), &me.registry, peer_engine, None).expect("builder");
+        let builder = RequestBuilder::new(items.len(), &self.engines[here].registry, peer_engine, None).expect("builder");
         let Ok(Built::Request(request)) = builder.build(items.into_iter()) else { return };
         if me.machine.admit(request.segments.len(), &request.pairs, &me.channels).is_err() {
             return;
@@ -383,8 +387,8 @@ impl World {
 
     /// Starts a transfer directly if that is possible at once.
     fn directly(&mut self, side: usize, direction: Direction, items: &[(LocalSegment, FifoItem)]) -> Option<u64> {
-        let (now, peer_engine, me) = (self.now, self.sides[1 - side].engine, &mut self.sides[side]);
-        let (sketch, known) = sketch(items.iter().copied(), &me.registry, peer_engine)?;
+        let (now, peer_engine, me) = (self.now, self.engines[1 - side].id, &mut self.sides[side]);
+        let (sketch, known) = sketch(items.iter().copied(), &self.engines[side].registry, peer_engine)?;
         let mut feed = Feed::new(items.iter().copied(), known, direction.way(), sketch.count);
         me.machine.admit(sketch.count, &sketch.places(), &me.channels).ok()?;
         let started = me.machine.start_direct(sketch, direction.way(), &mut feed, &mut me.channels, now);
@@ -405,13 +409,13 @@ impl World {
         let len = Self::len(a) % 50_000;
         let bytes = self.fill(len + 3);
         let place = self.place();
-        let memory = self.sides[side].allocate(bytes.clone(), place);
+        let memory = self.engines[side].allocate(bytes.clone(), place);
         let now = self.now;
-        let me = &mut self.sides[side];
-        let (mr, addr) = (me.memory[memory].mr, me.memory[memory].addr() as usize);
+        let (me, home) = (&mut self.sides[side], &self.engines[side]);
+        let (mr, addr) = (home.memory[memory].mr, home.memory[memory].addr() as usize);
         let half = if len == 0 { 0 } else { b as usize % len };
         let items = [LocalSegment { mr, addr, len: half }, LocalSegment { mr, addr: addr + half, len: len - half }];
-        let (segments, uses) = message(items.into_iter(), &me.registry).expect("own memory");
+        let (segments, uses) = message(items.into_iter(), &home.registry).expect("own memory");
         if me.machine.admit(segments.len(), &[], &me.channels).is_err() {
             return;
         }
@@ -424,14 +428,14 @@ impl World {
     fn receive(&mut self, side: usize, a: u32, b: u32) {
         let len = if b % 9 == 0 { Self::len(a) % 50_000 } else { 50_000 } + 1;
         let place = self.place();
-        let memory = self.sides[side].allocate(vec![0xEE; len], place);
+        let memory = self.engines[side].allocate(vec![0xEE; len], place);
         let now = self.now;
-        let me = &mut self.sides[side];
+        let (me, home) = (&mut self.sides[side], &self.engines[side]);
         if me.machine.admit(1, &[], &me.channels).is_err() {
             return;
         }
-        let region = me.registry.local(me.memory[memory].mr).expect("own memory");
-        let segment = Segment { addr: me.memory[memory].addr(), len: len as u64, region: 0, place, peer: Place::HOST };
+        let region = home.registry.local(home.memory[memory].mr).expect("own memory");
+        let segment = Segment { addr: home.memory[memory].addr(), len: len as u64, region: 0, place, peer: Place::HOST };
         let id = me.machine.start_receive(segment, region, &mut me.channels, now);
         self.transfers.push(Transfer { side, id, expected: Vec::new(), begun: now, excused: true, ended: false });
         self.received[side].push((self.transfers.len() - 1, memory));
@@ -483,14 +487,14 @@ impl World {
                     }
                 }
             }
-            self.sides.iter_mut().for_each(Side::reclaim);
+            self.engines.iter_mut().for_each(Engine::reclaim);
         }
     }
 
     fn check(&mut self) -> Result<(), String> {
         for (side, world) in self.sides.iter().enumerate() {
             world.machine.audit().map_err(|e| format!("side {side}: {e}"))?;
-            if let Some(memory) = world.written_after_free() {
+            if let Some(memory) = self.engines[side].written_after_free() {
                 return Err(format!("memory {memory} of side {side} was written after it was given back"));
             }
             if world.machine.dead().is_some() && !self.net.lock().closed[side] {
@@ -521,7 +525,7 @@ impl World {
             Ok(TransferState { complete: false, .. }) => return Ok(()),
             Ok(_) => {
                 for e in &transfer.expected {
-                    let memory = &self.sides[e.side].memory[e.memory];
+                    let memory = &self.engines[e.side].memory[e.memory];
                     if !memory.freed && memory.now()[e.at..e.at + e.bytes.len()] != e.bytes[..] {
                         return Err(format!("{what} is OK with wrong bytes"));
                     }
@@ -533,7 +537,7 @@ impl World {
                 }
             }
             Err(e) => {
-                let given_back = transfer.expected.iter().any(|e| !self.sides[e.side].memory[e.memory].is_registered());
+                let given_back = transfer.expected.iter().any(|e| !self.engines[e.side].memory[e.memory].is_registered());
                 // The source of a read may have been given back too.
                 let refused = e.kind() == ErrorKind::RemoteAccess;
                 if !transfer.excused && !given_back && !refused {
@@ -549,7 +553,7 @@ impl World {
     /// Notifications arrive whole, once and in order.
     fn check_notifications(&mut self) -> Result<(), String> {
         for side in [0, 1] {
-            while let Some(got) = self.sides[side].queue.pop() {
+            while let Some(got) = self.engines[side].queue.pop() {
                 let expected = self.notified[side].get(self.heard[side]);
                 if expected != Some(&got.msg) {
                     return Err(format!("notification {} of side {side} is not the one that was sent", self.heard[side]));
@@ -567,7 +571,7 @@ impl World {
                 let (send, receive) = (&self.transfers[send], &self.transfers[receive]);
                 let ok =
                     |t: &Transfer| matches!(self.sides[t.side].machine.lookup(t.id), Ok(TransferState { complete: true, .. }));
-                let memory = &self.sides[side].memory[memory];
+                let memory = &self.engines[side].memory[memory];
                 // Withdrawals change which send meets which receive, so only the pairs before the first failure are compared.
                 if !(ok(send) && ok(receive)) {
                     break;
@@ -637,13 +641,13 @@ impl World {
 
     /// Gives back all memory. Without faults it is free at once; with them a side may not know yet that its peer is dead.
     fn give_back(&mut self, limit: Instant) -> Result<(), String> {
-        for side in &mut self.sides {
+        for side in &mut self.engines {
             (0..side.memory.len()).for_each(|index| side.deregister(index));
             side.reclaim();
         }
         loop {
-            let used = |side: &Side| side.memory.iter().any(|m| !m.freed);
-            let Some(side) = self.sides.iter().position(used) else { return Ok(()) };
+            let used = |side: &Engine| side.memory.iter().any(|m| !m.freed);
+            let Some(side) = self.engines.iter().position(used) else { return Ok(()) };
             if !self.faulty || self.now > limit {
                 return Err(format!("side {side} still uses memory although all transfers have ended"));
             }

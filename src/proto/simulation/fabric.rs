@@ -1,0 +1,236 @@
+//! The network between engines in virtual time: NICs that send one burst after the other, in turns for the connections that have
+//! something to send, and a switch with a queue in front of each NIC, which drops what does not fit. Knows nothing of engines and chunks.
+
+use super::tcp::Burst;
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
+
+/// Identifies a direction of a TCP connection.
+pub(super) type Flow = u64;
+
+/// What the network is made of.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Spec {
+    /// Bytes a second of each NIC of an engine; the last one carries control connections.
+    pub rates: &'static [u64],
+    /// Of a packet, in bytes; of the way from NIC to NIC, in nanoseconds; of the queue in front of a NIC, in bytes.
+    pub packet: u64,
+    pub latency: u64,
+    pub queue: u64,
+}
+
+/// Most bytes that leave together, and the time that they take at most.
+const BURST: u64 = 64 << 10;
+const BURST_NS: u64 = 100_000;
+/// A queue holds at most what its NIC moves in this time.
+const QUEUE_NS: u64 = 50_000_000;
+const SECOND: u64 = 1_000_000_000;
+
+/// Something that happens at a moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Event {
+    /// A NIC has sent a burst to another.
+    Left(Flow, Burst, [u32; 2]),
+    /// So many bytes of a burst arrive.
+    Arrived(Flow, Burst, u64),
+    Acknowledged(Flow, Burst, u64),
+    /// The timer of a flow is due.
+    Timer(Flow),
+    /// A side asked for a tick.
+    Tick(Flow),
+    /// The scenario asked for a call.
+    Call(u64),
+}
+
+struct Due {
+    at: u64,
+    number: u64,
+    event: Event,
+}
+
+impl PartialEq for Due {
+    fn eq(&self, other: &Due) -> bool {
+        self.number == other.number
+    }
+}
+
+impl Eq for Due {}
+
+impl PartialOrd for Due {
+    fn partial_cmp(&self, other: &Due) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Due {
+    fn cmp(&self, other: &Due) -> std::cmp::Ordering {
+        (self.at, self.number).cmp(&(other.at, other.number))
+    }
+}
+
+/// A NIC, and the queue of the switch in front of it.
+pub(super) struct Nic {
+    /// Bytes a second, both ways.
+    pub rate: u64,
+    /// Nothing leaves it or reaches it.
+    pub down: bool,
+    sending: bool,
+    /// Connections that may have something to send.
+    turns: VecDeque<Flow>,
+    /// When the queue in front of it is empty.
+    drained: u64,
+    /// Bytes that have passed the queue, the most that it held, and those that it dropped.
+    pub passed: u64,
+    pub longest: u64,
+    pub dropped: u64,
+}
+
+impl Nic {
+    fn time(&self, bytes: u64) -> u64 {
+        (u128::from(bytes) * u128::from(SECOND) / u128::from(self.rate.max(1))) as u64
+    }
+
+    fn bytes(&self, time: u64) -> u64 {
+        (u128::from(time) * u128::from(self.rate) / u128::from(SECOND)) as u64
+    }
+}
+
+/// The network.
+pub(super) struct Fabric {
+    pub spec: Spec,
+    pub now: u64,
+    pub nics: Vec<Nic>,
+    due: BinaryHeap<Reverse<Due>>,
+    events: u64,
+}
+
+impl Fabric {
+    pub(super) fn new(spec: Spec, engines: usize) -> Fabric {
+        let nic = |&rate: &u64| Nic {
+            rate,
+            down: false,
+            sending: false,
+            turns: VecDeque::new(),
+            drained: 0,
+            passed: 0,
+            longest: 0,
+            dropped: 0,
+        };
+        let nics = (0..engines).flat_map(|_| spec.rates.iter().map(nic)).collect();
+        Fabric { spec, now: 0, nics, due: BinaryHeap::new(), events: 0 }
+    }
+
+    /// NICs of one engine.
+    pub(super) fn width(&self) -> usize {
+        self.spec.rates.len()
+    }
+
+    /// How many events there were.
+    pub(super) fn events(&self) -> u64 {
+        self.events
+    }
+
+    pub(super) fn at(&mut self, at: u64, event: Event) {
+        self.events += 1;
+        self.due.push(Reverse(Due { at: at.max(self.now), number: self.events, event }));
+    }
+
+    /// When the next event is due.
+    pub(super) fn next_at(&self) -> Option<u64> {
+        self.due.peek().map(|Reverse(due)| due.at)
+    }
+
+    /// The next event; the time advances to it.
+    pub(super) fn next(&mut self) -> Option<Event> {
+        let Reverse(due) = self.due.pop()?;
+        self.now = due.at;
+        Some(due.event)
+    }
+
+    /// A connection has something to send. Returns whether the NIC is free, so that it sends at once.
+    pub(super) fn wants(&mut self, nic: usize, flow: Flow) -> bool {
+        let nic = &mut self.nics[nic];
+        nic.turns.push_back(flow);
+        !nic.sending
+    }
+
+    /// The connection whose turn it is on a NIC that has sent its burst.
+    pub(super) fn turn(&mut self, nic: usize) -> Option<Flow> {
+        self.nics[nic].sending = false;
+        self.nics[nic].turns.pop_front()
+    }
+
+    /// Most bytes that leave a NIC together.
+    pub(super) fn most(&self, nic: usize) -> u64 {
+        let packet = self.spec.packet;
+        (self.nics[nic].bytes(BURST_NS).min(BURST) / packet * packet).max(packet)
+    }
+
+    /// The longest time that the network keeps a burst to a NIC, and its acknowledgement.
+    pub(super) fn oldest(&self, from: usize, to: usize) -> u64 {
+        2 * self.spec.latency + self.longest(to).1 + self.nics[to].time(self.most(from)) + self.nics[from].time(self.most(from)) + 1000
+    }
+
+    /// Most bytes in the queue in front of a NIC, and the time that they take.
+    fn longest(&self, nic: usize) -> (u64, u64) {
+        let nic = &self.nics[nic];
+        let bytes = self.spec.queue.min(nic.bytes(QUEUE_NS).max(4 * self.spec.packet));
+        (bytes, nic.time(bytes))
+    }
+
+    /// A NIC begins to send a burst to another.
+    pub(super) fn send(&mut self, from: usize, to: usize, flow: Flow, burst: Burst) {
+        self.nics[from].sending = true;
+        self.at(self.now + self.nics[from].time(burst.len), Event::Left(flow, burst, [from as u32, to as u32]));
+    }
+
+    /// A burst has left a NIC: it passes the queue in front of the other as far as it fits. All ways are equally long, so bursts reach the
+    /// queue in the order in which they leave.
+    pub(super) fn left(&mut self, flow: Flow, burst: Burst, [from, to]: [u32; 2]) {
+        let (from, to, now) = (from as usize, to as usize, self.now);
+        let (most, _) = self.longest(to);
+        let lost = self.nics[from].down || self.nics[to].down;
+        let nic = &mut self.nics[to];
+        let held = nic.bytes(nic.drained.saturating_sub(now));
+        let fits = most.saturating_sub(held);
+        let got = match () {
+            _ if lost => return,
+            _ if burst.len <= fits => burst.len,
+            _ => fits / self.spec.packet * self.spec.packet,
+        };
+        (nic.passed, nic.dropped, nic.longest) = (nic.passed + got, nic.dropped + burst.len - got, nic.longest.max(held + got));
+        if got == 0 {
+            return;
+        }
+        nic.drained = nic.drained.max(now) + nic.time(got);
+        let arrives = nic.drained + self.spec.latency;
+        self.at(arrives, Event::Arrived(flow, burst, got));
+    }
+}
+
+#[test]
+fn a_queue_passes_what_fits_in_order_and_drops_the_rest() {
+    const RATES: &[u64] = &[1_000_000_000];
+    let spec = Spec { rates: RATES, packet: 1000, latency: 5000, queue: 100_000 };
+    let mut fabric = Fabric::new(spec, 11);
+    // Ten NICs send 20,000 bytes each to one, whose queue takes 100,000.
+    for from in 0..10 {
+        fabric.send(from, 10, from as Flow, Burst { seq: 0, len: 20_000, at: 0 });
+    }
+    let mut arrived = Vec::new();
+    while let Some(event) = fabric.next() {
+        match event {
+            Event::Arrived(flow, _, got) => arrived.push((flow, got, fabric.now)),
+            Event::Left(flow, burst, way) => {
+                fabric.left(flow, burst, way);
+                assert!(fabric.turn(way[0] as usize).is_none() && fabric.now == 20_000);
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(arrived.iter().map(|a| a.1).sum::<u64>(), 100_000);
+    assert_eq!(arrived.iter().map(|a| a.0).collect::<Vec<_>>(), [0, 1, 2, 3, 4]);
+    assert_eq!((arrived[0].2, arrived[4].2), (20_000 + 20_000 + 5000, 20_000 + 100_000 + 5000));
+    let nic = &fabric.nics[10];
+    assert_eq!((nic.passed, nic.dropped, nic.longest), (100_000, 100_000, 100_000));
+}
