@@ -76,8 +76,8 @@ pub(super) struct Link {
 /// What a scenario hears of.
 #[derive(Debug)]
 pub(super) enum Happened {
-    /// A transfer has ended: by which side it was started, its tag, the time that it took, and why it failed.
-    Ended { end: End, tag: u64, took: u64, failed: Option<Error> },
+    /// A transfer has ended: its tag, the time that it took, and why it failed.
+    Ended { tag: u64, took: u64, failed: Option<Error> },
     /// The connection has ended at a side that lives.
     Lost(End),
     /// The time has come that the scenario asked for.
@@ -151,10 +151,13 @@ impl Cluster {
 
     /// Connects two engines. Returns the place of the connection.
     pub(super) fn connect(&mut self, engines: [usize; 2]) -> usize {
-        let (now, data) = (self.now(), self.fabric.width() - 1);
-        let packet = self.fabric.spec.packet;
-        let net = Net::in_cluster(self.channels(), data, packet, &self.positions, self.start);
-        let net = Arc::new(Mutex::new(net));
+        let Spec { data, packet, .. } = self.fabric.spec;
+        self.join(engines, Net::in_cluster(self.channels(), data, packet, &self.positions, self.start))
+    }
+
+    /// Connects two engines with these channels.
+    pub(super) fn join(&mut self, engines: [usize; 2], net: Net) -> usize {
+        let (now, packet, net) = (self.now(), self.fabric.spec.packet, Arc::new(Mutex::new(net)));
         let sides = [0, 1].map(|side| {
             let (own, peer) = (engines[side], engines[1 - side]);
             let mut made = Side::new(&self.engines[own], peer, &net, side, &self.shape, now);
@@ -216,7 +219,7 @@ impl Cluster {
                 Some(id)
             }
             Err(e) => {
-                self.happened.push_back(Happened::Ended { end, tag, took: 0, failed: Some(e) });
+                self.happened.push_back(Happened::Ended { tag, took: 0, failed: Some(e) });
                 None
             }
         };
@@ -330,8 +333,8 @@ impl Cluster {
     /// The NICs that a flow leaves and reaches.
     fn way(&self, flow: Flow) -> (usize, usize) {
         let (link, _, channel, side) = parts_of(flow);
-        let (width, data) = (self.fabric.width(), self.fabric.width() - 1);
-        let nic = if channel == self.channels() { data } else { channel % data };
+        let (width, Spec { data, control, .. }) = (self.fabric.width(), self.fabric.spec);
+        let nic = if channel == self.channels() { control } else { channel % data };
         let engines = self.links[link].engines;
         (engines[side] * width + nic, engines[1 - side] * width + nic)
     }
@@ -544,7 +547,7 @@ impl Cluster {
                 Some(_) => Ok(()),
             };
             self.note(proven);
-            self.happened.push_back(Happened::Ended { end, tag: open.tag, took, failed });
+            self.happened.push_back(Happened::Ended { tag: open.tag, took, failed });
         }
     }
 

@@ -11,8 +11,10 @@ pub(super) type Flow = u64;
 /// What the network is made of.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Spec {
-    /// Bytes a second of each NIC of an engine; the last one carries control connections.
+    /// Bytes a second of each NIC of an engine. So many of the first ones carry data, and one the control connections.
     pub rates: &'static [u64],
+    pub data: usize,
+    pub control: usize,
     /// Of a packet, in bytes; of the way from NIC to NIC, in nanoseconds; of the queue in front of a NIC, in bytes.
     pub packet: u64,
     pub latency: u64,
@@ -211,7 +213,7 @@ impl Fabric {
 #[test]
 fn a_queue_passes_what_fits_in_order_and_drops_the_rest() {
     const RATES: &[u64] = &[1_000_000_000];
-    let spec = Spec { rates: RATES, packet: 1000, latency: 5000, queue: 100_000 };
+    let spec = Spec { rates: RATES, data: 1, control: 0, packet: 1000, latency: 5000, queue: 100_000 };
     let mut fabric = Fabric::new(spec, 11);
     // Ten NICs send 20,000 bytes each to one, whose queue takes 100,000.
     for from in 0..10 {

@@ -41,6 +41,8 @@ pub(super) struct Positions {
     runs: BTreeMap<u64, (u64, u64)>,
     /// The first write outside of registered memory.
     stray: Option<String>,
+    /// Messages until one arrives with a wrong byte, for a test of the test.
+    pub twist: Option<u32>,
 }
 
 impl Positions {
@@ -63,9 +65,11 @@ impl Positions {
     pub(super) fn place(&mut self, ranges: &[Part], parts: &[Part]) {
         let (mut ranges, mut parts) = (ranges.iter(), parts.iter());
         let (mut from, mut to) = (ranges.next().copied(), parts.next().copied());
+        let twisted = u64::from(self.twist == Some(0));
+        self.twist = self.twist.map(|left| left.wrapping_sub(1));
         while let (Some(source), Some(target)) = (&mut from, &mut to) {
             let len = source.len.min(target.len);
-            self.write(target.addr, len, source.addr);
+            self.write(target.addr, len, source.addr + twisted);
             for (part, rest) in [(&mut from, &mut ranges), (&mut to, &mut parts)] {
                 let Some(left) = part else { continue };
                 (left.addr, left.len) = (left.addr + len, left.len - len);

@@ -3,8 +3,10 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-/// Most bytes that a socket takes and the peer has not acknowledged, and most that wait for the receiver to read.
+/// Most bytes that a socket takes and the peer has not acknowledged, and most that wait for the receiver to read. A send buffer grows with
+/// the window.
 pub(super) const SEND_BUFFER: u64 = 4 << 20;
+const SMALL_BUFFER: u64 = 64 << 10;
 const RECEIVE_BUFFER: u64 = 6 << 20;
 /// Packets that a connection begins with.
 const FIRST_WINDOW: u64 = 10;
@@ -78,7 +80,7 @@ impl Sender {
 
     /// Bytes for which the send buffer has room.
     pub(super) fn room(&self) -> u64 {
-        SEND_BUFFER.saturating_sub(self.waiting())
+        (2 * self.window).clamp(SMALL_BUFFER, SEND_BUFFER).saturating_sub(self.waiting())
     }
 
     /// The socket takes bytes.
