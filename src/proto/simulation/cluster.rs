@@ -20,8 +20,6 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Bytes that a control connection's socket holds.
-const CONTROL_ROOM: usize = 256 << 10;
 /// Memory that all peers of an engine may use, one of them, and their transfers.
 const PEER_BYTES: [usize; 3] = [256 << 20, 128 << 20, 1 << 20];
 /// Every so many polls a machine is audited.
@@ -152,17 +150,16 @@ impl Cluster {
     /// Connects two engines. Returns the place of the connection.
     pub(super) fn connect(&mut self, engines: [usize; 2]) -> usize {
         let Spec { data, packet, .. } = self.fabric.spec;
-        self.join(engines, Net::in_cluster(self.channels(), data, packet, &self.positions, self.start))
+        let net = Net::in_cluster(self.channels(), data, packet, &self.positions, self.start);
+        self.join(engines, net, [self.shape; 2])
     }
 
-    /// Connects two engines with these channels.
-    pub(super) fn join(&mut self, engines: [usize; 2], net: Net) -> usize {
+    /// Connects two engines with these channels; the sides may differ in their limits.
+    pub(super) fn join(&mut self, engines: [usize; 2], net: Net, shapes: [Shape; 2]) -> usize {
         let (now, packet, net) = (self.now(), self.fabric.spec.packet, Arc::new(Mutex::new(net)));
         let sides = [0, 1].map(|side| {
             let (own, peer) = (engines[side], engines[1 - side]);
-            let mut made = Side::new(&self.engines[own], peer, &net, side, &self.shape, now);
-            made.room = CONTROL_ROOM;
-            made
+            Side::new(&self.engines[own], peer, &net, side, &shapes[side], now)
         });
         let place = self.free.pop().unwrap_or(self.links.len());
         let link = Link {
@@ -611,6 +608,11 @@ impl Cluster {
                 }
             }
         }
+        for (number, engine) in self.engines.iter().enumerate() {
+            if let Some(memory) = engine.written_after_free() {
+                return Err(format!("memory {memory} of engine {number} was written after it was given back"));
+            }
+        }
         match self.positions.lock().stray() {
             Some(stray) => Err(stray.to_owned()),
             None => Ok(()),
@@ -619,6 +621,7 @@ impl Cluster {
 
     /// When all transfers have ended: engines that live keep nothing of them, and give their memory back. `lossless`: no connection may
     /// have ended.
+    #[cfg(test)]
     pub(super) fn settle(&mut self, lossless: bool) -> Result<(), String> {
         // The owner of memory that was read hears at the reader's next look that it is in place.
         self.pass(Duration::from_millis(200))?;

@@ -21,6 +21,11 @@ pub(super) struct Spec {
     pub queue: u64,
 }
 
+impl Spec {
+    /// One NIC, for a simulation whose script moves the messages.
+    pub(super) const NONE: Spec = Spec { rates: &[1], data: 1, control: 0, packet: 1448, latency: 0, queue: 0 };
+}
+
 /// Most bytes that leave together, and the time that they take at most.
 const BURST: u64 = 64 << 10;
 const BURST_NS: u64 = 100_000;

@@ -4,12 +4,10 @@
 //!
 //! UCCL_TCPX_SIMULATION_SEEDS: how many seeds (default 20,000); UCCL_TCPX_SIMULATION_FIRST: the first one (default 0).
 
-#[cfg(test)]
 mod cluster;
 mod direct;
 #[cfg(test)]
 mod edges;
-#[cfg(test)]
 mod fabric;
 mod liar;
 mod net;

@@ -148,6 +148,8 @@ pub(super) struct Shape {
     /// Bytes of a chunk and of an eager transfer, at most.
     pub chunk_bytes: usize,
     pub eager_bytes: usize,
+    /// Bytes of the control connection that its socket holds.
+    pub room: usize,
     pub transfer_timeout: Duration,
     pub peer_timeout: Duration,
 }
@@ -156,7 +158,8 @@ impl Shape {
     /// `chunk_bytes`, `eager_bytes`: at most.
     pub(super) fn of(chunk_bytes: usize, eager_bytes: usize) -> Shape {
         let (transfer_timeout, peer_timeout) = (TRANSFER_TIMEOUT, PEER_TIMEOUT);
-        Shape { device: DEVICE_CHANNELS, host: HOST_CHANNELS, chunk_bytes, eager_bytes, transfer_timeout, peer_timeout }
+        let (device, host) = (DEVICE_CHANNELS, HOST_CHANNELS);
+        Shape { device, host, chunk_bytes, eager_bytes, room: 64 << 10, transfer_timeout, peer_timeout }
     }
 }
 
@@ -221,7 +224,7 @@ impl Side {
             news: 0,
             suspended: false,
             out: VecDeque::new(),
-            room: 64 << 10,
+            room: shape.room,
             mute: false,
         }
     }
