@@ -94,6 +94,7 @@ pub(super) struct Cluster {
     pub links: Vec<Link>,
     /// Places of connections that have been closed.
     free: Vec<usize>,
+    connected: u64,
     pub fabric: Fabric,
     pub positions: Arc<Mutex<Positions>>,
     pub shape: Shape,
@@ -125,6 +126,7 @@ impl Cluster {
             engines: (0..engines).map(engine).collect(),
             links: Vec::new(),
             free: Vec::new(),
+            connected: 0,
             fabric: Fabric::new(spec, engines),
             positions: Arc::default(),
             shape,
@@ -150,7 +152,8 @@ impl Cluster {
     /// Connects two engines. Returns the place of the connection.
     pub(super) fn connect(&mut self, engines: [usize; 2]) -> usize {
         let Spec { data, packet, .. } = self.fabric.spec;
-        let net = Net::in_cluster(self.channels(), data, packet, &self.positions, self.start);
+        self.connected += 1;
+        let net = Net::in_cluster(self.channels(), data, &self.positions, self.start).over_tcp(packet, self.connected);
         self.join(engines, net, [self.shape; 2])
     }
 
@@ -167,7 +170,7 @@ impl Cluster {
             sides,
             engines,
             generation: self.links.get(place).map_or(0, |old| (old.generation + 1) & 0xFFFF),
-            control: [0, 1].map(|_| Box::new(Stream::new(packet))),
+            control: [0, 1].map(|side| Box::new(Stream::new(packet, (self.connected << 8) + 254 + side))),
             ticks: [u64::MAX; 2],
             open: Default::default(),
             ended: [0; 2],
@@ -295,8 +298,14 @@ impl Cluster {
     fn handle(&mut self, event: Event) {
         match event {
             Event::Left(flow, burst, way) => {
-                self.fabric.left(flow, burst, way);
-                self.serve(way[0] as usize);
+                if self.fabric.left(flow, burst, way) {
+                    self.serve(way[0] as usize);
+                }
+            }
+            Event::Room(nic) => {
+                if let Some(from) = self.fabric.room(nic) {
+                    self.serve(from);
+                }
             }
             Event::Arrived(flow, burst, got) => self.arrived(flow, burst, got),
             Event::Acknowledged(flow, burst, got) => {

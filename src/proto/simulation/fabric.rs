@@ -1,5 +1,5 @@
 //! The network between engines in virtual time: NICs that send one burst after the other, in turns for the connections that have
-//! something to send, and a switch with a queue in front of each NIC, which drops what does not fit. Knows nothing of engines and chunks.
+//! something to send, and a switch with a queue in front of each NIC, which drops what does not fit, or holds up the senders. Knows nothing of engines and chunks.
 
 use super::tcp::Burst;
 use std::cmp::Reverse;
@@ -19,11 +19,13 @@ pub(super) struct Spec {
     pub packet: u64,
     pub latency: u64,
     pub queue: u64,
+    /// A queue that is full holds up the NICs that send to it, instead of dropping what does not fit.
+    pub pauses: bool,
 }
 
 impl Spec {
     /// One NIC, for a simulation whose script moves the messages.
-    pub(super) const NONE: Spec = Spec { rates: &[1], data: 1, control: 0, packet: 1448, latency: 0, queue: 0 };
+    pub(super) const NONE: Spec = Spec { rates: &[1], data: 1, control: 0, packet: 1448, latency: 0, queue: 0, pauses: false };
 }
 
 /// Most bytes that leave together, and the time that they take at most.
@@ -38,6 +40,8 @@ const SECOND: u64 = 1_000_000_000;
 pub(super) enum Event {
     /// A NIC has sent a burst to another.
     Left(Flow, Burst, [u32; 2]),
+    /// The queue in front of a NIC has room for the first burst that it holds up.
+    Room(usize),
     /// So many bytes of a burst arrive.
     Arrived(Flow, Burst, u64),
     Acknowledged(Flow, Burst, u64),
@@ -84,8 +88,9 @@ pub(super) struct Nic {
     sending: bool,
     /// Connections that may have something to send.
     turns: VecDeque<Flow>,
-    /// When the queue in front of it is empty.
+    /// When the queue in front of it is empty, and what it holds up.
     drained: u64,
+    held_up: VecDeque<(Flow, Burst, [u32; 2])>,
     /// Bytes that have passed the queue, the most that it held, and those that it dropped.
     pub passed: u64,
     pub longest: u64,
@@ -119,6 +124,7 @@ impl Fabric {
             sending: false,
             turns: VecDeque::new(),
             drained: 0,
+            held_up: VecDeque::new(),
             passed: 0,
             longest: 0,
             dropped: 0,
@@ -175,7 +181,9 @@ impl Fabric {
 
     /// The longest time that the network keeps a burst to a NIC, and its acknowledgement.
     pub(super) fn oldest(&self, from: usize, to: usize) -> u64 {
-        2 * self.spec.latency + self.longest(to).1 + self.nics[to].time(self.most(from)) + self.nics[from].time(self.most(from)) + 1000
+        // A pause has no bound.
+        let pause = if self.spec.pauses { SECOND } else { 0 };
+        pause + 2 * self.spec.latency + self.longest(to).1 + self.nics[to].time(self.most(from)) + self.nics[from].time(self.most(from)) + 1000
     }
 
     /// Most bytes in the queue in front of a NIC, and the time that they take.
@@ -192,19 +200,48 @@ impl Fabric {
     }
 
     /// A burst has left a NIC: it passes the queue in front of the other as far as it fits. All ways are equally long, so bursts reach the
-    /// queue in the order in which they leave.
-    pub(super) fn left(&mut self, flow: Flow, burst: Burst, [from, to]: [u32; 2]) {
-        let (from, to, now) = (from as usize, to as usize, self.now);
+    /// queue in the order in which they leave. Returns whether the NIC is free.
+    pub(super) fn left(&mut self, flow: Flow, burst: Burst, way: [u32; 2]) -> bool {
+        let (to, now) = (way[1] as usize, self.now);
         let (most, _) = self.longest(to);
-        let lost = self.nics[from].down || self.nics[to].down;
         let nic = &mut self.nics[to];
+        let fits = most.saturating_sub(nic.bytes(nic.drained.saturating_sub(now)));
+        if self.spec.pauses && (burst.len > fits || !nic.held_up.is_empty()) {
+            nic.held_up.push_back((flow, burst, way));
+            if nic.held_up.len() == 1 {
+                self.plan_room(to);
+            }
+            return false;
+        }
+        let got = if burst.len <= fits { burst.len } else { fits / self.spec.packet * self.spec.packet };
+        self.pass(flow, burst, got, way);
+        true
+    }
+
+    /// The first burst that a queue has held up passes it. Returns the NIC that is free now.
+    pub(super) fn room(&mut self, to: usize) -> Option<usize> {
+        let (flow, burst, way) = self.nics[to].held_up.pop_front()?;
+        self.pass(flow, burst, burst.len, way);
+        if !self.nics[to].held_up.is_empty() {
+            self.plan_room(to);
+        }
+        Some(way[0] as usize)
+    }
+
+    fn plan_room(&mut self, to: usize) {
+        let (most, nic) = (self.longest(to).0, &self.nics[to]);
+        let Some((_, first, _)) = nic.held_up.front() else { return };
+        let at = nic.drained.saturating_sub(nic.time(most.saturating_sub(first.len)));
+        self.at(at, Event::Room(to));
+    }
+
+    fn pass(&mut self, flow: Flow, burst: Burst, got: u64, [from, to]: [u32; 2]) {
+        let (now, lost) = (self.now, self.nics[from as usize].down || self.nics[to as usize].down);
+        let nic = &mut self.nics[to as usize];
+        if lost {
+            return;
+        }
         let held = nic.bytes(nic.drained.saturating_sub(now));
-        let fits = most.saturating_sub(held);
-        let got = match () {
-            _ if lost => return,
-            _ if burst.len <= fits => burst.len,
-            _ => fits / self.spec.packet * self.spec.packet,
-        };
         (nic.passed, nic.dropped, nic.longest) = (nic.passed + got, nic.dropped + burst.len - got, nic.longest.max(held + got));
         if got == 0 {
             return;
@@ -218,7 +255,7 @@ impl Fabric {
 #[test]
 fn a_queue_passes_what_fits_in_order_and_drops_the_rest() {
     const RATES: &[u64] = &[1_000_000_000];
-    let spec = Spec { rates: RATES, data: 1, control: 0, packet: 1000, latency: 5000, queue: 100_000 };
+    let spec = Spec { rates: RATES, data: 1, control: 0, packet: 1000, latency: 5000, queue: 100_000, pauses: false };
     let mut fabric = Fabric::new(spec, 11);
     // Ten NICs send 20,000 bytes each to one, whose queue takes 100,000.
     for from in 0..10 {
@@ -229,7 +266,7 @@ fn a_queue_passes_what_fits_in_order_and_drops_the_rest() {
         match event {
             Event::Arrived(flow, _, got) => arrived.push((flow, got, fabric.now)),
             Event::Left(flow, burst, way) => {
-                fabric.left(flow, burst, way);
+                assert!(fabric.left(flow, burst, way));
                 assert!(fabric.turn(way[0] as usize).is_none() && fabric.now == 20_000);
             }
             other => panic!("{other:?}"),
@@ -240,4 +277,28 @@ fn a_queue_passes_what_fits_in_order_and_drops_the_rest() {
     assert_eq!((arrived[0].2, arrived[4].2), (20_000 + 20_000 + 5000, 20_000 + 100_000 + 5000));
     let nic = &fabric.nics[10];
     assert_eq!((nic.passed, nic.dropped, nic.longest), (100_000, 100_000, 100_000));
+}
+
+#[test]
+fn a_queue_that_pauses_drops_nothing_and_holds_up_the_senders() {
+    const RATES: &[u64] = &[1_000_000_000];
+    let spec = Spec { rates: RATES, data: 1, control: 0, packet: 1000, latency: 5000, queue: 100_000, pauses: true };
+    let mut fabric = Fabric::new(spec, 11);
+    for from in 0..10 {
+        fabric.send(from, 10, from as Flow, Burst { seq: 0, len: 20_000, at: 0 });
+    }
+    let (mut arrived, mut free) = (Vec::new(), Vec::new());
+    while let Some(event) = fabric.next() {
+        match event {
+            Event::Arrived(flow, _, got) => arrived.push((flow, got, fabric.now)),
+            Event::Left(flow, burst, way) => free.extend(fabric.left(flow, burst, way).then_some((flow, fabric.now))),
+            Event::Room(nic) => free.extend(fabric.room(nic).map(|from| (from as Flow, fabric.now))),
+            other => panic!("{other:?}"),
+        }
+    }
+    let at = |flow: u64| 20_000 + 20_000 * (flow + 1) + 5000;
+    assert_eq!(arrived, (0..10).map(|flow| (flow, 20_000, at(flow))).collect::<Vec<_>>());
+    let freed = |flow: u64| 20_000 + 20_000 * flow.saturating_sub(4);
+    assert_eq!(free, (0..10).map(|flow| (flow, freed(flow))).collect::<Vec<_>>());
+    assert_eq!((fabric.nics[10].dropped, fabric.nics[10].longest), (0, 100_000));
 }

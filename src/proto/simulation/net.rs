@@ -55,8 +55,8 @@ pub(super) struct Stream {
 }
 
 impl Stream {
-    pub(super) fn new(packet: u64) -> Stream {
-        Stream { sender: Sender::new(packet), receiver: Receiver::default(), read: 0, queued: false, timed: false }
+    pub(super) fn new(packet: u64, seed: u64) -> Stream {
+        Stream { sender: Sender::new(packet, seed), receiver: Receiver::default(), read: 0, queued: false, timed: false }
     }
 }
 
@@ -221,10 +221,16 @@ impl Net {
     }
 
     /// The channels of a connection in a cluster. `nics`: how many of each engine they use.
-    pub(super) fn in_cluster(channels: usize, nics: usize, packet: u64, positions: &Arc<Mutex<Positions>>, start: Instant) -> Net {
-        let mut net = Net { nics, positions: positions.clone(), start, ..Net::new(channels, true) };
-        net.wires.iter_mut().flatten().for_each(|wire| wire.stream = Some(Box::new(Stream::new(packet))));
-        net
+    pub(super) fn in_cluster(channels: usize, nics: usize, positions: &Arc<Mutex<Positions>>, start: Instant) -> Net {
+        Net { nics, positions: positions.clone(), start, ..Net::new(channels, true) }
+    }
+
+    /// Puts TCP under the channels.
+    pub(super) fn over_tcp(mut self, packet: u64, seed: u64) -> Net {
+        for (number, wire) in self.wires.iter_mut().flatten().enumerate() {
+            wire.stream = Some(Box::new(Stream::new(packet, seed << 8 | number as u64)));
+        }
+        self
     }
 
     /// Nanoseconds since the simulation began.
@@ -584,9 +590,16 @@ impl Path for SimulatedPath {
             if out.failed || incoming.failed {
                 end.failed.get_or_insert_with(|| err!(RemoteDisconnect, "simulated: channel {number} has failed"));
             }
+            let (nic, moved) = (NICS[channel % net.nics], net.reports_moved.then_some((out.taken, incoming.brought())));
+            if end.failed.is_some() {
+                // Nothing is due there any more.
+                let outbound = Outbound { acknowledged: out.outbound().acknowledged, ..Outbound::default() };
+                each(Line { nic, moved, outbound, under_way: (0, 0), posted: 0, open: false });
+                continue;
+            }
             each(Line {
-                nic: NICS[channel % net.nics],
-                moved: net.reports_moved.then_some((out.taken, incoming.brought())),
+                nic,
+                moved,
                 outbound: out.outbound(),
                 under_way: (out.posted.len() + out.sent.len(), incoming.expected.len()),
                 posted: incoming.expected.len().min(WINDOW),

@@ -39,7 +39,7 @@ impl Paced {
         [transfer_timeout, peer_timeout]: [Duration; 2],
     ) -> Paced {
         let (data_nics, control_nic) = (nics.len() - 1, nics.len() - 1);
-        let spec = Spec { rates: nics, data: data_nics, control: control_nic, packet: 1448, latency: 50_000, queue: 1 << 20 };
+        let spec = Spec { rates: nics, data: data_nics, control: control_nic, packet: 1448, latency: 50_000, queue: 1 << 20, pauses: false };
         let mut cluster = Cluster::new(2, spec, Shape { transfer_timeout, peer_timeout, ..Shape::of(512 * KIB, 8 * KIB) });
         for (number, nic) in cluster.fabric.nics.iter_mut().enumerate() {
             nic.rate = if (number + 1) % nics.len() == 0 { control } else { data };
@@ -225,6 +225,20 @@ fn a_dead_nic_is_given_up_and_another_carries_its_data() {
         }
         for side in &world.cluster.links[0].sides {
             assert!(side.machine.counts().lost_channels > 0, "{direction:?}: no channel was given up");
+        }
+    }
+}
+
+#[test]
+fn two_dead_nics_are_given_up_although_nothing_is_left_for_the_third() {
+    for direction in [Direction::Write, Direction::Read] {
+        let mut world = Paced::with_nics(&[0; 5], MIB as u64, MIB as u64, DEFAULT);
+        // The channels for host memory are on three NICs.
+        world.net().wires[2..4].iter_mut().for_each(|w| (w[0].stalled, w[1].stalled) = (true, true));
+        let transfers = (0..3).map(|_| world.transfer(0, direction, HOST, MIB)).collect();
+        world.until_complete(transfers, chatter);
+        for side in &world.cluster.links[0].sides {
+            assert_eq!(side.machine.counts().lost_channels, 2, "{direction:?}");
         }
     }
 }

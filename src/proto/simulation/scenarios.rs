@@ -2,10 +2,7 @@
 //! every byte proven, every invariant checked, equals served alike, and what an engine keeps below a bound. A row says how fast it was, in
 //! virtual time.
 //!
-//! ```text
-//! cargo test --release -p uccl-tcpx --lib simulation::scenarios -- --nocapture                                # 64 engines
-//! cargo test --release -p uccl-tcpx --lib simulation::scenarios -- --nocapture --ignored --test-threads 1    # 1,000 engines
-//! ```
+//! `scripts/simulate` prints the rows.
 
 use super::cluster::{Block, Cluster, End, Happened, Held, Scenario};
 use super::fabric::Spec;
@@ -23,12 +20,16 @@ const FAST: u64 = 25_000_000_000;
 /// Bytes a second of such a host.
 const HOST: f64 = 4.0 * FAST as f64;
 /// One of 100 Gbit/s beside them carries the control connections; or the first of the four does.
-const BESIDE: Spec = Spec { rates: &[FAST, FAST, FAST, FAST, FAST / 2], data: 4, control: 4, packet: 8192, latency: 10_000, queue: 4 << 20 };
+const BESIDE: Spec = Spec { rates: &[FAST, FAST, FAST, FAST, FAST / 2], data: 4, control: 4, packet: 8192, latency: 10_000, queue: 4 << 20, pauses: false };
 const SHARED: Spec = Spec { rates: &[FAST; 4], control: 0, ..BESIDE };
+/// A full queue holds up the senders.
+const PAUSES: Spec = Spec { pauses: true, ..SHARED };
 /// A small operation: below what travels in a control message.
 const SMALL: usize = 4 * KIB;
 /// The pause of a client between two small operations.
 const THINKS: u64 = MS / 2;
+/// How many clients there are, about.
+const CLIENTS: usize = 64;
 
 fn shape() -> Shape {
     let (transfer_timeout, peer_timeout) = (Duration::from_secs(4), Duration::from_secs(3));
@@ -54,9 +55,10 @@ struct Planned {
     blocks: Vec<Block>,
     /// Equals are compared by this number.
     equal: usize,
-    /// Once it has ended: whether it has failed, and why.
+    /// Once it has ended: whether it has failed and why, and how long it took.
     failed: Option<bool>,
     why: String,
+    took: u64,
 }
 
 /// A client that writes a few bytes again and again, while others are busy.
@@ -157,7 +159,7 @@ const FAULT: u64 = 1 << 33;
 
 impl Plan {
     fn add(&mut self, at: u64, end: End, direction: Direction, blocks: Vec<Block>, equal: usize) {
-        self.planned.push(Planned { at, end, direction, blocks, equal, failed: None, why: String::new() });
+        self.planned.push(Planned { at, end, direction, blocks, equal, failed: None, why: String::new(), took: 0 });
     }
 
     /// Runs all of it, and returns the virtual time.
@@ -219,7 +221,7 @@ impl Scenario for Plan {
             Happened::Ended { tag, took, failed } => {
                 let planned = &mut self.planned[tag as usize];
                 assert!(planned.failed.is_none(), "transfer {tag} ends twice");
-                planned.failed = Some(failed.is_some());
+                (planned.failed, planned.took) = (Some(failed.is_some()), took);
                 planned.why = failed.as_ref().map_or_else(String::new, ToString::to_string);
                 self.left -= 1;
                 if failed.is_none() {
@@ -260,7 +262,9 @@ impl AllToAll {
         let mut clients = Clients::default();
         for engine in 0..engines {
             let link = cluster.connect([engine, (engine + 1) % engines]);
-            clients.add(cluster, (link, 0));
+            if engine % engines.div_ceil(CLIENTS) == 0 {
+                clients.add(cluster, (link, 0));
+            }
         }
         let left = engines * (engines - 1);
         AllToAll { bytes, sources, targets, next: vec![1; engines], open: Vec::new(), left, clients, tally: Tally::default() }
@@ -416,7 +420,9 @@ fn incast(what: &'static str, engines: usize, spec: Spec, bytes: usize) -> Row {
         let link = cluster.connect([sender, 0]);
         let block = Block { near: (source, 0), far: (target, (sender - 1) * bytes), len: bytes };
         plan.add(0, (link, 0), Direction::Write, vec![block], sender - 1);
-        plan.clients.add(&mut cluster, (link, 0));
+        if sender % engines.div_ceil(CLIENTS) == 0 {
+            plan.clients.add(&mut cluster, (link, 0));
+        }
     }
     let time = within(plan.run(&mut cluster, Duration::from_secs(60)));
     assert!(plan.planned.iter().all(|planned| planned.failed == Some(false)) && plan.lost.is_empty());
@@ -475,7 +481,7 @@ fn caches(engines: usize, time: u64, load: f64, seed: u64) -> Row {
         let blocks = blocks.collect();
         plan.add(at as u64, (link, 0), Direction::Read, blocks, from);
     }
-    for &link in links.values().step_by(links.len().div_ceil(engines)) {
+    for &link in links.values().step_by(links.len().div_ceil(CLIENTS)) {
         plan.clients.add(&mut cluster, (link, 0));
     }
     let time = within(plan.run(&mut cluster, Duration::from_secs(60)));
@@ -500,7 +506,7 @@ fn faults(engines: usize, bytes: usize) -> Row {
                 let (near, far) = (cluster.engines[own].reserve(&positions, bytes), cluster.engines[peer].reserve(&positions, bytes));
                 plan.add(0, (link, side), Direction::Write, vec![Block { near: (near, 0), far: (far, 0), len: bytes }], own);
             }
-            if ahead == 1 {
+            if ahead == 1 && engine % engines.div_ceil(CLIENTS) == 0 {
                 plan.clients.add(&mut cluster, (link, 0));
             }
         }
@@ -524,6 +530,13 @@ fn faults(engines: usize, bytes: usize) -> Row {
         assert!(planned.failed == Some(false) || !lives(planned.end.0), "a transfer between {engines:?}, which live, has failed: {}", planned.why);
     }
     assert!(plan.lost.iter().all(|&(link, _)| !lives(link)), "a connection between hosts that live has ended");
+    // What a crashed host leaves open ends within the timeouts, and hosts without a fault are not held up.
+    assert!(time <= MS + (shape().transfer_timeout + Duration::from_millis(1100)).as_nanos() as u64, "{time} ns");
+    for planned in &plan.planned {
+        let sound = |engine: &usize| ![5, 8, 9, 13].contains(&(engine % 16));
+        let held_up = cluster.links[planned.end.0].engines.iter().all(sound) && planned.took > 500 * MS;
+        assert!(!held_up, "a transfer between sound hosts took {} ms", planned.took / MS);
+    }
     let failed = plan.planned.iter().filter(|planned| planned.failed == Some(true)).count();
     let lost: u64 = cluster.links.iter().flat_map(|link| &link.sides).map(|side| side.machine.counts().lost_channels).sum();
     assert!(failed >= 8 * crashed && lost >= 8 * down as u64, "{failed} transfers failed, {lost} channels were lost");
@@ -540,13 +553,15 @@ fn is_bounded(row: &Row, connections: usize) {
     assert!(chunks <= connections * 512, "{chunks} chunks announced for {connections} connections");
 }
 
+const INCASTS: [(&str, Spec); 3] =
+    [("incast", BESIDE), ("incast, control on a data NIC", SHARED), ("incast, the same without drops", PAUSES)];
+
 #[test]
 fn sixty_four_engines_send_to_one() {
-    for (what, spec) in [("incast", BESIDE), ("incast, control shares a NIC", SHARED)] {
+    for (what, spec) in INCASTS {
         let row = incast(what, 64, spec, 96 * MIB);
-        // A few wait for a timeout of TCP at the end.
-        let share = row.share * row.time as f64 / row.most_ended as f64;
-        assert!(share > 0.8 && row.jain > 0.9, "{row:?}");
+        // With drops a few wait for a timeout of TCP at the end.
+        assert!(row.jain > 0.9 && (!spec.pauses || row.share > 0.95), "{row:?}");
         is_bounded(&row, 63);
     }
 }
@@ -554,7 +569,7 @@ fn sixty_four_engines_send_to_one() {
 #[test]
 fn sixty_four_engines_send_to_each_other() {
     let row = all_to_all(64, 32, 4 * MIB);
-    assert!(row.share > 0.5 && row.jain > 0.95, "{row:?}");
+    assert!(row.share > 0.8 && row.jain > 0.95, "{row:?}");
     is_bounded(&row, 65);
 }
 
@@ -571,16 +586,31 @@ fn sixty_four_engines_survive_faults() {
 
 #[test]
 #[ignore = "scripts/test --all runs it"]
-fn a_thousand_engines() {
-    for (what, spec) in [("incast", BESIDE), ("incast, control shares a NIC", SHARED)] {
+fn a_thousand_engines_send_to_one() {
+    for (what, spec) in INCASTS {
         let row = incast(what, 1000, spec, 16 * MIB);
-        assert!(row.jain > 0.7, "{row:?}");
+        assert!(!spec.pauses || (row.share > 0.9 && row.jain > 0.9), "{row:?}");
         is_bounded(&row, 999);
     }
+}
+
+#[test]
+#[ignore = "scripts/test --all runs it"]
+fn a_thousand_engines_send_to_each_other() {
     let row = all_to_all(1000, 16, 64 * KIB);
     assert!(row.jain > 0.95, "{row:?}");
     is_bounded(&row, 2 * 16 + 2);
+}
+
+#[test]
+#[ignore = "scripts/test --all runs it"]
+fn a_thousand_engines_hand_over_caches() {
     is_bounded(&caches(1000, 10 * MS, 0.5, 1), 999);
+}
+
+#[test]
+#[ignore = "scripts/test --all runs it"]
+fn a_thousand_engines_survive_faults() {
     is_bounded(&faults(1000, 32 * MIB), 8);
 }
 

@@ -1,6 +1,7 @@
 //! A TCP connection in one direction, as far as an engine feels it: a send buffer, a congestion window, losses that are found by what
 //! arrives later or by a timer, and bytes that reach the receiver in order. Sequence numbers are bytes, times are nanoseconds. Pure.
 
+use super::Rng;
 use std::collections::{BTreeMap, VecDeque};
 
 /// Most bytes that a socket takes and the peer has not acknowledged, and most that wait for the receiver to read. A send buffer grows with
@@ -12,9 +13,10 @@ const RECEIVE_BUFFER: u64 = 6 << 20;
 const FIRST_WINDOW: u64 = 10;
 /// A window in which something was lost shrinks to this part of itself (CUBIC).
 const SHRINK: (u64, u64) = (7, 10);
-/// The first timer stands for a probe of the tail, the later ones for the timeout, which doubles.
-const PROBE: u64 = 10_000_000;
+/// The first timer stands for a probe of the tail, the later ones for the timeout, which doubles. Clocks of hosts tick at different moments.
+const PROBE: u64 = 8_000_000;
 const TIMEOUT: u64 = 200_000_000;
+const TICK: u64 = 4_000_000;
 const MOST_TIMEOUTS: u32 = 9;
 
 /// Bytes that were sent together.
@@ -44,6 +46,7 @@ pub(super) struct Sender {
     busy: Busy,
     /// The shortest round trip.
     round_trip: u64,
+    rng: Rng,
 }
 
 /// When the timer fires unless something is acknowledged, and how often it has.
@@ -61,7 +64,8 @@ struct Busy {
 }
 
 impl Sender {
-    pub(super) fn new(packet: u64) -> Sender {
+    /// `seed`: of its host's clock.
+    pub(super) fn new(packet: u64, seed: u64) -> Sender {
         Sender {
             offered: 0,
             next: 0,
@@ -75,6 +79,7 @@ impl Sender {
             timer: Timer::default(),
             busy: Busy::default(),
             round_trip: 0,
+            rng: Rng::new(seed),
         }
     }
 
@@ -150,11 +155,12 @@ impl Sender {
         Some(burst)
     }
 
-    fn patience(&self) -> u64 {
-        match self.timer.fired {
+    fn patience(&mut self) -> u64 {
+        let patience = match self.timer.fired {
             0 => PROBE,
             n => TIMEOUT << (n - 1).min(MOST_TIMEOUTS),
-        }
+        };
+        patience + self.rng.below(TICK)
     }
 
     /// The receiver has `got` of the bytes of a burst. All packets take the same way, so what left earlier and was not acknowledged is lost.
@@ -186,7 +192,8 @@ impl Sender {
         self.window = self.window.min(SEND_BUFFER);
         let took = now - burst.at;
         self.round_trip = if self.round_trip == 0 { took } else { self.round_trip.min(took) };
-        self.timer = Timer { deadline: now + PROBE, fired: 0 };
+        self.timer.fired = 0;
+        self.timer.deadline = now + self.patience();
         if self.waiting() == 0 {
             self.busy.before += self.busy.since.take().map_or(0, |since| now - since);
         }
@@ -210,11 +217,9 @@ impl Sender {
         all.extend(self.again.drain(..));
         self.again = all.into();
         if lost > 0 {
-            if self.timer.fired == 0 {
-                self.shrink(packet);
-            } else {
-                (self.threshold, self.window) = ((self.window / 2).max(2 * packet), packet);
-            }
+            // One packet asks whether the way is free.
+            self.shrink(packet);
+            self.window = packet;
             (self.timer.fired, self.shrunk) = (self.timer.fired + 1, now);
         }
         self.timer.deadline = now + self.patience().max(oldest);
@@ -253,7 +258,7 @@ impl Receiver {
 #[test]
 fn what_is_lost_is_sent_again_and_arrives_in_order() {
     const PACKET: u64 = 1000;
-    let (mut sender, mut receiver, mut now) = (Sender::new(PACKET), Receiver::default(), 0);
+    let (mut sender, mut receiver, mut now) = (Sender::new(PACKET, 1), Receiver::default(), 0);
     sender.offer(1_000_000, 0);
     let (mut sent, mut dropped, mut least) = (0u64, 0u64, u64::MAX);
     while sender.acked() < 1_000_000 {
@@ -288,7 +293,7 @@ fn what_is_lost_is_sent_again_and_arrives_in_order() {
 
 #[test]
 fn a_receiver_that_does_not_read_stops_the_sender() {
-    let (mut sender, mut now) = (Sender::new(1000), 0);
+    let (mut sender, mut now) = (Sender::new(1000, 1), 0);
     let mut sent = 0;
     while sent < 20 << 20 {
         sender.offer(sender.room(), now);
