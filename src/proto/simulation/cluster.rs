@@ -466,6 +466,8 @@ impl Cluster {
         let mut arrives = false;
         loop {
             link.sides[side].poll(now);
+            // An engine counts them.
+            link.sides[side].machine.take_timed().for_each(drop);
             let mut net = link.net.lock();
             let mut again = false;
             for channel in 0..channels {
@@ -567,14 +569,18 @@ impl Cluster {
             let (source_memory, target_memory) = (&self.engines[from].memory[source.0], &self.engines[to].memory[target.0]);
             let right = match source_memory.bytes.is_empty() {
                 true => {
-                    let [target, source] = [(target_memory, target.1), (source_memory, source.1)].map(|(m, at)| m.addr() + at as u64);
+                    let [target, source] =
+                        [(target_memory, target.1), (source_memory, source.1)].map(|(m, at)| m.addr() + at as u64);
                     // Described memory.
                     self.positions.lock().holds(target, block.len as u64, source)
                 }
                 false => target_memory.now()[target.1..][..block.len] == source_memory.now()[source.1..][..block.len],
             };
             if !right {
-                return Err(format!("transfer {} from engine {from} to engine {to} is OK with wrong bytes in {block:?}", open.tag));
+                return Err(format!(
+                    "transfer {} from engine {from} to engine {to} is OK with wrong bytes in {block:?}",
+                    open.tag
+                ));
             }
         }
         Ok(())
@@ -647,7 +653,9 @@ impl Cluster {
                 }
                 if own.channels.under_way() > 0 || !own.machine.is_idle() {
                     let bytes = own.channels.under_way();
-                    return Err(format!("engine {engine} keeps state of transfers that have ended, and counts {bytes} bytes in flight"));
+                    return Err(format!(
+                        "engine {engine} keeps state of transfers that have ended, and counts {bytes} bytes in flight"
+                    ));
                 }
             }
         }

@@ -183,7 +183,12 @@ impl Fabric {
     pub(super) fn oldest(&self, from: usize, to: usize) -> u64 {
         // A pause has no bound.
         let pause = if self.spec.pauses { SECOND } else { 0 };
-        pause + 2 * self.spec.latency + self.longest(to).1 + self.nics[to].time(self.most(from)) + self.nics[from].time(self.most(from)) + 1000
+        pause
+            + 2 * self.spec.latency
+            + self.longest(to).1
+            + self.nics[to].time(self.most(from))
+            + self.nics[from].time(self.most(from))
+            + 1000
     }
 
     /// Most bytes in the queue in front of a NIC, and the time that they take.

@@ -263,7 +263,8 @@ impl World {
         let tag = tag(key, false, offset);
         let lies = a % 13 == 0;
         let len = if lies { len / 2 + 1 } else { len };
-        let message = Message { tag: if b % 17 == 0 { !tag & 0x7FFF_FFFF } else { tag }, content: Content::Bytes(vec![LIE; len as usize]) };
+        let message =
+            Message { tag: if b % 17 == 0 { !tag & 0x7FFF_FFFF } else { tag }, content: Content::Bytes(vec![LIE; len as usize]) };
         self.net.lock().wires[channel][1].flying.push_back(message);
     }
 

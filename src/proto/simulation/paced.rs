@@ -32,14 +32,17 @@ impl Paced {
     }
 
     /// `nics`: one for each NIC of an engine, that of the control connection included.
-    fn with_nics(
-        nics: &'static [u64],
-        data: u64,
-        control: u64,
-        [transfer_timeout, peer_timeout]: [Duration; 2],
-    ) -> Paced {
+    fn with_nics(nics: &'static [u64], data: u64, control: u64, [transfer_timeout, peer_timeout]: [Duration; 2]) -> Paced {
         let (data_nics, control_nic) = (nics.len() - 1, nics.len() - 1);
-        let spec = Spec { rates: nics, data: data_nics, control: control_nic, packet: 1448, latency: 50_000, queue: 1 << 20, pauses: false };
+        let spec = Spec {
+            rates: nics,
+            data: data_nics,
+            control: control_nic,
+            packet: 1448,
+            latency: 50_000,
+            queue: 1 << 20,
+            pauses: false,
+        };
         let mut cluster = Cluster::new(2, spec, Shape { transfer_timeout, peer_timeout, ..Shape::of(512 * KIB, 8 * KIB) });
         for (number, nic) in cluster.fabric.nics.iter_mut().enumerate() {
             nic.rate = if (number + 1) % nics.len() == 0 { control } else { data };

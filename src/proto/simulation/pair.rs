@@ -244,7 +244,9 @@ impl World {
         match (a >> 1) % 3 {
             0 => self.net().wire(channel, side).failed = true,
             1 => [0, 1].into_iter().for_each(|side| self.net().wire(channel, side).failed = true),
-            _ => self.cluster.links[0].sides[side].channels.close_channel(channel as u16, err!(RemoteDisconnect, "simulated: given up")),
+            _ => self.cluster.links[0].sides[side]
+                .channels
+                .close_channel(channel as u16, err!(RemoteDisconnect, "simulated: given up")),
         }
     }
 
@@ -540,7 +542,8 @@ impl World {
                 // The source of a read may have been given back too.
                 let refused = e.kind() == ErrorKind::RemoteAccess;
                 if !transfer.excused && !given_back && !refused {
-                    let causes: Vec<_> = self.cluster.links[0].sides.iter().map(|s| s.machine.dead().map(ToString::to_string)).collect();
+                    let causes: Vec<_> =
+                        self.cluster.links[0].sides.iter().map(|s| s.machine.dead().map(ToString::to_string)).collect();
                     return Err(format!("{what} failed without a fault: {e}; {causes:?}"));
                 }
             }
@@ -568,8 +571,9 @@ impl World {
         for side in [0, 1] {
             for (&(send, ref bytes), &(receive, memory)) in self.sent[side].iter().zip(&self.received[side]) {
                 let (send, receive) = (&self.transfers[send], &self.transfers[receive]);
-                let ok =
-                    |t: &Transfer| matches!(self.cluster.links[0].sides[t.side].machine.lookup(t.id), Ok(TransferState { complete: true, .. }));
+                let ok = |t: &Transfer| {
+                    matches!(self.cluster.links[0].sides[t.side].machine.lookup(t.id), Ok(TransferState { complete: true, .. }))
+                };
                 let memory = &self.cluster.engines[side].memory[memory];
                 // Withdrawals change which send meets which receive, so only the pairs before the first failure are compared.
                 if !(ok(send) && ok(receive)) {
