@@ -239,6 +239,19 @@ impl Cluster {
         self.fabric.nics[engine * width..(engine + 1) * width].iter_mut().for_each(|nic| nic.down = true);
     }
 
+    /// The process of an engine ends: its kernel closes what it had open, and its peers learn of that at once.
+    pub(super) fn end(&mut self, engine: usize) {
+        self.crashed[engine] = true;
+        let now = self.now();
+        for place in 0..self.links.len() {
+            let link = &mut self.links[place];
+            let Some(side) = (0..2).find(|&side| link.engines[side] == engine) else { continue };
+            link.net.lock().wires.iter_mut().flatten().for_each(|wire| wire.failed = true);
+            link.sides[1 - side].fail(err!(RemoteDisconnect, "the peer has closed the connection"), now);
+            self.poll((place, 1 - side));
+        }
+    }
+
     /// The most that each engine kept.
     pub(super) fn most(&self) -> &[Held] {
         &self.most

@@ -48,8 +48,9 @@ fn shape() -> Shape {
 /// What breaks.
 #[derive(Clone, Copy, Debug)]
 enum Fault {
-    /// A host is gone without a word.
+    /// A host is gone without a word, or its process ends.
     Crash(usize),
+    End(usize),
     /// A NIC of an engine goes down, or is as slow as this.
     Down(usize, usize),
     Slow(usize, usize, u64),
@@ -194,8 +195,11 @@ impl Plan {
     fn break_something(&mut self, cluster: &mut Cluster, fault: Fault) {
         let width = cluster.fabric.width();
         match fault {
-            Fault::Crash(engine) => {
-                cluster.crash(engine);
+            Fault::Crash(engine) | Fault::End(engine) => {
+                match fault {
+                    Fault::Crash(_) => cluster.crash(engine),
+                    _ => cluster.end(engine),
+                }
                 // What it was about to do is not awaited.
                 for planned in self.planned.iter_mut().filter(|planned| planned.failed.is_none()) {
                     if cluster.links[planned.end.0].engines[planned.end.1] == engine {
@@ -548,12 +552,13 @@ fn faults(engines: usize, bytes: usize) -> Row {
     let (mut crashed, mut down) = (0, 0);
     for engine in 0..engines {
         let fault = match engine % 16 {
+            2 => Fault::End(engine),
             5 => Fault::Crash(engine),
             8 | 9 => Fault::Down(engine, 1 + engine % 3),
             13 => Fault::Slow(engine, 2, FAST / 1000),
             _ => continue,
         };
-        crashed += usize::from(matches!(fault, Fault::Crash(_)));
+        crashed += usize::from(matches!(fault, Fault::Crash(_) | Fault::End(_)));
         down += usize::from(matches!(fault, Fault::Down(..)));
         plan.faults.push((MS + engine as u64 * 1000, fault));
     }
@@ -568,7 +573,7 @@ fn faults(engines: usize, bytes: usize) -> Row {
         );
     }
     assert!(plan.lost.iter().all(|&(link, _)| !lives(link)), "a connection between hosts that live has ended");
-    // What a crashed host leaves open ends within the timeouts, and hosts without a fault are not held up.
+    // What a crashed host leaves open ends within the timeouts, what a process leaves open at once, and hosts without a fault are not held up.
     assert!(time <= MS + (shape().transfer_timeout + Duration::from_millis(1100)).as_nanos() as u64, "{time} ns");
     for planned in &plan.planned {
         let sound = |engine: &usize| ![5, 8, 9, 13].contains(&(engine % 16));
@@ -587,8 +592,8 @@ fn faults(engines: usize, bytes: usize) -> Row {
 /// What an engine may keep for so many connections, whatever its peers do at once.
 fn is_bounded(row: &Row, connections: usize) {
     let Held { frames, chunks, .. } = row.most;
-    assert!(frames <= connections * 64 * KIB, "{frames} bytes of frames for {connections} connections");
-    assert!(chunks <= connections * 512, "{chunks} chunks announced for {connections} connections");
+    assert!(frames <= (connections + 16) * 4 * KIB, "{frames} bytes of frames for {connections} connections");
+    assert!(chunks <= connections * 192, "{chunks} chunks announced for {connections} connections");
 }
 
 const INCASTS: [(&str, Spec); 3] =
