@@ -124,7 +124,7 @@ impl Channels {
         self.loads.channels.clear();
         self.loads.nics.clear();
         self.loads.numbers.clear();
-        self.loads.alone = 0;
+        (self.loads.alone, self.loads.first) = (0, 0);
         self.paths.get_mut(route)?.loads(place, bulk, now, &mut self.loads);
         let pick = stripe::pick(&self.loads, want)?;
         let channel = self.loads.numbers.get(pick.channel).copied().unwrap_or(pick.channel);

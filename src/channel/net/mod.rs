@@ -19,6 +19,7 @@ use crate::stats::ChannelStats;
 use crate::status::{bail, Result};
 use crate::types::Place;
 use slot::Slot;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 use usage::Resources;
 
@@ -31,11 +32,17 @@ pub(crate) struct NetPath {
     /// The pairs of NICs that the channels use, and their names.
     nics: Vec<Nic>,
     names: Vec<(String, String)>,
+    /// The NIC that goes first among equals.
+    first: usize,
 }
+
+/// How many paths there were in this process.
+static PATHS: AtomicUsize = AtomicUsize::new(0);
 
 impl NetPath {
     pub(crate) fn new(plugin: &str, seats: Vec<Seat>, usage: Usage) -> NetPath {
-        let mut path = NetPath { slots: Vec::new(), usage, plugin: plugin.to_owned(), nics: Vec::new(), names: Vec::new() };
+        let (plugin, first) = (plugin.to_owned(), PATHS.fetch_add(1, Ordering::Relaxed));
+        let mut path = NetPath { slots: Vec::new(), usage, plugin, nics: Vec::new(), names: Vec::new(), first };
         for seat in seats {
             let nic = path.nic(seat.nics());
             path.slots.push(Slot::new(seat, nic));
@@ -124,7 +131,7 @@ impl Path for NetPath {
         if compares {
             self.look(now);
         }
-        out.alone = self.usage.alone;
+        (out.alone, out.first) = (self.usage.alone, self.first);
         if self.slots.iter().all(Slot::is_open) {
             if compares {
                 out.nics.extend(self.nics.iter().map(|nic| nic.load(now)));

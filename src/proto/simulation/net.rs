@@ -358,6 +358,8 @@ pub(super) struct SimulatedPath {
     nics: Vec<Nic>,
     rates: Vec<Rate>,
     busy: Vec<[Duration; 2]>,
+    /// The NIC that goes first among equals.
+    first_nic: usize,
 }
 
 /// One side's end of a channel.
@@ -400,7 +402,13 @@ impl SimulatedPath {
             nics: (0..compared).map(|_| Nic::default()).collect(),
             rates: (0..channels).map(|_| Rate::default()).collect(),
             busy: vec![Default::default(); channels],
+            first_nic: 0,
         }
+    }
+
+    pub(super) fn beginning_with(mut self, first_nic: usize) -> SimulatedPath {
+        self.first_nic = first_nic;
+        self
     }
 
     /// Whether there are several NICs to compare.
@@ -455,6 +463,7 @@ impl Path for SimulatedPath {
         if compares {
             self.look(now);
         }
+        out.first = self.first_nic;
         let net = self.net.lock();
         // NICs without an open channel are left out.
         let mut seen = [None; NICS.len()];

@@ -19,6 +19,7 @@ use crate::wire::sent::SentRecords;
 use process::Mutex;
 use std::collections::VecDeque;
 use std::net::Ipv4Addr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -71,6 +72,8 @@ pub(super) struct Engine {
     /// What its peers may use, and the log lines that they may cause.
     pub pool: Arc<Pool>,
     lines: Arc<Limiter>,
+    /// Connections that it has had.
+    connections: AtomicUsize,
 }
 
 impl Engine {
@@ -84,6 +87,7 @@ impl Engine {
             memory: Vec::new(),
             pool,
             lines: Arc::new(Limiter::new(1000)),
+            connections: AtomicUsize::new(0),
         }
     }
 
@@ -207,8 +211,10 @@ impl Side {
             match_timeout: MATCH_TIMEOUT,
             doorbells: false,
         };
+        let number = engine.connections.fetch_add(1, Ordering::Relaxed);
         let path = |first, channels, device| -> Box<dyn crate::channel::path::Path> {
-            Box::new(SimulatedPath::new(net, side, first, channels, device, shape.chunk_bytes))
+            let path = SimulatedPath::new(net, side, first, channels, device, shape.chunk_bytes);
+            Box::new(path.beginning_with(number))
         };
         let mut paths = vec![path(shape.device, shape.host, false)];
         if shape.device > 0 {
