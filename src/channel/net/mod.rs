@@ -19,7 +19,8 @@ use crate::stats::ChannelStats;
 use crate::status::{bail, Result};
 use crate::types::Place;
 use slot::Slot;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::hash::{BuildHasher, RandomState};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 use usage::Resources;
 
@@ -36,12 +37,17 @@ pub(crate) struct NetPath {
     first: usize,
 }
 
-/// How many paths there were in this process.
-static PATHS: AtomicUsize = AtomicUsize::new(0);
+/// The number of a new path. Processes begin anywhere, so that those of many hosts that send to one spread over its NICs.
+fn next_number() -> usize {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    // It fails for every path but the first.
+    let _ = NEXT.compare_exchange(0, RandomState::new().hash_one(0) as u32 | 1, Ordering::Relaxed, Ordering::Relaxed);
+    NEXT.fetch_add(1, Ordering::Relaxed) as usize
+}
 
 impl NetPath {
     pub(crate) fn new(plugin: &str, seats: Vec<Seat>, usage: Usage) -> NetPath {
-        let (plugin, first) = (plugin.to_owned(), PATHS.fetch_add(1, Ordering::Relaxed));
+        let (plugin, first) = (plugin.to_owned(), next_number());
         let mut path = NetPath { slots: Vec::new(), usage, plugin, nics: Vec::new(), names: Vec::new(), first };
         for seat in seats {
             let nic = path.nic(seat.nics());

@@ -72,7 +72,7 @@ pub(super) struct Engine {
     /// What its peers may use, and the log lines that they may cause.
     pub pool: Arc<Pool>,
     lines: Arc<Limiter>,
-    /// Connections that it has had.
+    /// Numbers its connections, from its own number on.
     connections: AtomicUsize,
 }
 
@@ -87,7 +87,7 @@ impl Engine {
             memory: Vec::new(),
             pool,
             lines: Arc::new(Limiter::new(1000)),
-            connections: AtomicUsize::new(0),
+            connections: AtomicUsize::new(number),
         }
     }
 
