@@ -124,7 +124,7 @@ impl Channels {
         self.loads.channels.clear();
         self.loads.nics.clear();
         self.loads.numbers.clear();
-        self.loads.alone = 0;
+        (self.loads.alone, self.loads.first) = (0, 0);
         self.paths.get_mut(route)?.loads(place, bulk, now, &mut self.loads);
         let pick = stripe::pick(&self.loads, want)?;
         let channel = self.loads.numbers.get(pick.channel).copied().unwrap_or(pick.channel);
@@ -333,7 +333,7 @@ impl Channels {
         // A NIC does not go unless the last loss helped.
         let helped = self.silent.is_none_or(|at| self.stillness.moved_beside(nic, at));
         let moved = self.stillness.moved_beside(nic, since + limit / 2);
-        let alone = reports_moved && heard >= since + limit / 2 && !self.stillness.waits_beside(nic);
+        let alone = reports_moved && heard >= since + limit / 2 && self.stillness.is_free_beside(nic);
         if !helped || !(moved || alone) {
             return Ok(());
         }

@@ -41,6 +41,7 @@ struct Seen {
     outbound: Outbound,
     /// The plugin reports bytes.
     reports_moved: bool,
+    open: bool,
 }
 
 /// A NIC over which the peer answers nothing.
@@ -64,7 +65,8 @@ impl Stillness {
         if self.0.len() <= channel {
             let half = Half { bytes: 0, moved: now, since: None, chunks: 0 };
             let (nic, reports_moved) = (line.nic.to_owned(), line.moved.is_some());
-            self.0.push(Seen { nic, out: half, incoming: half, answers: half, outbound: line.outbound, reports_moved });
+            let (outbound, open) = (line.outbound, line.open);
+            self.0.push(Seen { nic, out: half, incoming: half, answers: half, outbound, reports_moved, open });
         }
         let Some(seen) = self.0.get_mut(channel) else { return };
         let (taken, brought) = line.moved.unwrap_or((seen.out.bytes, seen.incoming.bytes));
@@ -72,7 +74,7 @@ impl Stillness {
         // Bytes that are in this host's kernel alone have not left.
         seen.out.note(taken, out, out > 0 || line.outbound.waiting > 0, now);
         seen.answers.note(line.outbound.acknowledged, out, line.outbound.due, now);
-        seen.outbound = line.outbound;
+        (seen.outbound, seen.open) = (line.outbound, line.open);
         // Chunks that wait for this engine's own copies do not wait for the network.
         seen.incoming.note(brought, incoming, line.posted > 0, now);
     }
@@ -117,9 +119,10 @@ impl Stillness {
         self.0.iter().any(|seen| seen.nic != nic && seen.incoming.moved.max(seen.answers.moved) > time)
     }
 
-    /// Whether another NIC than this waits for answers too.
-    pub(crate) fn waits_beside(&self, nic: &str) -> bool {
-        self.0.iter().any(|seen| seen.nic != nic && seen.answers.since.is_some())
+    /// Whether another NIC than this has open channels and waits for no answer.
+    pub(crate) fn is_free_beside(&self, nic: &str) -> bool {
+        let waits = |nic: &str| self.0.iter().any(|seen| seen.nic == nic && seen.answers.since.is_some());
+        self.0.iter().any(|seen| seen.nic != nic && seen.open && !waits(&seen.nic))
     }
 
     /// A NIC on which the peer has acknowledged nothing for longer than `timeout` although an acknowledgement was due all the time; for

@@ -19,6 +19,8 @@ use crate::stats::ChannelStats;
 use crate::status::{bail, Result};
 use crate::types::Place;
 use slot::Slot;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 use usage::Resources;
 
@@ -31,11 +33,22 @@ pub(crate) struct NetPath {
     /// The pairs of NICs that the channels use, and their names.
     nics: Vec<Nic>,
     names: Vec<(String, String)>,
+    /// The NIC that goes first among equals.
+    first: usize,
+}
+
+/// The number of a new path. Processes begin anywhere, so that those of many hosts that send to one spread over its NICs.
+fn next_number() -> usize {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    // It fails for every path but the first.
+    let _ = NEXT.compare_exchange(0, RandomState::new().hash_one(0) as u32 | 1, Ordering::Relaxed, Ordering::Relaxed);
+    NEXT.fetch_add(1, Ordering::Relaxed) as usize
 }
 
 impl NetPath {
     pub(crate) fn new(plugin: &str, seats: Vec<Seat>, usage: Usage) -> NetPath {
-        let mut path = NetPath { slots: Vec::new(), usage, plugin: plugin.to_owned(), nics: Vec::new(), names: Vec::new() };
+        let (plugin, first) = (plugin.to_owned(), next_number());
+        let mut path = NetPath { slots: Vec::new(), usage, plugin, nics: Vec::new(), names: Vec::new(), first };
         for seat in seats {
             let nic = path.nic(seat.nics());
             path.slots.push(Slot::new(seat, nic));
@@ -124,7 +137,7 @@ impl Path for NetPath {
         if compares {
             self.look(now);
         }
-        out.alone = self.usage.alone;
+        (out.alone, out.first) = (self.usage.alone, self.first);
         if self.slots.iter().all(Slot::is_open) {
             if compares {
                 out.nics.extend(self.nics.iter().map(|nic| nic.load(now)));

@@ -59,6 +59,9 @@ pub(crate) struct Probe {
 pub(crate) struct Loads {
     pub channels: Vec<Load>,
     pub nics: Vec<NicLoad>,
+    /// The NIC that goes first among equals: another one for each connection, else the short transfers of many connections would all take
+    /// the same.
+    pub first: usize,
     /// The numbers of the channels, if some of the path's are closed and so not among them.
     pub numbers: Vec<usize>,
     /// One channel carries a whole transfer of up to this many bytes, as long as at most half as many bytes of others are in
@@ -181,7 +184,7 @@ fn pick_nic(loads: &Loads, want: Want) -> Option<Pick> {
     };
     let within =
         |nic: usize, len: u64| pick_channel(&loads.channels, |load| load.nic == nic, len).map(|channel| Pick { channel, len });
-    let candidates = || (0..n).filter(|&nic| free[nic]).map(candidate);
+    let candidates = || (0..n).map(|nic| (nic + loads.first) % n).filter(|&nic| free[nic]).map(candidate);
     let by_finish = |a: &Candidate, b: &Candidate| a.finish.total_cmp(&b.finish);
     let probing = (0..n).any(|nic| loads.nics[nic].probing && share(nic) < LEFT_ALONE);
     let probe = |c: Candidate| {
@@ -423,6 +426,17 @@ mod tests {
             queued[c] += 1;
         }
         assert_eq!(queued, [2; 4]);
+    }
+
+    #[test]
+    fn connections_begin_with_different_nics() {
+        for first in 0..9 {
+            let channels = (0..6).map(|channel| Load { free: 16, queued: 0, rate: 0.0, nic: channel % 3 }).collect();
+            let nics = vec![NicLoad { trust: 1 << 20, ..NicLoad::default() }; 3];
+            let loads = Loads { channels, nics, first, ..Loads::default() };
+            let pick = super::pick(&loads, Want { len: 1000, rest: 1000, total: 1000 }).expect("all are free");
+            assert_eq!(pick.channel % 3, first % 3);
+        }
     }
 
     #[test]

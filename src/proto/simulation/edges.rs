@@ -1,7 +1,9 @@
 //! Two honest machines in corner cases: more chunks in flight than either wants, and memory that no channel connects.
 
+use super::cluster::Cluster;
+use super::fabric::Spec;
 use super::net::{Net, SimulatedPath};
-use super::world::{Side, DEVICE_CHANNELS, HOST_CHANNELS};
+use super::world::{Shape, DEVICE_CHANNELS, HOST_CHANNELS};
 use crate::channel::device::EmulatedDevice;
 use crate::channel::router::Channels;
 use crate::direct::Way;
@@ -10,23 +12,21 @@ use crate::engine::transfer::LocalSegment;
 use crate::proto::TransferState;
 use crate::status::ErrorKind;
 use crate::types::{Place, Segment};
-use process::Mutex;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const CHANNELS: usize = DEVICE_CHANNELS + HOST_CHANNELS;
 
 struct Both {
-    net: Arc<Mutex<Net>>,
-    sides: [Side; 2],
+    cluster: Cluster,
     now: Instant,
 }
 
 impl Both {
     fn new() -> Both {
-        let net = Arc::new(Mutex::new(Net::new(CHANNELS, true)));
-        let now = Instant::now();
-        Both { sides: [0, 1].map(|side| Side::new(&net, side, 8192, 0, now)), net, now }
+        let shape = Shape::of(8192, 0);
+        let mut cluster = Cluster::new(2, Spec::NONE, shape);
+        cluster.join([0, 1], Net::new(CHANNELS, true), [shape; 2]);
+        Both { now: cluster.now(), cluster }
     }
 
     /// Moves everything until nothing is left but the data that `hold` keeps in flight.
@@ -34,15 +34,15 @@ impl Both {
         loop {
             let mut moved = false;
             for side in [0, 1] {
-                self.sides[side].poll(self.now);
-                self.sides[side].flush(self.now);
-                let bytes: Vec<u8> = self.sides[side].out.drain(..).collect();
+                self.cluster.links[0].sides[side].poll(self.now);
+                self.cluster.links[0].sides[side].flush(self.now);
+                let bytes: Vec<u8> = self.cluster.links[0].sides[side].out.drain(..).collect();
                 moved |= !bytes.is_empty();
                 if !bytes.is_empty() {
                     let now = self.now;
-                    self.sides[1 - side].hear(&bytes, now);
+                    self.cluster.links[0].sides[1 - side].hear(&bytes, now);
                 }
-                let mut net = self.net.lock();
+                let mut net = self.cluster.links[0].net.lock();
                 for channel in 0..CHANNELS {
                     for _ in 0..16 {
                         moved |= net.transmit(channel, side);
@@ -57,31 +57,31 @@ impl Both {
     }
 
     fn alive(&self) {
-        for side in &self.sides {
+        for side in &self.cluster.links[0].sides {
             assert!(side.machine.alive().is_ok(), "{:?}", side.machine.dead());
         }
     }
 
     fn outcome(&self, side: usize, id: u64) -> Result<bool, ErrorKind> {
-        self.sides[side].machine.lookup(id).map(|TransferState { complete, .. }| complete).map_err(|e| e.kind())
+        self.cluster.links[0].sides[side].machine.lookup(id).map(|TransferState { complete, .. }| complete).map_err(|e| e.kind())
     }
 
     /// A send of some bytes of device memory.
     fn send(&mut self, side: usize, len: usize, place: Place) -> u64 {
-        let memory = self.sides[side].allocate(vec![7; len], place);
+        let memory = self.cluster.engines[side].allocate(vec![7; len], place);
         let now = self.now;
-        let me = &mut self.sides[side];
-        let local = LocalSegment { mr: me.memory[memory].mr, addr: me.memory[memory].addr() as usize, len };
-        let (segments, uses) = message(std::iter::once(local), &me.registry).expect("own memory");
+        let (me, home) = (&mut self.cluster.links[0].sides[side], &self.cluster.engines[side]);
+        let local = LocalSegment { mr: home.memory[memory].mr, addr: home.memory[memory].addr() as usize, len };
+        let (segments, uses) = message(std::iter::once(local), &home.registry).expect("own memory");
         me.machine.start_send(segments, uses, &mut me.channels, now)
     }
 
     fn receive(&mut self, side: usize, len: usize, place: Place) -> u64 {
-        let memory = self.sides[side].allocate(vec![0; len], place);
+        let memory = self.cluster.engines[side].allocate(vec![0; len], place);
         let now = self.now;
-        let me = &mut self.sides[side];
-        let region = me.registry.local(me.memory[memory].mr).expect("own memory");
-        let segment = Segment { addr: me.memory[memory].addr(), len: len as u64, region: 0, place, peer: Place::HOST };
+        let (me, home) = (&mut self.cluster.links[0].sides[side], &self.cluster.engines[side]);
+        let region = home.registry.local(home.memory[memory].mr).expect("own memory");
+        let segment = Segment { addr: home.memory[memory].addr(), len: len as u64, region: 0, place, peer: Place::HOST };
         me.machine.start_receive(segment, region, &mut me.channels, now)
     }
 }
@@ -89,21 +89,21 @@ impl Both {
 /// A write of `pieces` bytes. Each is a chunk, since they alternate between two devices.
 fn tiny_chunks(both: &mut Both, pieces: usize) -> u64 {
     let places = [Place::HOST, Place::gpu(0)];
-    let here = places.map(|place| both.sides[0].allocate(vec![7; pieces], place));
-    let there = places.map(|place| both.sides[1].allocate(vec![0; pieces], place));
-    let items = there.map(|memory| both.sides[1].item(memory).expect("registered"));
+    let here = places.map(|place| both.cluster.engines[0].allocate(vec![7; pieces], place));
+    let there = places.map(|place| both.cluster.engines[1].allocate(vec![0; pieces], place));
+    let items = there.map(|memory| both.cluster.engines[1].item(memory).expect("registered"));
     let now = both.now;
-    let peer = both.sides[1].engine;
-    let me = &mut both.sides[0];
+    let peer = both.cluster.engines[1].id;
+    let (me, home) = (&mut both.cluster.links[0].sides[0], &both.cluster.engines[0]);
     let segments: Vec<_> = (0..pieces)
         .map(|i| {
-            let (memory, mut item) = (&me.memory[here[i % 2]], items[i % 2]);
+            let (memory, mut item) = (&home.memory[here[i % 2]], items[i % 2]);
             item.addr += i as u64;
             item.size = 1;
             (LocalSegment { mr: memory.mr, addr: memory.addr() as usize + i, len: 1 }, item)
         })
         .collect();
-    let builder = RequestBuilder::new(pieces, &me.registry, peer, None).expect("builder");
+    let builder = RequestBuilder::new(pieces, &home.registry, peer, None).expect("builder");
     let Ok(Built::Request(request)) = builder.build(segments.into_iter()) else { panic!("a good request") };
     me.machine.admit(request.segments.len(), &request.pairs, &me.channels).expect("admitted");
     me.machine.start(Way::Out, request, &mut me.channels, now).expect("started")
@@ -120,14 +120,14 @@ fn a_sender_of_tiny_chunks_stays_below_what_its_peer_keeps() {
     both.settle(false);
     both.alive();
     assert_eq!(both.outcome(0, id), Ok(true));
-    assert!(both.sides.iter().all(|side| side.machine.is_idle()));
+    assert!(both.cluster.links[0].sides.iter().all(|side| side.machine.is_idle()));
 }
 
 #[test]
 fn a_stream_goes_on_over_a_lower_route_at_once() {
     let mut both = Both::new();
     tiny_chunks(&mut both, 6);
-    let (now, me) = (both.now, &mut both.sides[0]);
+    let (now, me) = (both.now, &mut both.cluster.links[0].sides[0]);
     me.machine.schedule(&mut me.channels, 100, now).expect("scheduled");
     assert_eq!(me.channels.under_way(), 6);
 }
@@ -137,10 +137,10 @@ fn a_message_that_no_channel_carries_fails_alone_at_both_sides() {
     let mut both = Both::new();
     // The channels for host memory are missing.
     for side in [0, 1] {
-        let device = SimulatedPath::new(&both.net, side, 0, DEVICE_CHANNELS, true, 4096);
-        both.sides[side].channels = Channels::new(None, vec![Box::new(device)], Some(Box::new(EmulatedDevice)));
+        let device = SimulatedPath::new(&both.cluster.links[0].net, side, 0, DEVICE_CHANNELS, true, 4096);
+        both.cluster.links[0].sides[side].channels = Channels::new(None, vec![Box::new(device)], Some(Box::new(EmulatedDevice)));
     }
-    both.net.lock().open();
+    both.cluster.links[0].net.lock().open();
     let gpu = Place::gpu(0);
     let good = (both.send(0, 9000, gpu), both.receive(1, 9000, gpu));
     let bad = (both.send(0, 9000, gpu), both.receive(1, 9000, Place::HOST));
@@ -152,13 +152,13 @@ fn a_message_that_no_channel_carries_fails_alone_at_both_sides() {
     }
     let unsupported = Err(ErrorKind::Unsupported);
     assert_eq!((both.outcome(0, bad.0), both.outcome(1, bad.1)), (unsupported, unsupported));
-    assert!(both.sides.iter().all(|side| side.machine.is_idle()));
+    assert!(both.cluster.links[0].sides.iter().all(|side| side.machine.is_idle()));
 }
 
 /// How many seconds, at most a thousand, a connection stays open whose peer reads `rate` bytes a second of a notification.
 fn read_at(rate: usize) -> (u64, Option<ErrorKind>) {
     let mut both = Both::new();
-    let (start, me) = (both.now, &mut both.sides[0]);
+    let (start, me) = (both.now, &mut both.cluster.links[0].sides[0]);
     me.room = 0;
     me.machine.notify(b"name", &[7; 1 << 20], start);
     for second in 1..1000 {

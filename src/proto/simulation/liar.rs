@@ -3,8 +3,10 @@
 //! keeps a transfer for ever, or grows without limit.
 
 use super::net::{Message, Net};
-use super::world::{Side, DEVICE_CHANNELS, HOST_CHANNELS, MATCH_TIMEOUT, PEER_TIMEOUT, TRANSFER_TIMEOUT};
+use super::positions::Content;
+use super::world::{Engine, Shape, Side, DEVICE_CHANNELS, HOST_CHANNELS, MATCH_TIMEOUT, PEER_TIMEOUT, TRANSFER_TIMEOUT};
 use super::{Action, Rng};
+use crate::budget::Pool;
 use crate::engine::fifo::{Access, FifoItem};
 use crate::engine::request::{message, Built, RequestBuilder};
 use crate::engine::transfer::{Direction, LocalSegment};
@@ -31,6 +33,7 @@ struct Mine {
 struct World {
     rng: Rng,
     net: Arc<Mutex<Net>>,
+    engine: Engine,
     victim: Side,
     now: Instant,
     mine: Vec<Mine>,
@@ -70,8 +73,10 @@ impl World {
         let net = Arc::new(Mutex::new(Net::new(DEVICE_CHANNELS + HOST_CHANNELS, seed % 8 < 4)));
         let now = Instant::now();
         net.lock().direct.on = seed % 5 < 3;
-        let victim = Side::new(&net, 0, CHUNK, if seed % 3 == 0 { 0 } else { 2000 }, now);
-        World { rng: Rng::new(seed), net, victim, now, mine: Vec::new(), next: 1, offsets: Vec::new() }
+        let engine = Engine::new(0, Pool::endless());
+        let shape = Shape::of(CHUNK, if seed % 3 == 0 { 0 } else { 2000 });
+        let victim = Side::new(&engine, 1, &net, 0, &shape, now);
+        World { rng: Rng::new(seed), net, engine, victim, now, mine: Vec::new(), next: 1, offsets: Vec::new() }
     }
 
     fn step(&mut self, Action { kind, a, b }: Action) {
@@ -98,25 +103,25 @@ impl World {
                 net.direct.lie(u64::from(b) % 10_000);
             }
             26 => {
-                let count = self.victim.memory.len();
+                let count = self.engine.memory.len();
                 if count > 0 {
-                    self.victim.deregister(b as usize % count);
+                    self.engine.deregister(b as usize % count);
                 }
             }
             27 => self.now += Duration::from_millis(u64::from(b % 900)),
             _ => self.victim.poll(self.now),
         }
-        self.victim.reclaim();
+        self.engine.reclaim();
     }
 
     /// The victim starts a transfer.
     fn own(&mut self, a: u32, b: u32) {
         let len = 1 + (a >> 8) as usize % 30_000;
         let place = if b % 3 == 0 { Place::gpu(0) } else { Place::HOST };
-        let memory = self.victim.allocate(vec![BEFORE; len], place);
+        let memory = self.engine.allocate(vec![BEFORE; len], place);
         let now = self.now;
-        let me = &mut self.victim;
-        let (mr, addr) = (me.memory[memory].mr, me.memory[memory].addr());
+        let (me, home) = (&mut self.victim, &self.engine);
+        let (mr, addr) = (home.memory[memory].mr, home.memory[memory].addr());
         let local = LocalSegment { mr, addr: addr as usize, len };
         if me.machine.admit(1, &[], &me.channels).is_err() {
             return;
@@ -126,7 +131,7 @@ impl World {
                 let peer = [9; 16];
                 let access = Access { region: 5, token: [3; 16], engine: peer, place };
                 let item = FifoItem::new(4096, len as u64, &access);
-                let builder = RequestBuilder::new(1, &me.registry, peer, None).expect("builder");
+                let builder = RequestBuilder::new(1, &home.registry, peer, None).expect("builder");
                 let Ok(Built::Request(request)) = builder.build(std::iter::once((local, item))) else { return };
                 let direction = if direction == 0 { Direction::Write } else { Direction::Read };
                 let started = me.machine.start(direction.way(), request, &mut me.channels, now);
@@ -134,11 +139,11 @@ impl World {
                 (id, (direction == Direction::Read).then_some((memory, len)))
             }
             2 => {
-                let (segments, uses) = message(std::iter::once(local), &me.registry).expect("own memory");
+                let (segments, uses) = message(std::iter::once(local), &home.registry).expect("own memory");
                 (me.machine.start_send(segments, uses, &mut me.channels, now), None)
             }
             _ => {
-                let region = me.registry.local(mr).expect("own memory");
+                let region = home.registry.local(mr).expect("own memory");
                 let segment = Segment { addr, len: len as u64, region: 0, place, peer: Place::HOST };
                 (me.machine.start_receive(segment, region, &mut me.channels, now), Some((memory, len)))
             }
@@ -201,13 +206,13 @@ impl World {
 
     /// A write or read of the victim's memory, mostly with the right token.
     fn announce(&mut self, a: u32, b: u32) -> Frame<'static> {
-        if self.victim.memory.is_empty() {
+        if self.engine.memory.is_empty() {
             return Frame::Ping { received: 0 };
         }
-        let index = b as usize % self.victim.memory.len();
-        let memory = &self.victim.memory[index];
+        let index = b as usize % self.engine.memory.len();
+        let memory = &self.engine.memory[index];
         let (addr, mr, place, whole) = (memory.addr(), memory.mr, memory.place, memory.bytes.len() as u32);
-        let token = match self.victim.item(index).and_then(|item| item.access().ok()) {
+        let token = match self.engine.item(index).and_then(|item| item.access().ok()) {
             Some(access) if a % 9 != 0 => access.token,
             _ => [7; 16],
         };
@@ -258,19 +263,20 @@ impl World {
         let tag = tag(key, false, offset);
         let lies = a % 13 == 0;
         let len = if lies { len / 2 + 1 } else { len };
-        let message = Message { tag: if b % 17 == 0 { !tag & 0x7FFF_FFFF } else { tag }, bytes: vec![LIE; len as usize] };
+        let message =
+            Message { tag: if b % 17 == 0 { !tag & 0x7FFF_FFFF } else { tag }, content: Content::Bytes(vec![LIE; len as usize]) };
         self.net.lock().wires[channel][1].flying.push_back(message);
     }
 
     /// Sends data that was not announced.
     fn fly(&mut self, a: u32, b: u32, channel: usize) {
-        let message = Message { tag: (b & 0x7FFF_FFFF) as i32, bytes: vec![LIE; 1 + a as usize % CHUNK] };
+        let message = Message { tag: (b & 0x7FFF_FFFF) as i32, content: Content::Bytes(vec![LIE; 1 + a as usize % CHUNK]) };
         self.net.lock().wires[channel][1].flying.push_back(message);
     }
 
     fn check(&mut self) -> Result<(), String> {
         self.victim.machine.audit()?;
-        if let Some(memory) = self.victim.written_after_free() {
+        if let Some(memory) = self.engine.written_after_free() {
             return Err(format!("memory {memory} was written after it was given back"));
         }
         if self.victim.machine.dead().is_some() && !self.net.lock().closed[0] {
@@ -281,7 +287,7 @@ impl World {
                 Ok(TransferState { complete: false, .. }) => continue,
                 Ok(state) => {
                     if let Some((memory, len)) = mine.target {
-                        let memory = &self.victim.memory[memory];
+                        let memory = &self.engine.memory[memory];
                         let len = if state.bytes_total > 0 { state.bytes_total as usize } else { 0 }.min(len);
                         if !memory.freed && memory.now()[..len].iter().any(|&b| b != LIE) {
                             return Err(format!("transfer {} is OK, but its bytes never arrived", mine.id));
@@ -308,22 +314,22 @@ impl World {
             }
             self.now += Duration::from_millis(500);
             self.say(&Frame::Notify { name: b"", message: b"still here" });
-            while self.victim.queue.pop().is_some() {}
+            while self.engine.queue.pop().is_some() {}
             for channel in 0..DEVICE_CHANNELS + HOST_CHANNELS {
                 let mut net = self.net.lock();
                 net.transmit(channel, 0);
                 net.deliver(channel, 1);
             }
             self.victim.poll(self.now);
-            self.victim.reclaim();
+            self.engine.reclaim();
             self.check()?;
         }
         // The application closes the connection and takes its memory back.
         let now = self.now;
         self.victim.fail(crate::status::err!(Canceled, "closed"), now);
-        (0..self.victim.memory.len()).for_each(|index| self.victim.deregister(index));
-        self.victim.reclaim();
-        if self.victim.memory.iter().any(|m| !m.freed) {
+        (0..self.engine.memory.len()).for_each(|index| self.engine.deregister(index));
+        self.engine.reclaim();
+        if self.engine.memory.iter().any(|m| !m.freed) {
             return Err("memory is in use although the connection has ended".to_owned());
         }
         for channel in 0..DEVICE_CHANNELS + HOST_CHANNELS {
@@ -453,8 +459,8 @@ fn frames_that_fit_in_another_state_only_are_violations() {
 fn memory_beside_a_region_is_not_written() {
     let mut world = World::new(1);
     own(&mut world, 3);
-    let access = world.victim.item(0).and_then(|item| item.access().ok()).expect("registered");
-    let end = world.victim.memory[0].addr() + 30_000;
+    let access = world.engine.item(0).and_then(|item| item.access().ok()).expect("registered");
+    let end = world.engine.memory[0].addr() + 30_000;
     let regions = || vec![WireRegion { id: access.region, token: access.token }];
     let data = [LIE; 64];
     for (id, addr) in [(1, end - 63), (2, end), (3, end - 30_001), (4, u64::MAX - 10)] {
@@ -463,5 +469,5 @@ fn memory_beside_a_region_is_not_written() {
         world.say(&Frame::Write { id, regions: regions(), segments, eager: Some(&data) });
     }
     assert!(world.victim.machine.alive().is_ok(), "a refusal does not end the connection");
-    assert!(world.victim.memory[0].now().iter().all(|&b| b == BEFORE));
+    assert!(world.engine.memory[0].now().iter().all(|&b| b == BEFORE));
 }

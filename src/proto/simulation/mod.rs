@@ -1,16 +1,24 @@
-//! Deterministic simulation. Two whole machines run over simulated channels and a virtual clock, driven by a script of random
-//! steps; or one machine runs against a peer that speaks correct frames in wrong orders and lies about ids, lengths and verdicts.
-//! After every step the invariants of the protocol are checked with real bytes. A failing script is minimised and printed.
+//! Deterministic simulation of engines and the connections between them (`cluster`), in virtual time. Two engines are driven by a script of
+//! random steps (`pair`), or one runs against a peer that speaks correct frames in wrong orders and lies about ids, lengths and
+//! verdicts (`liar`): after every step the invariants of the protocol are checked with real bytes, and a failing script is minimised
+//! and printed. Or the network moves what engines send, at its speed: between two (`paced`), or among a thousand (`scenarios`).
 //!
 //! UCCL_TCPX_SIMULATION_SEEDS: how many seeds (default 20,000); UCCL_TCPX_SIMULATION_FIRST: the first one (default 0).
 
+mod cluster;
 mod direct;
 #[cfg(test)]
 mod edges;
+mod fabric;
 mod liar;
 mod net;
+#[cfg(test)]
 mod paced;
 mod pair;
+mod positions;
+#[cfg(test)]
+mod scenarios;
+mod tcp;
 mod world;
 
 use pair::Faults;

@@ -1,10 +1,12 @@
-//! The simulated network: channels whose messages move when the scheduler says so, and that stall, fail or run out of memory on
-//! demand. Bytes are copied at the moment at which a real network would copy them.
+//! The channels of a simulated connection. Their messages move when a script says so, or as TCP and the network of a cluster let them. They
+//! stall, fail or run out of memory on demand. Bytes are copied at the moment at which a real network would copy them.
 
 use super::direct::DirectNet;
+use super::positions::{is_described, Content, Positions};
+use super::tcp::{Receiver, Sender};
 use crate::channel::path::{Arrival, Change, Copier, Departure, Dest, Line, Outbound, Path};
 use crate::channel::plan::{chunk_len, ChunkLimits, MAX_CROSSED, MAX_PARTS};
-use crate::channel::stripe::{Load, Loads};
+use crate::channel::stripe::{self, Flow, Load, Loads, Nic, Rate};
 use crate::direct::{Event, Way};
 use crate::region::Hold;
 use crate::stats::ChannelStats;
@@ -13,15 +15,17 @@ use crate::types::{Key, Part, Place};
 use process::Mutex;
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Requests in flight on a channel, each way.
 const WINDOW: usize = 16;
+/// With so many bytes of large transfers in flight, a channel takes no more of them.
+const BULK_BYTES: u64 = 2 << 20;
 
 /// A message in flight.
 pub(super) struct Message {
     pub tag: i32,
-    pub bytes: Vec<u8>,
+    pub content: Content,
 }
 
 /// A chunk that its sender has posted.
@@ -31,6 +35,29 @@ struct Posted {
     bulk: bool,
     parts: Vec<Part>,
     _hold: Hold,
+}
+
+impl Posted {
+    fn len(&self) -> u64 {
+        self.parts.iter().map(|part| part.len).sum()
+    }
+}
+
+/// The TCP connection under one direction of a channel.
+pub(super) struct Stream {
+    pub sender: Sender,
+    pub receiver: Receiver,
+    /// Bytes of messages that have been delivered whole.
+    read: u64,
+    /// It waits for its turn on a NIC, and for its timer.
+    pub queued: bool,
+    pub timed: bool,
+}
+
+impl Stream {
+    pub(super) fn new(packet: u64, seed: u64) -> Stream {
+        Stream { sender: Sender::new(packet, seed), receiver: Receiver::default(), read: 0, queued: false, timed: false }
+    }
 }
 
 /// One direction of a channel.
@@ -51,8 +78,107 @@ pub(super) struct Wire {
     brought: u64,
     /// Messages that arrived.
     delivered: u64,
-    /// Bytes of the oldest posted message that a paced network has moved.
+    /// Bytes of the oldest posted message that the socket has taken.
     moved: u64,
+    /// In a cluster.
+    pub stream: Option<Box<Stream>>,
+}
+
+impl Wire {
+    /// The socket takes what it has room for. Returns whether it has taken a whole message.
+    pub(super) fn pump(&mut self, now: u64) -> bool {
+        let before = self.sent.len();
+        while let (Some(posted), Some(stream)) = (self.posted.front(), &mut self.stream) {
+            let len = posted.len();
+            let n = stream.sender.room().min(len - self.moved);
+            if n == 0 || self.failed || self.packing {
+                break;
+            }
+            stream.sender.offer(n, now);
+            (self.moved, self.taken) = (self.moved + n, self.taken + n);
+            if self.moved == len {
+                self.taken -= len;
+                self.moved = 0;
+                self.take();
+            }
+        }
+        self.sent.len() > before
+    }
+
+    /// The network takes the oldest posted message and reads its source.
+    fn take(&mut self) -> bool {
+        let Some(posted) = self.posted.pop_front() else { return false };
+        let content = if posted.parts.first().is_some_and(|part| is_described(part.addr)) {
+            Content::Ranges(posted.parts)
+        } else {
+            let mut bytes = Vec::new();
+            for part in &posted.parts {
+                // SAFETY: memory of the harness, which outlives the simulation.
+                bytes.extend_from_slice(unsafe { std::slice::from_raw_parts(part.addr as *const u8, part.len as usize) });
+            }
+            Content::Bytes(bytes)
+        };
+        self.taken += content.len() as u64;
+        self.sent.push_back((posted.key, content.len() as u64));
+        self.flying.push_back(Message { tag: posted.tag, content });
+        true
+    }
+
+    /// How much of its stream the receiver has read: all that has arrived for messages with a receive.
+    pub(super) fn read(&self) -> u64 {
+        let Some(stream) = &self.stream else { return 0 };
+        if self.expected.len() >= self.flying.len() {
+            return u64::MAX / 2;
+        }
+        let may = self.flying.iter().take(self.expected.len()).map(|message| message.content.len() as u64).sum::<u64>();
+        stream.read + may
+    }
+
+    /// Whether the oldest message has arrived whole.
+    fn is_here(&self, message: &Message) -> bool {
+        self.stream.as_ref().is_none_or(|stream| stream.receiver.got() >= stream.read + message.content.len() as u64)
+    }
+
+    /// Bytes that were posted and that the socket has not taken.
+    fn queued(&self) -> u64 {
+        self.posted.iter().map(Posted::len).sum::<u64>() - self.moved
+    }
+
+    /// Bytes that have arrived.
+    fn brought(&self) -> u64 {
+        self.stream.as_ref().map_or(self.brought, |stream| stream.receiver.got())
+    }
+
+    fn outbound(&self) -> Outbound {
+        match &self.stream {
+            None => Outbound {
+                acknowledged: self.taken,
+                waiting: self.posted.len() as u64,
+                due: !self.posted.is_empty() && !self.packing,
+                ..Outbound::default()
+            },
+            Some(stream) => Outbound {
+                acknowledged: stream.sender.acked(),
+                waiting: stream.sender.waiting(),
+                due: stream.sender.in_flight() > 0,
+                ..Outbound::default()
+            },
+        }
+    }
+
+    /// What the kernel says of it.
+    fn flow(&self, now: u64) -> Option<Flow> {
+        let sender = &self.stream.as_ref()?.sender;
+        Some(Flow {
+            acknowledged: sender.acked(),
+            backlog: self.queued() + sender.waiting(),
+            in_flight: sender.in_flight(),
+            busy: Duration::from_nanos(sender.busy(now)),
+            limited: Duration::ZERO,
+            round_trip: Duration::from_nanos(sender.round_trip()),
+            measured: true,
+        })
+    }
 }
 
 /// State that the two sides share.
@@ -67,17 +193,49 @@ pub(super) struct Net {
     pub out_of_memory: [Option<u32>; 2],
     /// Whether the network reports bytes.
     pub reports_moved: bool,
-    /// Channels alternate over so many NICs, 1 or 2.
+    /// Channels alternate over so many NICs, 1 to 8.
     pub nics: usize,
     /// Sides that have closed their channels.
     pub closed: [bool; 2],
+    /// Described memory.
+    positions: Arc<Mutex<Positions>>,
+    /// When the simulation began.
+    start: Instant,
 }
 
 impl Net {
     pub(super) fn new(channels: usize, reports_moved: bool) -> Net {
         let wires = (0..channels).map(|_| Default::default()).collect();
         let ends = (0..channels).map(|wire| [0, 1].map(|_| End { wire, ..End::default() })).collect();
-        Net { direct: DirectNet::default(), wires, ends, out_of_memory: [None; 2], reports_moved, nics: 1, closed: [false; 2] }
+        Net {
+            direct: DirectNet::default(),
+            wires,
+            ends,
+            out_of_memory: [None; 2],
+            reports_moved,
+            nics: 1,
+            closed: [false; 2],
+            positions: Arc::default(),
+            start: Instant::now(),
+        }
+    }
+
+    /// The channels of a connection in a cluster. `nics`: how many of each engine they use.
+    pub(super) fn in_cluster(channels: usize, nics: usize, positions: &Arc<Mutex<Positions>>, start: Instant) -> Net {
+        Net { nics, positions: positions.clone(), start, ..Net::new(channels, true) }
+    }
+
+    /// Puts TCP under the channels.
+    pub(super) fn over_tcp(mut self, packet: u64, seed: u64) -> Net {
+        for (number, wire) in self.wires.iter_mut().flatten().enumerate() {
+            wire.stream = Some(Box::new(Stream::new(packet, seed << 8 | number as u64)));
+        }
+        self
+    }
+
+    /// Nanoseconds since the simulation began.
+    fn ns(&self, now: Instant) -> u64 {
+        now.saturating_duration_since(self.start).as_nanos() as u64
     }
 
     pub(super) fn allocate(&mut self, side: usize) -> Result<()> {
@@ -116,66 +274,39 @@ impl Net {
         if wire.stalled || wire.failed {
             return false;
         }
-        let Some(posted) = wire.posted.pop_front() else { return false };
-        let mut bytes = Vec::new();
-        for part in &posted.parts {
-            // SAFETY: memory of the harness, which outlives the simulation.
-            bytes.extend_from_slice(unsafe { std::slice::from_raw_parts(part.addr as *const u8, part.len as usize) });
-        }
-        wire.taken += bytes.len() as u64 - wire.moved;
-        wire.sent.push_back((posted.key, bytes.len() as u64));
-        wire.flying.push_back(Message { tag: posted.tag, bytes });
-        true
-    }
-
-    /// A paced network moves so many bytes of a side's messages, over the wires in turn, and delivers what is complete.
-    pub(super) fn flow(&mut self, side: usize, mut bytes: u64) {
-        const TURN: u64 = 16 << 10;
-        loop {
-            let before = bytes;
-            for channel in 0..self.ends.len() {
-                self.deliver(channel, side);
-                let wire = self.wire(channel, side);
-                let moves = !wire.stalled && !wire.packing && wire.flying.is_empty();
-                let Some(posted) = wire.posted.front().filter(|_| moves) else { continue };
-                let len: u64 = posted.parts.iter().map(|p| p.len).sum();
-                let n = (len - wire.moved).min(bytes).min(TURN);
-                (wire.moved, wire.taken, wire.brought, bytes) = (wire.moved + n, wire.taken + n, wire.brought + n, bytes - n);
-                if wire.moved == len {
-                    self.transmit(channel, side);
-                    self.deliver(channel, side);
-                }
-            }
-            if bytes == before {
-                return;
-            }
-        }
+        wire.take()
     }
 
     /// The oldest message of a wire reaches the receive that waits for it, and memory is written.
     /// Returns whether there was one.
     pub(super) fn deliver(&mut self, channel: usize, side: usize) -> bool {
         let wire = self.wire(channel, side);
-        if wire.stalled || wire.failed || wire.expected.is_empty() || wire.flying.is_empty() {
+        let here = wire.flying.front().is_some_and(|message| wire.is_here(message));
+        if wire.stalled || wire.failed || wire.expected.is_empty() || !here {
             return false;
         }
         let (Some(message), Some(arrival)) = (wire.flying.pop_front(), wire.expected.pop_front()) else { return false };
-        if message.tag != arrival.tag || message.bytes.len() != arrival.len {
+        if message.tag != arrival.tag || message.content.len() != arrival.len {
             wire.misfit = true;
             return true;
         }
-        if let Dest::Memory { parts, .. } = &arrival.dest {
-            let mut rest = &message.bytes[..];
-            for part in parts {
-                let (head, tail) = rest.split_at(part.len as usize);
-                // SAFETY: memory of the harness, which outlives the simulation.
-                unsafe { std::ptr::copy_nonoverlapping(head.as_ptr(), part.addr as *mut u8, head.len()) };
-                rest = tail;
-            }
-        }
-        wire.brought += arrival.len as u64 - std::mem::take(&mut wire.moved);
+        wire.brought += arrival.len as u64;
+        wire.stream.iter_mut().for_each(|stream| stream.read += arrival.len as u64);
         wire.delivered += 1;
         wire.arrived.push_back((arrival.key, arrival.len as u64));
+        match (&arrival.dest, &message.content) {
+            (Dest::Memory { parts, .. }, Content::Bytes(bytes)) => {
+                let mut rest = &bytes[..];
+                for part in parts {
+                    let (head, tail) = rest.split_at(part.len as usize);
+                    // SAFETY: memory of the harness, which outlives the simulation.
+                    unsafe { std::ptr::copy_nonoverlapping(head.as_ptr(), part.addr as *mut u8, head.len()) };
+                    rest = tail;
+                }
+            }
+            (Dest::Memory { parts, .. }, Content::Ranges(ranges)) => self.positions.lock().place(ranges, parts),
+            (Dest::Discard, _) => {}
+        }
         true
     }
 
@@ -184,6 +315,7 @@ impl Net {
         let [out, incoming] = [side, 1 - side];
         let wires = &mut self.wires[self.ends[channel][side].wire];
         wires[out].posted.clear();
+        wires[out].moved = 0;
         wires[out].sent.clear();
         wires[incoming].expected.clear();
         wires[incoming].arrived.clear();
@@ -211,6 +343,9 @@ fn assert_held(parts: &[Part], hold: &Hold) {
     }
 }
 
+/// Names of NICs.
+const NICS: [&str; 8] = ["net0", "net1", "net2", "net3", "net4", "net5", "net6", "net7"];
+
 /// One side's end of some of the channels.
 pub(super) struct SimulatedPath {
     net: Arc<Mutex<Net>>,
@@ -219,6 +354,12 @@ pub(super) struct SimulatedPath {
     channels: usize,
     device: bool,
     chunk_bytes: usize,
+    /// What is known of the NICs in a cluster, and by channel the speed, and the busy time at the last look and now.
+    nics: Vec<Nic>,
+    rates: Vec<Rate>,
+    busy: Vec<[Duration; 2]>,
+    /// The NIC that goes first among equals.
+    first_nic: usize,
 }
 
 /// One side's end of a channel.
@@ -248,7 +389,47 @@ impl SimulatedPath {
         device: bool,
         chunk_bytes: usize,
     ) -> SimulatedPath {
-        SimulatedPath { net: net.clone(), side, first, channels, device, chunk_bytes }
+        let state = net.lock();
+        let compared = if state.wires.iter().any(|wires| wires[side].stream.is_some()) { state.nics } else { 0 };
+        drop(state);
+        SimulatedPath {
+            net: net.clone(),
+            side,
+            first,
+            channels,
+            device,
+            chunk_bytes,
+            nics: (0..compared).map(|_| Nic::default()).collect(),
+            rates: (0..channels).map(|_| Rate::default()).collect(),
+            busy: vec![Default::default(); channels],
+            first_nic: 0,
+        }
+    }
+
+    pub(super) fn beginning_with(mut self, first_nic: usize) -> SimulatedPath {
+        self.first_nic = first_nic;
+        self
+    }
+
+    /// Whether there are several NICs to compare.
+    fn compares(&self) -> bool {
+        self.nics.len() > 1
+    }
+
+    /// Samples the progress of each NIC, when due: as the path over a plugin's comms does.
+    fn look(&mut self, now: Instant) {
+        let net = self.net.lock();
+        for (number, nic) in self.nics.iter_mut().enumerate().filter(|(_, nic)| nic.due(now)) {
+            let (mut flow, mut busy) = (Flow { measured: true, ..Flow::default() }, Duration::ZERO);
+            for channel in (0..self.channels).filter(|channel| (self.first + channel) % net.nics == number) {
+                let end = &net.ends[self.first + channel][self.side];
+                let Some(more) = net.wires[end.wire][self.side].flow(net.ns(now)).filter(|_| end.sends()) else { continue };
+                flow = flow.and(more);
+                let [before, _] = std::mem::replace(&mut self.busy[channel], [more.busy; 2]);
+                busy = busy.max(more.busy.saturating_sub(before));
+            }
+            nic.look(flow, busy, now);
+        }
     }
 }
 
@@ -259,7 +440,7 @@ impl Path for SimulatedPath {
 
     fn stats(&self, _kernel: bool, _now: Instant, out: &mut Vec<ChannelStats>) {
         let nics = self.net.lock().nics;
-        let nic = |channel: usize| ["net0", "net1"][channel % nics].to_owned();
+        let nic = |channel: usize| NICS[channel % nics].to_owned();
         out.extend(
             (self.first..self.first + self.channels).map(|channel| ChannelStats { nic: nic(channel), ..ChannelStats::default() }),
         );
@@ -277,24 +458,46 @@ impl Path for SimulatedPath {
         open && (!self.device || (local.is_device() && peer.is_device()))
     }
 
-    fn loads(&mut self, _place: Place, bulk: bool, _now: Instant, out: &mut Loads) {
+    fn loads(&mut self, _place: Place, bulk: bool, now: Instant, out: &mut Loads) {
+        let compares = self.compares();
+        if compares {
+            self.look(now);
+        }
+        out.first = self.first_nic;
         let net = self.net.lock();
-        for channel in self.first..self.first + self.channels {
-            let end = &net.ends[channel][self.side];
+        // NICs without an open channel are left out.
+        let mut seen = [None; NICS.len()];
+        for number in 0..self.channels {
+            let (channel, end) = (self.first + number, &net.ends[self.first + number][self.side]);
             if !end.sends() {
                 continue;
             }
-            out.numbers.push(channel - self.first);
+            let nic = *seen[channel % net.nics].get_or_insert_with(|| {
+                out.nics.extend(self.nics.get(channel % net.nics).filter(|_| compares).map(|nic| nic.load(now)));
+                out.nics.len().saturating_sub(1)
+            });
             let wire = &net.wires[end.wire][self.side];
             let taken = wire.posted.len() + wire.sent.len();
             let free = WINDOW.saturating_sub(taken);
-            let large = wire.posted.iter().filter(|p| p.bulk).count();
-            let free = if bulk { free.min((WINDOW / 2).saturating_sub(large)) } else { free };
-            out.channels.push(Load { free, queued: taken as u64, rate: 0.0, nic: 0 });
+            let (large, bytes) = wire.posted.iter().filter(|p| p.bulk).fold((0, 0), |(n, bytes), p| (n + 1, bytes + p.len()));
+            let free = match bulk {
+                true if bytes >= BULK_BYTES => 0,
+                true => free.min((WINDOW / 2).saturating_sub(large)),
+                false => free,
+            };
+            let load = match wire.stream {
+                None => Load { free, queued: taken as u64, rate: 0.0, nic },
+                Some(_) => {
+                    let oldest = wire.posted.front().map_or(0, Posted::len);
+                    Load { free, queued: wire.queued(), rate: self.rates[number].get(oldest, now), nic }
+                }
+            };
+            out.numbers.push(number);
+            out.channels.push(load);
         }
     }
 
-    fn submit(&mut self, channel: usize, departure: Departure, _copier: &mut Copier, _now: Instant) -> Result<()> {
+    fn submit(&mut self, channel: usize, departure: Departure, _copier: &mut Copier, now: Instant) -> Result<()> {
         let mut net = self.net.lock();
         net.allocate(self.side)?;
         assert!(net.ends[self.first + channel][self.side].sends(), "a chunk for a channel that has failed, or is not open yet");
@@ -303,6 +506,9 @@ impl Path for SimulatedPath {
         let Departure { key, chunk, hold, bulk, tag } = departure;
         assert_held(&chunk.parts, &hold);
         wire.posted.push_back(Posted { key, tag, bulk, parts: chunk.parts, _hold: hold });
+        self.rates[channel].posted(now);
+        let nic = (self.first + channel) % net.nics;
+        self.nics.get_mut(nic).into_iter().for_each(|nic| nic.gave(chunk.len as u64, now));
         Ok(())
     }
 
@@ -323,7 +529,7 @@ impl Path for SimulatedPath {
         Ok(())
     }
 
-    fn progress(&mut self, _copier: &mut Copier, _now: Instant, events: &mut Vec<Event>) -> Result<bool> {
+    fn progress(&mut self, _copier: &mut Copier, now: Instant, events: &mut Vec<Event>) -> Result<bool> {
         let mut net = self.net.lock();
         net.allocate(self.side)?;
         let before = events.len();
@@ -333,6 +539,8 @@ impl Path for SimulatedPath {
             if let Some(why) = end.failed.clone().filter(|_| !end.closed) {
                 end.closed = true;
                 net.close(self.first + number, self.side);
+                let nic = (self.first + number) % net.nics;
+                self.nics.get_mut(nic).into_iter().for_each(Nic::restart);
                 events.push(Event::Closed(number as u16, why));
                 continue;
             }
@@ -341,7 +549,10 @@ impl Path for SimulatedPath {
             }
             let [a, b] = &mut wires[end.wire];
             let (out, incoming) = if self.side == 0 { (a, b) } else { (b, a) };
-            events.extend(out.sent.drain(..).map(|(key, len)| Event::Sent(number as u16, key, len)));
+            while let Some((key, len)) = out.sent.pop_front() {
+                self.rates[number].done(len, now, !out.sent.is_empty() || !out.posted.is_empty());
+                events.push(Event::Sent(number as u16, key, len));
+            }
             events.extend(incoming.arrived.drain(..).map(|(key, len)| Event::Received(number as u16, key, len)));
             if incoming.misfit {
                 bail!(Protocol, "simulated: a message does not fit its receive");
@@ -388,22 +599,45 @@ impl Path for SimulatedPath {
             if out.failed || incoming.failed {
                 end.failed.get_or_insert_with(|| err!(RemoteDisconnect, "simulated: channel {number} has failed"));
             }
+            let (nic, moved) = (NICS[channel % net.nics], net.reports_moved.then_some((out.taken, incoming.brought())));
+            if end.failed.is_some() {
+                // Nothing is due there any more.
+                let outbound = Outbound { acknowledged: out.outbound().acknowledged, ..Outbound::default() };
+                each(Line { nic, moved, outbound, under_way: (0, 0), posted: 0, open: false });
+                continue;
+            }
             each(Line {
-                nic: ["net0", "net1"][channel % net.nics],
-                moved: net.reports_moved.then_some((out.taken, incoming.brought)),
-                outbound: Outbound {
-                    acknowledged: out.taken,
-                    waiting: out.posted.len() as u64,
-                    due: !out.posted.is_empty() && !out.packing,
-                    too_large: None,
-                    control_silent: None,
-                },
+                nic,
+                moved,
+                outbound: out.outbound(),
                 under_way: (out.posted.len() + out.sent.len(), incoming.expected.len()),
                 posted: incoming.expected.len().min(WINDOW),
                 open: end.sends(),
             });
         }
         Ok(())
+    }
+
+    fn relieve(&mut self, now: Instant) -> bool {
+        if !self.compares() {
+            return false;
+        }
+        self.look(now);
+        let net = &mut *self.net.lock();
+        let (first, side, nics) = (self.first, self.side, net.nics);
+        let of = |nic: usize| (0..self.channels).filter(move |channel| (first + channel) % nics == nic);
+        let open = |nic: usize| of(nic).any(|channel| net.ends[first + channel][side].sends());
+        if let Some((nic, _)) = stripe::stuck(&self.nics, open, now) {
+            for channel in of(nic) {
+                let wire = net.ends[first + channel][side].wire;
+                if net.wires[wire][side].flow(net.ns(now)).is_some_and(|flow| flow.backlog > 0) {
+                    let why = err!(RemoteDisconnect, "{} has become slow", NICS[nic]);
+                    net.ends[first + channel][side].failed.get_or_insert(why);
+                }
+            }
+            self.nics[nic].emptied(now);
+        }
+        self.nics.iter().any(|nic| nic.backlog() > 0)
     }
 
     fn describe(&self, channel: usize, way: Way) -> String {

@@ -1,8 +1,10 @@
 //! Two honest machines. Without faults every transfer succeeds with the right bytes. With faults every transfer ends in time,
 //! none succeeds with a wrong byte, and no memory is touched after it was given back.
 
+use super::cluster::Cluster;
+use super::fabric::Spec;
 use super::net::Net;
-use super::world::{Side, DEVICE_CHANNELS, HOST_CHANNELS, MATCH_TIMEOUT, PEER_TIMEOUT, TRANSFER_TIMEOUT};
+use super::world::{Engine, Shape, DEVICE_CHANNELS, HOST_CHANNELS, MATCH_TIMEOUT, PEER_TIMEOUT, TRANSFER_TIMEOUT};
 use super::{Action, Rng};
 use crate::engine::fifo::FifoItem;
 use crate::engine::request::{message, sketch, Built, Feed, RequestBuilder};
@@ -10,8 +12,7 @@ use crate::engine::transfer::{Direction, LocalSegment};
 use crate::proto::TransferState;
 use crate::status::{err, ErrorKind};
 use crate::types::{Place, Segment};
-use process::Mutex;
-use std::sync::Arc;
+use process::MutexGuard;
 use std::time::{Duration, Instant};
 
 /// A range of a side's memory, and the bytes that it must hold when the transfer succeeds.
@@ -34,10 +35,9 @@ struct Transfer {
 
 struct World {
     rng: Rng,
-    net: Arc<Mutex<Net>>,
-    sides: [Side; 2],
+    /// Two engines with one connection. The script moves its messages, so the network of the cluster has nothing to do.
+    cluster: Cluster,
     start: Instant,
-    now: Instant,
     transfers: Vec<Transfer>,
     /// Sends and receives that wait for each other, by receiving side: (send, receive).
     sent: [Vec<(usize, Vec<u8>)>; 2],
@@ -93,8 +93,8 @@ pub(super) fn losses(seed: u64, script: &[Action]) -> [u64; 4] {
     script.iter().for_each(|&action| world.step(action));
     world.mend();
     world.busy(20);
-    let counts: Vec<_> = world.sides.iter().map(|side| side.machine.counts()).collect();
-    let carried = world.net.lock().restored_chunks();
+    let counts: Vec<_> = world.cluster.links[0].sides.iter().map(|side| side.machine.counts()).collect();
+    let carried = world.net().restored_chunks();
     [counts.iter().map(|c| c.resent_chunks).sum(), counts.iter().map(|c| c.restored_channels).sum(), carried, world.again as u64]
 }
 
@@ -108,23 +108,20 @@ pub(super) fn play_reordering(seed: u64, script: &[Action]) -> Result<(), String
 impl World {
     fn new(seed: u64, faults: Faults) -> World {
         let mut rng = Rng::new(seed ^ 0x5EED);
-        let net = Arc::new(Mutex::new(Net::new(DEVICE_CHANNELS + HOST_CHANNELS, rng.below(2) == 0)));
-        let start = Instant::now();
+        let mut net = Net::new(DEVICE_CHANNELS + HOST_CHANNELS, rng.below(2) == 0);
         let chunk = 4096 << rng.below(3);
-        net.lock().direct.on = rng.below(3) > 0;
-        let mut side = |side| {
+        net.direct.on = rng.below(3) > 0;
+        let mut cluster = Cluster::new(2, Spec::NONE, Shape::of(chunk as usize, 0));
+        let shapes = [0, 1].map(|_| {
             let eager = if rng.below(2) == 0 { 0 } else { 3000 };
-            let mut made = Side::new(&net, side, chunk as usize, eager, start);
             // A socket with little room makes a backlog.
-            made.room = 1000 << rng.below(8);
-            made
-        };
+            Shape { eager_bytes: eager, room: 1000 << rng.below(8), ..cluster.shape }
+        });
+        cluster.join([0, 1], net, shapes);
         World {
-            sides: [side(0), side(1)],
+            start: cluster.now(),
+            cluster,
             rng,
-            net,
-            start,
-            now: start,
             transfers: Vec::new(),
             sent: Default::default(),
             received: Default::default(),
@@ -147,6 +144,19 @@ impl World {
         self.finish()
     }
 
+    fn net(&self) -> MutexGuard<'_, Net> {
+        self.cluster.links[0].net.lock()
+    }
+
+    fn advance(&mut self, time: Duration) {
+        self.cluster.fabric.now += time.as_nanos() as u64;
+    }
+
+    fn poll(&mut self, side: usize) {
+        let now = self.cluster.now();
+        self.cluster.links[0].sides[side].poll(now);
+    }
+
     fn step(&mut self, Action { kind, a, b }: Action) {
         let side = (a & 1) as usize;
         let channel = (b as usize) % (DEVICE_CHANNELS + HOST_CHANNELS);
@@ -157,22 +167,22 @@ impl World {
             7 => self.receive(side, a, b),
             8 => self.notify(side, b),
             9 => {
-                let count = self.sides[side].memory.len();
+                let count = self.cluster.engines[side].memory.len();
                 if count > 0 {
-                    self.sides[side].deregister(b as usize % count);
+                    self.cluster.engines[side].deregister(b as usize % count);
                 }
             }
             10..=14 => self.deliver_control(side, b as usize),
             15..=18 => {
-                let mut net = self.net.lock();
+                let mut net = self.net();
                 net.transmit(channel, side);
                 net.direct.answer(side, b % 7 == 0, b);
                 net.direct.carry(side, 1 + b as usize % 3);
             }
             19..=22 => {
-                self.net.lock().deliver(channel, side);
+                self.net().deliver(channel, side);
                 if self.reorders {
-                    let mut net = self.net.lock();
+                    let mut net = self.net();
                     let wire = net.wire(channel, side);
                     if wire.flying.len() > 1 {
                         wire.flying.swap(0, 1);
@@ -180,14 +190,14 @@ impl World {
                 }
             }
             23 if self.cut.is_some() => self.cut(side, a),
-            23..=26 => self.sides[side].poll(self.now),
+            23..=26 => self.poll(side),
             27 => self.busy(20),
-            28 => self.now += Duration::from_millis(u64::from(b % 400)),
+            28 => self.advance(Duration::from_millis(u64::from(b % 400))),
             _ if self.faulty => self.fault(side, channel, a, b),
             _ if self.lossy => self.lose(side, channel, a),
             _ => self.busy(5),
         }
-        self.sides.iter_mut().for_each(Side::reclaim);
+        self.cluster.engines.iter_mut().for_each(Engine::reclaim);
     }
 
     fn fault(&mut self, side: usize, channel: usize, a: u32, b: u32) {
@@ -195,25 +205,25 @@ impl World {
         if self.rng.below(4) > 0 {
             return;
         }
-        let mut net = self.net.lock();
+        let mut net = self.net();
         match (a >> 1) % 8 {
             0 => net.wire(channel, side).stalled = true,
             1 => net.wire(channel, side).failed = true,
             2 => net.out_of_memory[side] = Some(b % 6),
             3 => {
                 drop(net);
-                let now = self.now;
-                self.sides[side].fail(err!(Canceled, "closed"), now);
+                let now = self.cluster.now();
+                self.cluster.links[0].sides[side].fail(err!(Canceled, "closed"), now);
             }
             4 => {
                 drop(net);
-                self.sides[side].mute = true;
+                self.cluster.links[0].sides[side].mute = true;
             }
             5 if b % 2 == 0 => net.direct.stalls = true,
             5 => net.wires.iter_mut().for_each(|w| w[side].stalled = true),
             6 => {
                 drop(net);
-                self.now += Duration::from_secs(u64::from(b % 9));
+                self.advance(Duration::from_secs(u64::from(b % 9)));
             }
             _ => {
                 net.wires.iter_mut().for_each(|w| (w[0].stalled, w[1].stalled) = (true, true));
@@ -232,31 +242,33 @@ impl World {
             return self.busy(1);
         }
         match (a >> 1) % 3 {
-            0 => self.net.lock().wire(channel, side).failed = true,
-            1 => [0, 1].into_iter().for_each(|side| self.net.lock().wire(channel, side).failed = true),
-            _ => self.sides[side].channels.close_channel(channel as u16, err!(RemoteDisconnect, "simulated: given up")),
+            0 => self.net().wire(channel, side).failed = true,
+            1 => [0, 1].into_iter().for_each(|side| self.net().wire(channel, side).failed = true),
+            _ => self.cluster.links[0].sides[side]
+                .channels
+                .close_channel(channel as u16, err!(RemoteDisconnect, "simulated: given up")),
         }
     }
 
     /// A step of a control connection that fails and is made again. The sides notice, and go on, one after the other; an attempt to make it
     /// again may come to nothing in between.
     fn cut(&mut self, side: usize, a: u32) {
-        let now = self.now;
+        let now = self.cluster.now();
         let cut = self.cut.get_or_insert_default();
         if cut.frozen != [true; 2] {
             let side = if cut.frozen[side] { 1 - side } else { side };
-            (cut.frozen[side], cut.opened[side]) = (true, self.sides[side].suspend());
+            (cut.frozen[side], cut.opened[side]) = (true, self.cluster.links[0].sides[side].suspend());
             if cut.frozen == [true; 2] {
-                self.sides.iter_mut().for_each(|side| side.out.clear());
+                self.cluster.links[0].sides.iter_mut().for_each(|side| side.out.clear());
             }
         } else if a % 4 == 0 {
             for side in [0, 1] {
-                cut.opened[side] = self.sides[side].suspend();
-                self.sides[side].out.clear();
+                cut.opened[side] = self.cluster.links[0].sides[side].suspend();
+                self.cluster.links[0].sides[side].out.clear();
             }
             cut.resumed = [false; 2];
         } else if !std::mem::replace(&mut cut.resumed[side], true) {
-            self.again += self.sides[side].resume(cut.opened[1 - side], now);
+            self.again += self.cluster.links[0].sides[side].resume(cut.opened[1 - side], now);
             if cut.resumed == [true; 2] {
                 self.cut = None;
             }
@@ -274,16 +286,16 @@ impl World {
 
     /// A step of a set-up of lost channels: it begins, or a side ends its part, with the channel or without.
     fn set_up_again(&mut self, side: usize, channel: usize, a: u32) {
-        let now = self.now;
+        let now = self.cluster.now();
         let Some(join) = &mut self.join else {
             let lost = (0..DEVICE_CHANNELS + HOST_CHANNELS).map(|n| (channel + n) % (DEVICE_CHANNELS + HOST_CHANNELS));
-            let Some(channel) = lost.map(|n| n as u16).find(|&n| self.sides[side].machine.is_lost(n)) else {
+            let Some(channel) = lost.map(|n| n as u16).find(|&n| self.cluster.links[0].sides[side].machine.is_lost(n)) else {
                 return self.busy(1);
             };
-            let Ok(number) = self.sides[side].machine.begin_restore(&[channel], None) else { return };
+            let Ok(number) = self.cluster.links[0].sides[side].machine.begin_restore(&[channel], None) else { return };
             // The other side may not know of the loss yet, and refuses.
-            if self.sides[1 - side].machine.begin_restore(&[channel], Some(number)).is_ok() {
-                let wire = self.net.lock().string();
+            if self.cluster.links[0].sides[1 - side].machine.begin_restore(&[channel], Some(number)).is_ok() {
+                let wire = self.net().string();
                 self.join = Some(Join { channel, number, wire, left: [true; 2] });
             }
             return;
@@ -298,11 +310,11 @@ impl World {
         if (a >> 1) % 4 == 0 {
             // It ends without the channel. The other side may notice at once, or by the time alone.
             let silent = (a >> 3) % 2 == 0;
-            self.net.lock().wires[wire].iter_mut().for_each(|wire| (wire.failed, wire.stalled) = (!silent, true));
+            self.net().wires[wire].iter_mut().for_each(|wire| (wire.failed, wire.stalled) = (!silent, true));
             return;
         }
-        self.net.lock().restore(channel.into(), side, wire);
-        let me = &mut self.sides[side];
+        self.net().restore(channel.into(), side, wire);
+        let me = &mut self.cluster.links[0].sides[side];
         if let Err(e) = me.machine.restore(channel, number, &mut me.channels, now) {
             me.fail(e, now);
         }
@@ -347,9 +359,9 @@ impl World {
                 Direction::Read => (target, source.clone()),
             };
             let (p, q) = (self.place(), self.place());
-            let local = self.sides[here].allocate(local, p);
-            let remote = self.sides[there].allocate(remote, q);
-            let Some(mut item) = self.sides[there].item(remote) else { return };
+            let local = self.cluster.engines[here].allocate(local, p);
+            let remote = self.cluster.engines[there].allocate(remote, q);
+            let Some(mut item) = self.cluster.engines[there].item(remote) else { return };
             let at = (b >> 8) as usize % 7;
             item.addr += at as u64;
             if b.wrapping_add(segment) % 61 == 0 {
@@ -357,19 +369,19 @@ impl World {
                 item.padding[0] = !item.padding[0];
                 excused = true;
             }
-            let memory = &self.sides[here].memory[local];
+            let memory = &self.cluster.engines[here].memory[local];
             items.push((LocalSegment { mr: memory.mr, addr: memory.addr() as usize + at, len }, item));
             let (to, memory) = if direction == Direction::Write { (there, remote) } else { (here, local) };
             expected.push(Expected { side: to, memory, at, bytes: source[at..at + len].to_vec() });
         }
-        let now = self.now;
+        let now = self.cluster.now();
         if let Some(id) = self.directly(here, direction, &items) {
             self.transfers.push(Transfer { side: here, id, expected, begun: now, excused, ended: false });
-            return self.sides[here].poll(now);
+            return self.cluster.links[0].sides[here].poll(now);
         }
-        let peer_engine = self.sides[there].engine;
-        let me = &mut self.sides[here];
-        let builder = RequestBuilder::new(items.len(), &me.registry, peer_engine, None).expect("builder");
+        let peer_engine = self.cluster.engines[there].id;
+        let me = &mut self.cluster.links[0].sides[here];
+        let builder = RequestBuilder::new(items.len(), &self.cluster.engines[here].registry, peer_engine, None).expect("builder");
         let Ok(Built::Request(request)) = builder.build(items.into_iter()) else { return };
         if me.machine.admit(request.segments.len(), &request.pairs, &me.channels).is_err() {
             return;
@@ -378,13 +390,14 @@ impl World {
             Ok(id) => self.transfers.push(Transfer { side: here, id, expected, begun: now, excused, ended: false }),
             Err(e) => me.fail(e, now),
         }
-        self.sides[here].poll(now);
+        self.cluster.links[0].sides[here].poll(now);
     }
 
     /// Starts a transfer directly if that is possible at once.
     fn directly(&mut self, side: usize, direction: Direction, items: &[(LocalSegment, FifoItem)]) -> Option<u64> {
-        let (now, peer_engine, me) = (self.now, self.sides[1 - side].engine, &mut self.sides[side]);
-        let (sketch, known) = sketch(items.iter().copied(), &me.registry, peer_engine)?;
+        let (now, peer_engine) = (self.cluster.now(), self.cluster.engines[1 - side].id);
+        let me = &mut self.cluster.links[0].sides[side];
+        let (sketch, known) = sketch(items.iter().copied(), &self.cluster.engines[side].registry, peer_engine)?;
         let mut feed = Feed::new(items.iter().copied(), known, direction.way(), sketch.count);
         me.machine.admit(sketch.count, &sketch.places(), &me.channels).ok()?;
         let started = me.machine.start_direct(sketch, direction.way(), &mut feed, &mut me.channels, now);
@@ -405,43 +418,43 @@ impl World {
         let len = Self::len(a) % 50_000;
         let bytes = self.fill(len + 3);
         let place = self.place();
-        let memory = self.sides[side].allocate(bytes.clone(), place);
-        let now = self.now;
-        let me = &mut self.sides[side];
-        let (mr, addr) = (me.memory[memory].mr, me.memory[memory].addr() as usize);
+        let memory = self.cluster.engines[side].allocate(bytes.clone(), place);
+        let now = self.cluster.now();
+        let (me, home) = (&mut self.cluster.links[0].sides[side], &self.cluster.engines[side]);
+        let (mr, addr) = (home.memory[memory].mr, home.memory[memory].addr() as usize);
         let half = if len == 0 { 0 } else { b as usize % len };
         let items = [LocalSegment { mr, addr, len: half }, LocalSegment { mr, addr: addr + half, len: len - half }];
-        let (segments, uses) = message(items.into_iter(), &me.registry).expect("own memory");
+        let (segments, uses) = message(items.into_iter(), &home.registry).expect("own memory");
         if me.machine.admit(segments.len(), &[], &me.channels).is_err() {
             return;
         }
         let id = me.machine.start_send(segments, uses, &mut me.channels, now);
         self.transfers.push(Transfer { side, id, expected: Vec::new(), begun: now, excused: true, ended: false });
         self.sent[1 - side].push((self.transfers.len() - 1, bytes[..len].to_vec()));
-        self.sides[side].poll(now);
+        self.cluster.links[0].sides[side].poll(now);
     }
 
     fn receive(&mut self, side: usize, a: u32, b: u32) {
         let len = if b % 9 == 0 { Self::len(a) % 50_000 } else { 50_000 } + 1;
         let place = self.place();
-        let memory = self.sides[side].allocate(vec![0xEE; len], place);
-        let now = self.now;
-        let me = &mut self.sides[side];
+        let memory = self.cluster.engines[side].allocate(vec![0xEE; len], place);
+        let now = self.cluster.now();
+        let (me, home) = (&mut self.cluster.links[0].sides[side], &self.cluster.engines[side]);
         if me.machine.admit(1, &[], &me.channels).is_err() {
             return;
         }
-        let region = me.registry.local(me.memory[memory].mr).expect("own memory");
-        let segment = Segment { addr: me.memory[memory].addr(), len: len as u64, region: 0, place, peer: Place::HOST };
+        let region = home.registry.local(home.memory[memory].mr).expect("own memory");
+        let segment = Segment { addr: home.memory[memory].addr(), len: len as u64, region: 0, place, peer: Place::HOST };
         let id = me.machine.start_receive(segment, region, &mut me.channels, now);
         self.transfers.push(Transfer { side, id, expected: Vec::new(), begun: now, excused: true, ended: false });
         self.received[side].push((self.transfers.len() - 1, memory));
-        self.sides[side].poll(now);
+        self.cluster.links[0].sides[side].poll(now);
     }
 
     fn notify(&mut self, side: usize, b: u32) {
-        let now = self.now;
+        let now = self.cluster.now();
         let bytes = self.fill(b as usize % 5000);
-        let me = &mut self.sides[side];
+        let me = &mut self.cluster.links[0].sides[side];
         if me.machine.alive().is_ok() {
             me.machine.notify(b"name", &bytes, now);
             self.notified[1 - side].push(bytes);
@@ -450,20 +463,21 @@ impl World {
 
     /// Moves some bytes of a side's control connection to the other side.
     fn deliver_control(&mut self, side: usize, limit: usize) {
-        self.sides[side].flush(self.now);
+        let now = self.cluster.now();
+        self.cluster.links[0].sides[side].flush(now);
         if self.cut.as_ref().is_some_and(|cut| cut.frozen == [true; 2] && !cut.resumed[1 - side]) {
             // It waits in the new socket.
             return;
         }
-        let n = self.sides[side].out.len().min(1 + limit % 20_000);
-        let bytes: Vec<u8> = self.sides[side].out.drain(..n).collect();
-        if self.sides[1 - side].suspended {
+        let n = self.cluster.links[0].sides[side].out.len().min(1 + limit % 20_000);
+        let bytes: Vec<u8> = self.cluster.links[0].sides[side].out.drain(..n).collect();
+        if self.cluster.links[0].sides[1 - side].suspended {
             // The old socket is not read any more.
             return;
         }
         if !bytes.is_empty() {
-            let now = self.now;
-            self.sides[1 - side].hear(&bytes, now);
+            let now = self.cluster.now();
+            self.cluster.links[0].sides[1 - side].hear(&bytes, now);
         }
     }
 
@@ -472,9 +486,9 @@ impl World {
         for _ in 0..rounds {
             for side in [0, 1] {
                 self.deliver_control(side, usize::MAX - 1);
-                self.sides[side].poll(self.now);
+                self.poll(side);
                 for channel in 0..DEVICE_CHANNELS + HOST_CHANNELS {
-                    let mut net = self.net.lock();
+                    let mut net = self.net();
                     net.direct.answer(side, false, 0);
                     net.direct.carry(side, 1);
                     for _ in 0..4 {
@@ -483,26 +497,17 @@ impl World {
                     }
                 }
             }
-            self.sides.iter_mut().for_each(Side::reclaim);
+            self.cluster.engines.iter_mut().for_each(Engine::reclaim);
         }
     }
 
     fn check(&mut self) -> Result<(), String> {
-        for (side, world) in self.sides.iter().enumerate() {
-            world.machine.audit().map_err(|e| format!("side {side}: {e}"))?;
-            if let Some(memory) = world.written_after_free() {
-                return Err(format!("memory {memory} of side {side} was written after it was given back"));
-            }
-            if world.machine.dead().is_some() && !self.net.lock().closed[side] {
-                return Err(format!("side {side} has ended its connection, but its channels are open"));
-            }
+        self.cluster.check()?;
+        for (side, world) in self.cluster.links[0].sides.iter().enumerate() {
             if let (false, Some(e)) = (self.faulty, world.machine.dead()) {
                 if e.kind() != ErrorKind::RemoteDisconnect {
                     return Err(format!("side {side} lost the connection without a fault: {e}"));
                 }
-            }
-            if world.machine.dead().is_some() && world.machine.in_flight() > 0 {
-                return Err(format!("side {side} has ended its connection, but transfers are in flight"));
             }
         }
         for index in 0..self.transfers.len() {
@@ -517,11 +522,11 @@ impl World {
         let transfer = &self.transfers[index];
         let (side, id) = (transfer.side, transfer.id);
         let what = format!("transfer {id} of side {side}");
-        match self.sides[side].machine.lookup(id) {
+        match self.cluster.links[0].sides[side].machine.lookup(id) {
             Ok(TransferState { complete: false, .. }) => return Ok(()),
             Ok(_) => {
                 for e in &transfer.expected {
-                    let memory = &self.sides[e.side].memory[e.memory];
+                    let memory = &self.cluster.engines[e.side].memory[e.memory];
                     if !memory.freed && memory.now()[e.at..e.at + e.bytes.len()] != e.bytes[..] {
                         return Err(format!("{what} is OK with wrong bytes"));
                     }
@@ -533,11 +538,12 @@ impl World {
                 }
             }
             Err(e) => {
-                let given_back = transfer.expected.iter().any(|e| !self.sides[e.side].memory[e.memory].is_registered());
+                let given_back = transfer.expected.iter().any(|e| !self.cluster.engines[e.side].memory[e.memory].is_registered());
                 // The source of a read may have been given back too.
                 let refused = e.kind() == ErrorKind::RemoteAccess;
                 if !transfer.excused && !given_back && !refused {
-                    let causes: Vec<_> = self.sides.iter().map(|s| s.machine.dead().map(ToString::to_string)).collect();
+                    let causes: Vec<_> =
+                        self.cluster.links[0].sides.iter().map(|s| s.machine.dead().map(ToString::to_string)).collect();
                     return Err(format!("{what} failed without a fault: {e}; {causes:?}"));
                 }
             }
@@ -549,7 +555,7 @@ impl World {
     /// Notifications arrive whole, once and in order.
     fn check_notifications(&mut self) -> Result<(), String> {
         for side in [0, 1] {
-            while let Some(got) = self.sides[side].queue.pop() {
+            while let Some(got) = self.cluster.engines[side].queue.pop() {
                 let expected = self.notified[side].get(self.heard[side]);
                 if expected != Some(&got.msg) {
                     return Err(format!("notification {} of side {side} is not the one that was sent", self.heard[side]));
@@ -565,9 +571,10 @@ impl World {
         for side in [0, 1] {
             for (&(send, ref bytes), &(receive, memory)) in self.sent[side].iter().zip(&self.received[side]) {
                 let (send, receive) = (&self.transfers[send], &self.transfers[receive]);
-                let ok =
-                    |t: &Transfer| matches!(self.sides[t.side].machine.lookup(t.id), Ok(TransferState { complete: true, .. }));
-                let memory = &self.sides[side].memory[memory];
+                let ok = |t: &Transfer| {
+                    matches!(self.cluster.links[0].sides[t.side].machine.lookup(t.id), Ok(TransferState { complete: true, .. }))
+                };
+                let memory = &self.cluster.engines[side].memory[memory];
                 // Withdrawals change which send meets which receive, so only the pairs before the first failure are compared.
                 if !(ok(send) && ok(receive)) {
                     break;
@@ -591,31 +598,31 @@ impl World {
         }
         // What is queued arrives, however little the sockets take at once.
         for _ in 0..1000 {
-            if self.sides.iter().all(|side| side.unheard() == 0 || side.mute) {
+            if self.cluster.links[0].sides.iter().all(|side| side.unheard() == 0 || side.mute) {
                 break;
             }
             self.busy(1);
         }
         self.busy(2);
         self.check()?;
-        let limit = self.now + MATCH_TIMEOUT + PEER_TIMEOUT + 3 * TRANSFER_TIMEOUT;
+        let limit = self.cluster.now() + MATCH_TIMEOUT + PEER_TIMEOUT + 3 * TRANSFER_TIMEOUT;
         while self.transfers.iter().any(|t| !t.ended) {
-            if self.now > limit {
+            if self.cluster.now() > limit {
                 let open = self.transfers.iter().find(|t| !t.ended).map(|t| (t.side, t.id, t.begun - self.start));
                 return Err(format!("a transfer (side, id, begun) never ends: {open:?}"));
             }
-            self.now += Duration::from_millis(250);
+            self.advance(Duration::from_millis(250));
             self.busy(4);
             self.check()?;
         }
         self.check_messages()?;
         // The owner of memory that was read hears at the reader's next look that it is in place.
         for _ in 0..2 {
-            self.now += Duration::from_millis(50);
+            self.advance(Duration::from_millis(50));
             self.busy(4);
         }
         if !self.faulty {
-            for (side, world) in self.sides.iter().enumerate() {
+            for (side, world) in self.cluster.links[0].sides.iter().enumerate() {
                 if let Some(e) = world.machine.dead() {
                     return Err(format!("side {side} lost the connection without a fault: {e}"));
                 }
@@ -637,17 +644,17 @@ impl World {
 
     /// Gives back all memory. Without faults it is free at once; with them a side may not know yet that its peer is dead.
     fn give_back(&mut self, limit: Instant) -> Result<(), String> {
-        for side in &mut self.sides {
+        for side in &mut self.cluster.engines {
             (0..side.memory.len()).for_each(|index| side.deregister(index));
             side.reclaim();
         }
         loop {
-            let used = |side: &Side| side.memory.iter().any(|m| !m.freed);
-            let Some(side) = self.sides.iter().position(used) else { return Ok(()) };
-            if !self.faulty || self.now > limit {
+            let used = |side: &Engine| side.memory.iter().any(|m| !m.freed);
+            let Some(side) = self.cluster.engines.iter().position(used) else { return Ok(()) };
+            if !self.faulty || self.cluster.now() > limit {
                 return Err(format!("side {side} still uses memory although all transfers have ended"));
             }
-            self.now += Duration::from_millis(250);
+            self.advance(Duration::from_millis(250));
             self.busy(4);
             self.check()?;
         }

@@ -1,8 +1,9 @@
-//! One side of a simulated connection: a machine with its channels, memory that knows when it was given back, and the bytes
-//! between it and its peer.
+//! Engines, and the connections between them. An engine has memory that knows when it was given back, and what its connections share. A
+//! side of a connection is a machine with its channels, and the bytes between it and its peer.
 
 use super::direct::SimulatedDirect;
 use super::net::{Net, SimulatedPath};
+use super::positions::Positions;
 use crate::budget::Pool;
 use crate::channel::device::EmulatedDevice;
 use crate::channel::router::Channels;
@@ -17,6 +18,8 @@ use crate::wire::queue::{RxBuffer, MAX_FRAMES};
 use crate::wire::sent::SentRecords;
 use process::Mutex;
 use std::collections::VecDeque;
+use std::net::Ipv4Addr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -33,7 +36,10 @@ const ACKNOWLEDGE: usize = 4 << 10;
 
 /// A piece of memory, registered until it is given back.
 pub(super) struct Memory {
+    /// Empty where it has positions instead.
     pub bytes: Box<[u8]>,
+    addr: u64,
+    pub len: usize,
     pub mr: u64,
     pub place: Place,
     retired: Option<Retired>,
@@ -42,7 +48,7 @@ pub(super) struct Memory {
 
 impl Memory {
     pub(super) fn addr(&self) -> u64 {
-        self.bytes.as_ptr() as u64
+        self.addr
     }
 
     /// The current bytes; the network writes them through pointers.
@@ -57,106 +63,58 @@ impl Memory {
     }
 }
 
-/// One side of the connection.
-pub(super) struct Side {
-    pub machine: Machine,
-    pub channels: Channels,
+/// An engine.
+pub(super) struct Engine {
     pub registry: Arc<Registry>,
     pub queue: Arc<Queue>,
-    pub engine: [u8; 16],
+    pub id: [u8; 16],
     pub memory: Vec<Memory>,
-    rx: RxBuffer,
-    /// Records that the socket has yet to take, or that the peer has not acknowledged.
-    pub sent: SentRecords,
-    /// The record of the peer that arrives, how many were opened, and how many bytes of them the peer does not know of.
-    partial: Vec<u8>,
-    opened: u64,
-    news: usize,
-    /// Its control connection has failed.
-    pub suspended: bool,
-    /// Bytes of its control connection that the socket has taken and that have not reached the peer, and how many the socket
-    /// takes.
-    pub out: VecDeque<u8>,
-    pub room: usize,
-    /// Nothing of it reaches the peer any more.
-    pub mute: bool,
+    /// What its peers may use, and the log lines that they may cause.
+    pub pool: Arc<Pool>,
+    lines: Arc<Limiter>,
+    /// Numbers its connections, from its own number on.
+    connections: AtomicUsize,
 }
 
-/// How many channels a simulated connection has for device memory, and how many for the rest.
-pub(super) const DEVICE_CHANNELS: usize = 2;
-pub(super) const HOST_CHANNELS: usize = 3;
-
-impl Side {
-    pub(super) fn new(net: &Arc<Mutex<Net>>, side: usize, chunk_bytes: usize, eager_bytes: usize, now: Instant) -> Side {
-        Side::with_timeouts(net, side, [chunk_bytes, eager_bytes], [TRANSFER_TIMEOUT, PEER_TIMEOUT], now)
-    }
-
-    /// `sizes`: of chunks and of eager transfers. `timeouts`: of transfers, and of the peer.
-    pub(super) fn with_timeouts(
-        net: &Arc<Mutex<Net>>,
-        side: usize,
-        [chunk_bytes, eager_bytes]: [usize; 2],
-        [transfer_timeout, peer_timeout]: [Duration; 2],
-        now: Instant,
-    ) -> Side {
-        let registry = Arc::new(Registry::new());
-        net.lock().direct.registries[side] = Some(registry.clone());
-        let queue = Queue::new(1 << 30, 256 << 20, &Arc::default());
-        let account = Pool::endless().account([127, 0, 0, 1].into());
-        let setting = Setting {
-            registry: registry.clone(),
-            inbox: Inbox::new(&queue, &account),
-            account,
-            lines: Arc::new(Limiter::new(1000)),
-            eager_bytes,
-            peer: format!("side {}", 1 - side),
-            transfer_timeout,
-            nic_timeout: transfer_timeout / 4,
-            peer_timeout,
-            heartbeat: crate::proto::heartbeat(peer_timeout),
-            match_timeout: MATCH_TIMEOUT,
-            doorbells: false,
-        };
-        let paths: Vec<Box<dyn crate::channel::path::Path>> = vec![
-            Box::new(SimulatedPath::new(net, side, 0, DEVICE_CHANNELS, true, chunk_bytes)),
-            Box::new(SimulatedPath::new(net, side, DEVICE_CHANNELS, HOST_CHANNELS, false, chunk_bytes)),
-        ];
-        Side {
-            machine: Machine::new(setting, now),
-            channels: Channels::new(Some(Box::new(SimulatedDirect::new(net, side))), paths, Some(Box::new(EmulatedDevice))),
-            registry,
-            queue,
-            engine: [side as u8 + 1; 16],
+impl Engine {
+    pub(super) fn new(number: usize, pool: Arc<Pool>) -> Engine {
+        let mut id = [1; 16];
+        id[..8].copy_from_slice(&(number as u64 + 1).to_le_bytes());
+        Engine {
+            registry: Arc::new(Registry::new()),
+            queue: Queue::new(1 << 30, 256 << 20, &Arc::default()),
+            id,
             memory: Vec::new(),
-            rx: RxBuffer::default(),
-            sent: SentRecords::new(0),
-            partial: Vec::new(),
-            opened: 0,
-            news: 0,
-            suspended: false,
-            out: VecDeque::new(),
-            room: 64 << 10,
-            mute: false,
+            pool,
+            lines: Arc::new(Limiter::new(1000)),
+            connections: AtomicUsize::new(number),
         }
     }
 
     /// Registers new memory and returns its index.
     pub(super) fn allocate(&mut self, bytes: Vec<u8>, place: Place) -> usize {
         let bytes = bytes.into_boxed_slice();
-        let mr = self
-            .registry
-            .add(bytes.as_ptr() as u64, bytes.len() as u64, place, crate::types::RemoteAccess::ALL)
-            .expect("register");
-        self.memory.push(Memory { bytes, mr, place, retired: None, freed: false });
+        self.register(bytes.as_ptr() as u64, bytes.len(), bytes, place)
+    }
+
+    /// Registers memory that has positions in place of bytes.
+    pub(super) fn reserve(&mut self, positions: &Mutex<Positions>, len: usize) -> usize {
+        let addr = positions.lock().reserve(len as u64);
+        self.register(addr, len, Box::default(), Place::HOST)
+    }
+
+    fn register(&mut self, addr: u64, len: usize, bytes: Box<[u8]>, place: Place) -> usize {
+        let mr = self.registry.add(addr, len as u64, place, crate::types::RemoteAccess::ALL).expect("register");
+        self.memory.push(Memory { bytes, addr, len, mr, place, retired: None, freed: false });
         self.memory.len() - 1
     }
 
-    /// The FIFO item by which the peer reaches some memory.
+    /// The FIFO item by which a peer reaches some memory.
     pub(super) fn item(&self, index: usize) -> Option<FifoItem> {
         let memory = &self.memory[index];
         let token = self.registry.local(memory.mr).ok()?.token;
-        let access = Access { region: memory.mr, token, engine: self.engine, place: memory.place };
-        Some(FifoItem::new(memory.addr(), memory.bytes.len() as u64, &access))
+        let access = Access { region: memory.mr, token, engine: self.id, place: memory.place };
+        Some(FifoItem::new(memory.addr(), memory.len as u64, &access))
     }
 
     /// Starts to give memory back.
@@ -182,6 +140,99 @@ impl Side {
         const BLOCK: [u8; 4096] = [FREED; 4096];
         let intact = |m: &Memory| m.now().chunks(BLOCK.len()).all(|piece| piece == &BLOCK[..piece.len()]);
         self.memory.iter().position(|m| m.freed && !intact(m))
+    }
+}
+
+/// How the connections of a simulation are made.
+#[derive(Clone, Copy)]
+pub(super) struct Shape {
+    /// Channels for device memory, and for the rest.
+    pub device: usize,
+    pub host: usize,
+    /// Bytes of a chunk and of an eager transfer, at most.
+    pub chunk_bytes: usize,
+    pub eager_bytes: usize,
+    /// Bytes of the control connection that its socket holds.
+    pub room: usize,
+    pub transfer_timeout: Duration,
+    pub peer_timeout: Duration,
+}
+
+impl Shape {
+    /// `chunk_bytes`, `eager_bytes`: at most.
+    pub(super) fn of(chunk_bytes: usize, eager_bytes: usize) -> Shape {
+        let (transfer_timeout, peer_timeout) = (TRANSFER_TIMEOUT, PEER_TIMEOUT);
+        let (device, host) = (DEVICE_CHANNELS, HOST_CHANNELS);
+        Shape { device, host, chunk_bytes, eager_bytes, room: 64 << 10, transfer_timeout, peer_timeout }
+    }
+}
+
+/// One side of a connection.
+pub(super) struct Side {
+    pub machine: Machine,
+    pub channels: Channels,
+    rx: RxBuffer,
+    /// Records that the socket has yet to take, or that the peer has not acknowledged.
+    pub sent: SentRecords,
+    /// The record of the peer that arrives, how many were opened, and how many bytes of them the peer does not know of.
+    partial: Vec<u8>,
+    opened: u64,
+    news: usize,
+    /// Its control connection has failed.
+    pub suspended: bool,
+    /// Bytes of its control connection that the socket has taken and that have not reached the peer, and how many the socket
+    /// takes.
+    pub out: VecDeque<u8>,
+    pub room: usize,
+    /// Nothing of it reaches the peer any more.
+    pub mute: bool,
+}
+
+/// How many channels a simulated connection has for device memory, and how many for the rest.
+pub(super) const DEVICE_CHANNELS: usize = 2;
+pub(super) const HOST_CHANNELS: usize = 3;
+
+impl Side {
+    /// `peer`: the number of the engine at the other side.
+    pub(super) fn new(engine: &Engine, peer: usize, net: &Arc<Mutex<Net>>, side: usize, shape: &Shape, now: Instant) -> Side {
+        net.lock().direct.registries[side] = Some(engine.registry.clone());
+        let account = engine.pool.account(Ipv4Addr::from_bits(10 << 24 | peer as u32).into());
+        let setting = Setting {
+            registry: engine.registry.clone(),
+            inbox: Inbox::new(&engine.queue, &account),
+            account,
+            lines: engine.lines.clone(),
+            eager_bytes: shape.eager_bytes,
+            peer: format!("engine {peer}"),
+            transfer_timeout: shape.transfer_timeout,
+            nic_timeout: shape.transfer_timeout / 4,
+            peer_timeout: shape.peer_timeout,
+            heartbeat: crate::proto::heartbeat(shape.peer_timeout),
+            match_timeout: MATCH_TIMEOUT,
+            doorbells: false,
+        };
+        let number = engine.connections.fetch_add(1, Ordering::Relaxed);
+        let path = |first, channels, device| -> Box<dyn crate::channel::path::Path> {
+            let path = SimulatedPath::new(net, side, first, channels, device, shape.chunk_bytes);
+            Box::new(path.beginning_with(number))
+        };
+        let mut paths = vec![path(shape.device, shape.host, false)];
+        if shape.device > 0 {
+            paths.insert(0, path(0, shape.device, true));
+        }
+        Side {
+            machine: Machine::new(setting, now),
+            channels: Channels::new(Some(Box::new(SimulatedDirect::new(net, side))), paths, Some(Box::new(EmulatedDevice))),
+            rx: RxBuffer::default(),
+            sent: SentRecords::new(0),
+            partial: Vec::new(),
+            opened: 0,
+            news: 0,
+            suspended: false,
+            out: VecDeque::new(),
+            room: shape.room,
+            mute: false,
+        }
     }
 
     /// Ends the connection on this side.
