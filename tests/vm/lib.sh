@@ -97,3 +97,25 @@ in_root() {
   unshare "${options[@]}" bash -c 'mount --rbind /dev "$1/dev" && mount --rbind /proc "$1/proc" && mount --bind "$2" "$1/work" &&
     root=$1 && shift 2 && exec chroot "$root" env -i PATH=/usr/sbin:/usr/bin LC_ALL=C "$@"' _ "$root" "${work:-$cache}" "$@"
 }
+
+# compile_module SOURCE: a module of the kernel from the folder, for `kernel`, in the cache; sets `module`
+compile_module() {
+  local name
+  name=$(basename "$1")
+  module=$cache/modules-$kernel/$name
+  [ "$module.ko" -nt "$1.c" ] && return 0
+  rm -rf "$module.build" && mkdir -p "$module.build"
+  cp "$1.c" "$(dirname "$1")/Kbuild" "$module.build/"
+  work=$module.build in_root make -C "/lib/modules/$kernel/build" M=/work CONFIG_DEBUG_INFO_BTF_MODULES= modules >"$module.log" 2>&1 ||
+    { cat "$module.log"; echo "the module $name cannot be compiled for kernel $kernel"; return 1; }
+  mv "$module.build/$name.ko" "$module.ko"
+}
+
+# compile_program SOURCE.c TARGET: a static program for the machine
+compile_program() {
+  [ "$2" -nt "$1" ] && return 0
+  local folder
+  folder=$(mktemp -d) && cp "$(dirname "$1")"/*.[ch] "$folder/" &&
+    work=$folder in_root gcc-14 -std=gnu17 -O2 -g -Wall -Wextra -Werror -static -pthread \
+      -o /work/program "/work/${1##*/}" && mv "$folder/program" "$2" && rm -rf "$folder"
+}

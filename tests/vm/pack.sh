@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # The file systems of the machines: what is the same for every test of a kernel, kept in the cache, and what a test adds. Sourced by run.sh.
-guest_programs=(bash ip tc ss ethtool timeout)
+guest_programs=(bash ip tc ss ethtool)
 # In the kernel's packages, not in the kernel.
 guest_modules=(veth sch_netem sch_tbf tcp_bbr tls)
 
@@ -43,6 +43,10 @@ pack_base() {
 pack_test() {
   local tree=$work/test program file name
   mkdir -p "$tree"/vm/{bin,host}
+  compile_module "$here/module/uccl_vmnic"
+  cp "$module.ko" "$tree/vm/"
+  compile_program "$here/devmem.c" "$cache/devmem"
+  cp "$cache/devmem" "$tree/vm/bin/"
   cp "$here/guest/init" "$tree/init"
   chmod +x "$tree/init"
   cp -r "$here/guest/." "$tree/vm/"

@@ -1,0 +1,143 @@
+#!/bin/bash
+# Device memory TCP over the pair of test NICs, by its raw interface: what the kernel promises, and what it does when something breaks.
+# usage: devmem.sh [ROW...]     rows by the names of their functions, below; default: all
+. /vm/lib.sh
+port=5000 queue=3 size=12000000
+
+# prepare [PARAMETER=VALUE...]: the pair, host b ready for a binding: header split, and no flow on our queue but by a rule
+prepare() {
+  pair "$@" || return 1
+  on $b ethtool -G vmnic1 tcp-data-split on || return 1
+  on $b ethtool -K vmnic1 ntuple on && on $b ethtool -X vmnic1 equal $queue || return 1
+  rule=$(steer) || return 1
+}
+
+steer() { on $b ethtool -N vmnic1 flow-type tcp4 dst-port $port action $queue | sed -n 's/.*ID //p'; }
+unsteer() { on $b ethtool -N vmnic1 delete "$rule"; }
+
+receive() { on $b devmem receive --nic vmnic1 --queue $queue --port $port "$@" >$out/receive 2>&1; }
+send() { on $a devmem send --to 10.78.1.2 --port $port "$@" >$out/send 2>&1; }
+
+# transfer [-r 'OPTION...'] OPTION...: a sender with these options and a receiver; both must be content
+transfer() {
+  local receiver status=0 options=()
+  if [ "${1:-}" = -r ]; then
+    read -ra options <<<"$2"
+    shift 2
+  fi
+  receive --bytes $size "${options[@]}" &
+  receiver=$!
+  until grep -q bound $out/receive 2>/dev/null; do kill -0 $receiver 2>/dev/null || break; sleep 0.05; done
+  send --bytes $size "$@" || status=1
+  wait $receiver || status=1
+  grep -E '^(stream|the owner|refused)' $out/receive
+  return $status
+}
+
+# bytes KIND: what the receiver counted as device, linear or plain
+bytes() { sed -n "s/.*[ ;:]$1 \([0-9]*\).*/\1/p" $out/receive | awk '{n += $1} END {print n + 0}'; }
+all_device() { [ "$(bytes device)" = $size ] && [ "$(bytes plain)" = 0 ] && [ "$(bytes linear)" = 0 ]; }
+mixed() { [ "$(bytes device)" -gt 0 ] && [ "$(bytes plain)" -gt 0 ]; }
+
+# when BYTES COMMAND...: runs it once queue 3 of host b has received so many bytes
+when() {
+  local bytes=$1
+  shift
+  until [ "$(counter $b vmnic1 rx${queue}_bytes)" -ge "$bytes" ]; do sleep 0.05; done
+  "$@"
+}
+
+host_to_device() { prepare && transfer && all_device; }
+device_to_device() { prepare && transfer --nic vmnic0 && all_device && [ "$(counter $a vmnic0 tx_device_memory_bytes)" -ge $size ]; }
+fragments_of_a_packet() { prepare fragment=1448 offset=64 && transfer --nic vmnic0 && all_device && grep -q 'to 1448, ' $out/receive; }
+odd_offsets() { prepare fragment=1448 offset=1235 && transfer --nic vmnic0 --chunk 99991 && all_device && ! grep -q ', 0 of them unaligned' $out/receive; }
+unsplit() { prepare unsplit_every=3 && transfer --nic vmnic0 && [ "$(bytes linear)" -gt 0 ] && [ "$(bytes device)" -gt 0 ]; }
+unsplit_odd() { prepare fragment=1448 offset=64 unsplit_every=7 unsplit_bytes=999 && transfer && [ "$(bytes linear)" -gt 0 ]; }
+lost_packets() { prepare drop_every=50 && transfer --nic vmnic0 && all_device && [ "$(counter $b vmnic1 rx_lost_on_purpose)" -gt 0 ]; }
+no_rule() { prepare && unsteer && transfer && [ "$(bytes plain)" = $size ]; }
+rule_deleted() { prepare && { when 3000000 unsteer & } && transfer && mixed; }
+rule_set_late() {
+  prepare && unsteer
+  { until grep -q bound $out/receive 2>/dev/null && [ "$(on $b ss -Htn state established "sport = :$port" | wc -l)" -gt 0 ]; do sleep 0.05; done; steer; } &
+  transfer --late 1 && [ "$(bytes device)" -gt 0 ]
+}
+owner_killed() { prepare && transfer -r "--kill-owner-after 3000000" --nic vmnic0 && mixed; }
+no_header_split() {
+  prepare && on $b ethtool -G vmnic1 tcp-data-split off
+  receive
+  [ $? = 3 ] && cat $out/receive && grep -q '^refused: .*tcp-data-split' $out/receive
+}
+split_stays_on() {
+  prepare && receive --seconds 5 &
+  sleep 2
+  ! on $b ethtool -G vmnic1 tcp-data-split off
+}
+two_bindings() {
+  prepare
+  receive --seconds 4 &
+  until grep -q bound $out/receive 2>/dev/null; do sleep 0.05; done
+  on $b devmem receive --nic vmnic1 --queue $queue --port 5001 >$out/second
+  [ $? = 3 ] && cat $out/second
+}
+unprivileged_send() {
+  prepare
+  receive --bytes $size &
+  until grep -q bound $out/receive 2>/dev/null; do sleep 0.05; done
+  chmod 666 /dev/udmabuf
+  on $a devmem send --user 65534 --to 10.78.1.2 --port $port --nic vmnic0 --bytes $size >$out/send && wait && all_device
+}
+link_down() {
+  prepare
+  { when 3000000 ip -n $a link set vmnic0 down; sleep 1; ip -n $a link set vmnic0 up; } &
+  transfer --nic vmnic0 && all_device
+}
+receiver_down() {
+  prepare
+  { when 3000000 ip -n $b link set vmnic1 down; sleep 1; ip -n $b link set vmnic1 up; } &
+  transfer && all_device
+}
+
+# The danger: fragments of a connection that is not read fill the area, and no packet of any other connection finds a place.
+two_streams() { # two_streams RECEIVE_BUFFER
+  prepare fragment=1448 offset=64 || return 1
+  receive --connections 2 --stall 1 --buffer "$1" --area 4194304 --seconds 12 --bytes $size &
+  until grep -q bound $out/receive 2>/dev/null; do sleep 0.05; done
+  on $a devmem send --to 10.78.1.2 --port $port --stream 1 --bytes $size >$out/first &
+  # The kernel has no place left, or as many as fit the buffer.
+  sleep 3
+  on $a devmem send --to 10.78.1.2 --port $port --stream 2 --bytes $size >$out/second &
+}
+starvation() {
+  two_streams 16000000 || return 1
+  sleep 7
+  local starved
+  starved=$(counter $b vmnic1 rx_starved)
+  wait
+  echo "note: one connection is not read and may hold 32 MB: the other $(sed -n 's/^stream 2: \([0-9]*\).*/\1/p' $out/receive) bytes, packets without a place $starved"
+  [ "$starved" -gt 0 ] && grep -q '^stream 2: 0 bytes when time was up' $out/receive
+}
+no_starvation() {
+  two_streams 200000 || return 1
+  wait
+  grep '^stream' $out/receive
+  [ "$(grep -c "^stream [12]: $size bytes right" $out/receive)" = 2 ]
+}
+
+# netem OPTION...: on what host a sends
+netem() { prepare && on $a tc qdisc add dev vmnic0 root netem "$@" && transfer --nic vmnic0 && [ "$(bytes device)" -gt 0 ]; }
+netem_delay() { netem delay 5ms limit 20000; }
+netem_loss() { netem delay 2ms loss 1% limit 20000; }
+netem_reorder() { netem delay 2ms reorder 75% 50% limit 20000; }
+netem_duplicate() { netem duplicate 5% limit 20000; }
+# netem damages headers of device memory and whole packets of the host.
+netem_corrupt() {
+  prepare && on $b tc qdisc add dev vmnic1 root netem corrupt 2% limit 20000 && on $a tc qdisc add dev vmnic0 root netem corrupt 1% limit 20000 && transfer
+}
+
+rows=(host_to_device device_to_device fragments_of_a_packet odd_offsets unsplit unsplit_odd lost_packets no_rule rule_deleted rule_set_late owner_killed
+  no_header_split split_stays_on two_bindings unprivileged_send link_down receiver_down starvation no_starvation
+  netem_delay netem_loss netem_reorder netem_duplicate netem_corrupt)
+[ $# = 0 ] || rows=("$@")
+for name in "${rows[@]}"; do row "${name//_/ }" "$name"; done
+unpair
+conclude
