@@ -55,9 +55,9 @@ struct token_range {
 #define MOST_CONNECTIONS 16
 
 struct options {
-	const char *nic, *to;
+	const char *nic, *to, *go;
 	int queue, port, connections, stall, stream, user;
-	size_t area, bytes, chunk, buffer, kill_owner_after;
+	size_t area, bytes, chunk, buffer, kill_owner_after, pause_at;
 	double limit, late;
 };
 
@@ -497,8 +497,18 @@ static uint32_t completed(int stream, uint32_t before, int milliseconds)
 	return before;
 }
 
+/* Something is to happen in the middle of a transfer: the sender waits for a file that says so. */
+static void pause_once(struct options *options, size_t sent)
+{
+	if (!options->pause_at || sent < options->pause_at)
+		return;
+	options->pause_at = 0;
+	while (access(options->go, F_OK))
+		usleep(20000);
+}
+
 /* From device memory: slots of one chunk each, beginning at odd places; a slot is filled again when its call is complete. */
-static void send_device(const struct options *options, int stream)
+static void send_device(struct options *options, int stream)
 {
 	size_t stride = options->chunk + 4096, slots = options->area / stride, sent = 0;
 	struct area area = make_area(options->area);
@@ -536,13 +546,14 @@ static void send_device(const struct options *options, int stream)
 		last[slot] = calls;
 		sent += length;
 		done = completed(stream, done, 0);
+		pause_once(options, sent);
 	}
 	while (done < calls)
 		done = completed(stream, done, 1000);
 	printf("%u calls of sendmsg complete\n", calls);
 }
 
-static int transmit(const struct options *options)
+static int transmit(struct options *options)
 {
 	int stream = connect_to(options);
 	size_t sent = 0;
@@ -560,6 +571,7 @@ static int transmit(const struct options *options)
 		if (accepted < 0)
 			fail("send after %zu bytes: %m", sent);
 		sent += accepted;
+		pause_once(options, sent);
 	}
 	shutdown(stream, SHUT_WR);
 	/* Until the receiver has taken everything. */
@@ -576,7 +588,8 @@ int main(int count, char **words)
 	static const struct option names[] = {
 		{"nic", 1, 0, 'n'}, {"to", 1, 0, 't'}, {"queue", 1, 0, 'q'}, {"port", 1, 0, 'p'}, {"connections", 1, 0, 'c'}, {"stall", 1, 0, 's'},
 		{"stream", 1, 0, 'S'}, {"area", 1, 0, 'a'}, {"bytes", 1, 0, 'b'}, {"chunk", 1, 0, 'k'}, {"buffer", 1, 0, 'B'}, {"kill-owner-after", 1, 0, 'K'},
-		{"seconds", 1, 0, 'l'}, {"late", 1, 0, 'L'}, {"user", 1, 0, 'u'}, {},
+		{"seconds", 1, 0, 'l'}, {"late", 1, 0, 'L'}, {"user", 1, 0, 'u'},
+		{"pause-at", 1, 0, 'P'}, {"go", 1, 0, 'g'}, {},
 	};
 	int option;
 
@@ -595,6 +608,8 @@ int main(int count, char **words)
 		case 'B': options.buffer = atol(optarg); break;
 		case 'K': options.kill_owner_after = atol(optarg); break;
 		case 'l': options.limit = atof(optarg); break;
+		case 'P': options.pause_at = atol(optarg); break;
+		case 'g': options.go = optarg; break;
 		case 'u': options.user = atoi(optarg); break;
 		case 'L': options.late = atof(optarg); break;
 		default: return 2;
@@ -605,7 +620,7 @@ int main(int count, char **words)
 		fail("user %d: %m", options.user);
 	if (optind < count && !strcmp(words[optind], "receive") && options.nic)
 		return receive(&options);
-	if (optind < count && !strcmp(words[optind], "send") && options.to && options.chunk < PERIOD)
+	if (optind < count && !strcmp(words[optind], "send") && options.to && options.chunk < PERIOD && !options.pause_at == !options.go)
 		return transmit(&options);
 	fail("usage: devmem receive --nic NAME --queue N [...] | devmem send --to ADDRESS [--nic NAME] [...]");
 	return 2;

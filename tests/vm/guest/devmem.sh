@@ -39,23 +39,33 @@ bytes() { sed -n "s/.*[ ;:]$1 \([0-9]*\).*/\1/p" $out/receive | awk '{n += $1} E
 all_device() { [ "$(bytes device)" = $size ] && [ "$(bytes plain)" = 0 ] && [ "$(bytes linear)" = 0 ]; }
 mixed() { [ "$(bytes device)" -gt 0 ] && [ "$(bytes plain)" -gt 0 ]; }
 
-# when BYTES COMMAND...: runs it once queue 3 of host b has received so many bytes
-when() {
-  local bytes=$1
-  shift
-  until [ "$(counter $b vmnic1 rx${queue}_bytes)" -ge "$bytes" ]; do sleep 0.05; done
+# midway COMMAND...: runs it when a quarter of the bytes has arrived, the rest being held back until the command has ended
+midway() {
+  until [ "$(counter $b vmnic1 rx${queue}_bytes)" -ge $((size / 4)) ]; do sleep 0.05; done
   "$@"
+  touch $out/go
 }
+pausing=(--pause-at $((size / 4)) --go $out/go)
 
 host_to_device() { prepare && transfer && all_device; }
 device_to_device() { prepare && transfer --nic vmnic0 && all_device && [ "$(counter $a vmnic0 tx_device_memory_bytes)" -ge $size ]; }
 fragments_of_a_packet() { prepare fragment=1448 offset=64 && transfer --nic vmnic0 && all_device && grep -q 'to 1448, ' $out/receive; }
 odd_offsets() { prepare fragment=1448 offset=1235 && transfer --nic vmnic0 --chunk 99991 && all_device && ! grep -q ', 0 of them unaligned' $out/receive; }
-unsplit() { prepare unsplit_every=3 && transfer --nic vmnic0 && [ "$(bytes linear)" -gt 0 ] && [ "$(bytes device)" -gt 0 ]; }
-unsplit_odd() { prepare fragment=1448 offset=64 unsplit_every=7 unsplit_bytes=999 && transfer && [ "$(bytes linear)" -gt 0 ]; }
+# Without software GRO: see unsplit_merged.
+no_merging() { on $b ethtool -K vmnic1 gro off; }
+unsplit() { prepare unsplit_every=3 && no_merging && transfer --nic vmnic0 && [ "$(bytes linear)" -gt 0 ] && [ "$(bytes device)" -gt 0 ]; }
+unsplit_odd() { prepare fragment=1448 offset=64 unsplit_every=7 unsplit_bytes=999 && no_merging && transfer && [ "$(bytes linear)" -gt 0 ]; }
+# Software GRO merges packets whose linear parts hold payload in a way that recvmsg() of the same kernel refuses: the connection is lost
+# with ENODEV. No byte may be wrong.
+unsplit_merged() {
+  prepare fragment=1448 offset=64 unsplit_every=7 unsplit_bytes=999 || return 1
+  transfer && { echo "note: all bytes arrived"; return; }
+  sed -n 's/^stream 0: recvmsg/note: recvmsg/p' $out/receive
+  grep -q 'recvmsg after .*: No such device' $out/receive
+}
 lost_packets() { prepare drop_every=50 && transfer --nic vmnic0 && all_device && [ "$(counter $b vmnic1 rx_lost_on_purpose)" -gt 0 ]; }
 no_rule() { prepare && unsteer && transfer && [ "$(bytes plain)" = $size ]; }
-rule_deleted() { prepare && { when 3000000 unsteer & } && transfer && mixed; }
+rule_deleted() { prepare && { midway unsteer & } && transfer "${pausing[@]}" && mixed; }
 rule_set_late() {
   prepare && unsteer
   { until grep -q bound $out/receive 2>/dev/null && [ "$(on $b ss -Htn state established "sport = :$port" | wc -l)" -gt 0 ]; do sleep 0.05; done; steer; } &
@@ -67,15 +77,17 @@ no_header_split() {
   receive
   [ $? = 3 ] && cat $out/receive && grep -q '^refused: .*tcp-data-split' $out/receive
 }
+# A receiver that is waiting for a connection: killed at the end of its row.
+waiting() {
+  receive &
+  until grep -q bound $out/receive 2>/dev/null; do sleep 0.05; done
+}
 split_stays_on() {
-  prepare && receive --seconds 5 &
-  sleep 2
-  ! on $b ethtool -G vmnic1 tcp-data-split off
+  prepare && waiting
+  ! on $b ethtool -G vmnic1 tcp-data-split off 2>$out/refusal && sed 's/^/refused: /' $out/refusal
 }
 two_bindings() {
-  prepare
-  receive --seconds 4 &
-  until grep -q bound $out/receive 2>/dev/null; do sleep 0.05; done
+  prepare && waiting
   on $b devmem receive --nic vmnic1 --queue $queue --port 5001 >$out/second
   [ $? = 3 ] && cat $out/second
 }
@@ -86,16 +98,15 @@ unprivileged_send() {
   chmod 666 /dev/udmabuf
   on $a devmem send --user 65534 --to 10.78.1.2 --port $port --nic vmnic0 --bytes $size >$out/send && wait && all_device
 }
-link_down() {
-  prepare
-  { when 3000000 ip -n $a link set vmnic0 down; sleep 1; ip -n $a link set vmnic0 up; } &
-  transfer --nic vmnic0 && all_device
+# flap HOST NIC: down for a second, in which the sender goes on
+flap() {
+  ip -n "$1" link set "$2" down
+  touch $out/go
+  sleep 1
+  ip -n "$1" link set "$2" up
 }
-receiver_down() {
-  prepare
-  { when 3000000 ip -n $b link set vmnic1 down; sleep 1; ip -n $b link set vmnic1 up; } &
-  transfer && all_device
-}
+link_down() { prepare && { midway flap $a vmnic0 & } && transfer --nic vmnic0 "${pausing[@]}" && all_device; }
+receiver_down() { prepare && { midway flap $b vmnic1 & } && transfer "${pausing[@]}" && all_device; }
 
 # The danger: fragments of a connection that is not read fill the area, and no packet of any other connection finds a place.
 two_streams() { # two_streams RECEIVE_BUFFER
@@ -124,17 +135,21 @@ no_starvation() {
 }
 
 # netem OPTION...: on what host a sends
-netem() { prepare && on $a tc qdisc add dev vmnic0 root netem "$@" && transfer --nic vmnic0 && [ "$(bytes device)" -gt 0 ]; }
+netem() {
+  prepare && on $a tc qdisc add dev vmnic0 root netem "$@" && transfer --nic vmnic0 && all_device &&
+    echo "note: $(on $a tc -s qdisc show dev vmnic0 | grep -m1 -o 'dropped [0-9]*') packets, $(on $b nstat -asz TcpExtTCPDSACKOldSent TcpExtTCPOFOQueue | awk 'NR > 1 {printf "%s %s ", $1, $2}')"
+}
 netem_delay() { netem delay 5ms limit 20000; }
 netem_loss() { netem delay 2ms loss 1% limit 20000; }
 netem_reorder() { netem delay 2ms reorder 75% 50% limit 20000; }
 netem_duplicate() { netem duplicate 5% limit 20000; }
 # netem damages headers of device memory and whole packets of the host.
 netem_corrupt() {
-  prepare && on $b tc qdisc add dev vmnic1 root netem corrupt 2% limit 20000 && on $a tc qdisc add dev vmnic0 root netem corrupt 1% limit 20000 && transfer
+  prepare && on $b tc qdisc add dev vmnic1 root netem corrupt 2% limit 20000 && on $a tc qdisc add dev vmnic0 root netem corrupt 1% limit 20000 && transfer &&
+    echo "note: $(counter $a vmnic0 rx_bad_checksum) and $(counter $b vmnic1 rx_bad_checksum) packets with a wrong checksum" && [ "$(counter $b vmnic1 rx_bad_checksum)" -gt 0 ]
 }
 
-rows=(host_to_device device_to_device fragments_of_a_packet odd_offsets unsplit unsplit_odd lost_packets no_rule rule_deleted rule_set_late owner_killed
+rows=(host_to_device device_to_device fragments_of_a_packet odd_offsets unsplit unsplit_odd unsplit_merged lost_packets no_rule rule_deleted rule_set_late owner_killed
   no_header_split split_stays_on two_bindings unprivileged_send link_down receiver_down starvation no_starvation
   netem_delay netem_loss netem_reorder netem_duplicate netem_corrupt)
 [ $# = 0 ] || rows=("$@")

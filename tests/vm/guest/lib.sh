@@ -68,6 +68,9 @@ row() {
     printf 'FAILED  %s\n' "$name"
     tail -n 30 $out/*
   fi
+  # What a failed row has left running.
+  jobs -p | xargs -r kill 2>/dev/null
+  wait
 }
 
 conclude() {

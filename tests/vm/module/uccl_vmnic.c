@@ -663,6 +663,11 @@ static void destroy(struct nic *nic)
 		return;
 	parent = nic->parent;
 	free_netdev(nic->dev);
+	/*
+	 * The kernel ends a binding some time after its last user, and asks this device to unmap the dma-buf even if the NIC is gone. So the
+	 * structure stays, at the price of its memory.
+	 */
+	get_device(&parent->dev);
 	platform_device_unregister(parent);
 }
 
