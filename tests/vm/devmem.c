@@ -507,12 +507,26 @@ static void pause_once(struct options *options, size_t sent)
 		usleep(20000);
 }
 
+/*
+ * While its NIC is down a connection has no route. It lasts, and so do the refusals: the kernel looks for a route when it sends something on the
+ * connection, and not when it is asked to send device memory. A probe for a live peer is enough.
+ */
+static void seek_route(int stream)
+{
+	int one = 1;
+
+	if (setsockopt(stream, IPPROTO_TCP, TCP_KEEPIDLE, &one, sizeof(one)) || setsockopt(stream, IPPROTO_TCP, TCP_KEEPINTVL, &one, sizeof(one)) ||
+	    setsockopt(stream, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof(one)))
+		fail("probes: %m");
+}
+
 /* From device memory: slots of one chunk each, beginning at odd places; a slot is filled again when its call is complete. */
 static void send_device(struct options *options, int stream)
 {
 	size_t stride = options->chunk + 4096, slots = options->area / stride, sent = 0;
 	struct area area = make_area(options->area);
-	uint32_t binding, calls = 0, done = 0, *last = calloc(slots, sizeof(*last));
+	double until = now() + options->limit;
+	uint32_t binding, refused = 0, calls = 0, done = 0, *last = calloc(slots, sizeof(*last));
 
 	bind_area(options, &area, BIND_TX, &binding);
 	printf("sends from %zu bytes, binding %u\n", area.size, binding);
@@ -538,6 +552,12 @@ static void send_device(struct options *options, int stream)
 				done = completed(stream, done, 1000);
 				continue;
 			}
+			if (accepted < 0 && errno == ENODEV && now() < until) {
+				if (!refused++)
+					seek_route(stream);
+				usleep(50000);
+				continue;
+			}
 			if (accepted < 0)
 				fail("sendmsg after %zu bytes: %m", sent + put);
 			put += accepted;
@@ -550,7 +570,7 @@ static void send_device(struct options *options, int stream)
 	}
 	while (done < calls)
 		done = completed(stream, done, 1000);
-	printf("%u calls of sendmsg complete\n", calls);
+	printf("note: %u calls of sendmsg complete, %u refused with ENODEV and made again\n", calls, refused);
 }
 
 static int transmit(struct options *options)

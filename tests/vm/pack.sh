@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # The file systems of the machines: what is the same for every test of a kernel, kept in the cache, and what a test adds. Sourced by run.sh.
-guest_programs=(bash ip tc ss nstat ethtool)
+guest_programs=(bash ip tc ss nstat ethtool timeout)
 # In the kernel's packages, not in the kernel.
 guest_modules=(veth sch_netem sch_tbf tcp_bbr tls)
 

@@ -105,7 +105,10 @@ flap() {
   sleep 1
   ip -n "$1" link set "$2" up
 }
-link_down() { prepare && { midway flap $a vmnic0 & } && transfer --nic vmnic0 "${pausing[@]}" && all_device; }
+# While its NIC is down the sender's calls are refused.
+link_down() {
+  prepare && { midway flap $a vmnic0 & } && transfer --nic vmnic0 "${pausing[@]}" && all_device && grep '^note' $out/send && ! grep -q ', 0 refused' $out/send
+}
 receiver_down() { prepare && { midway flap $b vmnic1 & } && transfer "${pausing[@]}" && all_device; }
 
 # The danger: fragments of a connection that is not read fill the area, and no packet of any other connection finds a place.
@@ -140,7 +143,7 @@ netem() {
     echo "note: $(on $a tc -s qdisc show dev vmnic0 | grep -m1 -o 'dropped [0-9]*') packets, $(on $b nstat -asz TcpExtTCPDSACKOldSent TcpExtTCPOFOQueue | awk 'NR > 1 {printf "%s %s ", $1, $2}')"
 }
 netem_delay() { netem delay 5ms limit 20000; }
-netem_loss() { netem delay 2ms loss 1% limit 20000; }
+netem_loss() { netem delay 2ms loss 5% limit 20000 && ! grep -q 'dropped 0 ' $out/row; }
 netem_reorder() { netem delay 2ms reorder 75% 50% limit 20000; }
 netem_duplicate() { netem duplicate 5% limit 20000; }
 # netem damages headers of device memory and whole packets of the host.
