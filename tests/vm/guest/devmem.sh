@@ -51,19 +51,24 @@ host_to_device() { prepare && transfer && all_device; }
 device_to_device() { prepare && transfer --nic vmnic0 && all_device && [ "$(counter $a vmnic0 tx_device_memory_bytes)" -ge $size ]; }
 fragments_of_a_packet() { prepare fragment=1448 offset=64 && transfer --nic vmnic0 && all_device && grep -q 'to 1448, ' $out/receive; }
 odd_offsets() { prepare fragment=1448 offset=1235 && transfer --nic vmnic0 --chunk 99991 && all_device && ! grep -q ', 0 of them unaligned' $out/receive; }
-# Without software GRO: see unsplit_merged.
-no_merging() { on $b ethtool -K vmnic1 gro off; }
-unsplit() { prepare unsplit_every=3 && no_merging && transfer --nic vmnic0 && [ "$(bytes linear)" -gt 0 ] && [ "$(bytes device)" -gt 0 ]; }
-unsplit_odd() { prepare fragment=1448 offset=64 unsplit_every=7 unsplit_bytes=999 && no_merging && transfer && [ "$(bytes linear)" -gt 0 ]; }
-# Software GRO merges packets whose linear parts hold payload in a way that recvmsg() of the same kernel refuses: the connection is lost
-# with ENODEV. No byte may be wrong.
+unsplit() { prepare unsplit_every=3 && transfer --nic vmnic0 && [ "$(bytes linear)" -gt 0 ] && [ "$(bytes device)" -gt 0 ]; }
+unsplit_odd() { prepare fragment=1448 offset=64 unsplit_every=7 unsplit_bytes=99 && transfer && [ "$(bytes linear)" -gt 0 ]; }
+# A linear part that is too large for the kernel's cache of small ones lies in a page. The kernel may merge its payload with device memory of
+# other packets, and its own recvmsg() refuses what comes of it: ENODEV, for good. No byte may be wrong.
 unsplit_merged() {
   prepare fragment=1448 offset=64 unsplit_every=7 unsplit_bytes=999 || return 1
   transfer && { echo "note: all bytes arrived"; return; }
   sed -n 's/^stream 0: recvmsg/note: recvmsg/p' $out/receive
+  dmesg | grep -m 1 -o 'Found non-dmabuf.*' | sed 's/^/note: /'
   grep -q 'recvmsg after .*: No such device' $out/receive
 }
 lost_packets() { prepare drop_every=50 && transfer --nic vmnic0 && all_device && [ "$(counter $b vmnic1 rx_lost_on_purpose)" -gt 0 ]; }
+# The check itself: writes that the platform loses must show.
+lost_writes() {
+  prepare unwritten_every=500
+  transfer && return 1
+  grep -q 'wrong byte at .* of device bytes' $out/receive
+}
 no_rule() { prepare && unsteer && transfer && [ "$(bytes plain)" = $size ]; }
 rule_deleted() { prepare && { midway unsteer & } && transfer "${pausing[@]}" && mixed; }
 rule_set_late() {
@@ -152,7 +157,7 @@ netem_corrupt() {
     echo "note: $(counter $a vmnic0 rx_bad_checksum) and $(counter $b vmnic1 rx_bad_checksum) packets with a wrong checksum" && [ "$(counter $b vmnic1 rx_bad_checksum)" -gt 0 ]
 }
 
-rows=(host_to_device device_to_device fragments_of_a_packet odd_offsets unsplit unsplit_odd unsplit_merged lost_packets no_rule rule_deleted rule_set_late owner_killed
+rows=(host_to_device device_to_device fragments_of_a_packet odd_offsets unsplit unsplit_odd unsplit_merged lost_packets lost_writes no_rule rule_deleted rule_set_late owner_killed
   no_header_split split_stays_on two_bindings unprivileged_send link_down receiver_down starvation no_starvation
   netem_delay netem_loss netem_reorder netem_duplicate netem_corrupt)
 [ $# = 0 ] || rows=("$@")

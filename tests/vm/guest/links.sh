@@ -50,6 +50,8 @@ test_nics() {
 }
 
 rows=(plain delay loss reorder duplicate corrupt everything encrypted test_nics)
+# Kernels that the module is not written for.
+[ -e /vm/uccl_vmnic.ko ] || unset 'rows[-1]'
 [ $# = 0 ] || rows=("$@")
 for name in "${rows[@]}"; do row "${name//_/ }" "$name"; done
 conclude

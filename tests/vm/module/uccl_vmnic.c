@@ -52,6 +52,9 @@ MODULE_PARM_DESC(unsplit_every, "each so manieth packet keeps payload in its lin
 static unsigned int unsplit_bytes = 100;
 module_param(unsplit_bytes, uint, 0644);
 MODULE_PARM_DESC(unsplit_bytes, "how much payload such a packet keeps there, at most 1000");
+static unsigned int unwritten_every;
+module_param(unwritten_every, uint, 0644);
+MODULE_PARM_DESC(unwritten_every, "each so manieth fragment is announced though nothing was written: a platform that loses DMA silently; 0: none");
 
 enum counter { STARVED, LOST, UNSPLIT, BAD_CHECKSUM, OVERRUN, DEVICE_BYTES, COUNTERS };
 
@@ -85,7 +88,8 @@ struct nic {
 	bool rule_set[RULES];
 	struct queue queues[QUEUES];
 	atomic64_t counters[COUNTERS];
-	atomic_t packets;
+	/* Of which the parameters choose some. */
+	atomic_t packets, fragments;
 	atomic64_t sent_packets, sent_bytes;
 };
 
@@ -229,9 +233,9 @@ static bool deliver(struct nic *nic, struct queue *queue, struct sk_buff *sent)
 			atomic64_inc(&nic->counters[UNSPLIT]);
 		}
 	} else {
+		/* Only memory of the host can take what is not split. */
 		linear = device ? length : min_t(unsigned int, length, COPIED_HEAD);
 	}
-	/* Only memory of the host can take what no rule should have sent here. */
 	skb = napi_alloc_skb(&queue->napi, linear);
 	if (!skb)
 		goto starved;
@@ -247,7 +251,9 @@ static bool deliver(struct nic *nic, struct queue *queue, struct sk_buff *sent)
 			goto starved;
 		}
 		part = min(length - at, fragment);
-		read_packet(sender, sent, at, at_dma_address(nic, page_pool_get_dma_addr_netmem(netmem)) + offset, part);
+		every = READ_ONCE(unwritten_every);
+		if (!every || atomic_inc_return(&nic->fragments) % every)
+			read_packet(sender, sent, at, at_dma_address(nic, page_pool_get_dma_addr_netmem(netmem)) + offset, part);
 		page_pool_dma_sync_netmem_for_cpu(pool, netmem, offset, part);
 		skb_add_rx_frag_netmem(skb, skb_shinfo(skb)->nr_frags, netmem, offset, part, PAGE_SIZE);
 		if (device)
