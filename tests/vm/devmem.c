@@ -508,8 +508,9 @@ static void pause_once(struct options *options, size_t sent)
 }
 
 /*
- * While its NIC is down a connection has no route. It lasts, and so do the refusals: the kernel looks for a route when it sends something on the
- * connection, and not when it is asked to send device memory. A probe for a live peer is enough.
+ * While its NIC is down a connection has no route. It lasts, and so do the refusals (ENODEV): the kernel looks for a route when it sends
+ * something on the connection, and not when it is asked to send device memory. A probe for a live peer is enough. If it finds no route, the
+ * refusals become EHOSTUNREACH, and the first call after the NIC is up again fails with EINVAL.
  */
 static void seek_route(int stream)
 {
@@ -526,7 +527,7 @@ static void send_device(struct options *options, int stream)
 	size_t stride = options->chunk + 4096, slots = options->area / stride, sent = 0;
 	struct area area = make_area(options->area);
 	double until = now() + options->limit;
-	uint32_t binding, refused = 0, calls = 0, done = 0, *last = calloc(slots, sizeof(*last));
+	uint32_t binding, refused = 0, unreachable = 0, invalid = 0, calls = 0, done = 0, *last = calloc(slots, sizeof(*last));
 
 	bind_area(options, &area, BIND_TX, &binding);
 	printf("sends from %zu bytes, binding %u\n", area.size, binding);
@@ -552,7 +553,9 @@ static void send_device(struct options *options, int stream)
 				done = completed(stream, done, 1000);
 				continue;
 			}
-			if (accepted < 0 && errno == ENODEV && now() < until) {
+			if (accepted < 0 && (errno == ENODEV || errno == EHOSTUNREACH || (errno == EINVAL && refused)) && now() < until) {
+				unreachable += errno == EHOSTUNREACH;
+				invalid += errno == EINVAL;
 				if (!refused++)
 					seek_route(stream);
 				usleep(50000);
@@ -570,7 +573,8 @@ static void send_device(struct options *options, int stream)
 	}
 	while (done < calls)
 		done = completed(stream, done, 1000);
-	printf("note: %u calls of sendmsg complete, %u refused with ENODEV and made again\n", calls, refused);
+	printf("note: %u calls of sendmsg complete, %u refused and made again: %u ENODEV, %u EHOSTUNREACH, %u EINVAL\n", calls, refused,
+	       refused - unreachable - invalid, unreachable, invalid);
 }
 
 static int transmit(struct options *options)

@@ -11,7 +11,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/lib.sh"
 
-series=${UCCL_VM_KERNEL:-7.3} programs=() seconds=120
+series=${UCCL_VM_KERNEL:-7.3} programs=() seconds=300
 while [[ ${1:-} == --* ]]; do
   case $1 in
     --kernel) series=$2 ;;

@@ -103,11 +103,11 @@ unprivileged_send() {
   chmod 666 /dev/udmabuf
   on $a devmem send --user 65534 --to 10.78.1.2 --port $port --nic vmnic0 --bytes $size >$out/send && wait && all_device
 }
-# flap HOST NIC: down for a second, in which the sender goes on
+# flap HOST NIC: down for 3 seconds, in which the sender goes on
 flap() {
   ip -n "$1" link set "$2" down
   touch $out/go
-  sleep 1
+  sleep 3
   ip -n "$1" link set "$2" up
 }
 # While its NIC is down the sender's calls are refused.

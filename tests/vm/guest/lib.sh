@@ -66,7 +66,7 @@ row() {
     in_row=
     failed=$((failed + 1))
     printf 'FAILED  %s\n' "$name"
-    tail -n 30 $out/*
+    tail -n 60 $out/*
   fi
   # What a failed row has left running.
   jobs -p | xargs -r kill 2>/dev/null
