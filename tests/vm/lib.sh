@@ -69,8 +69,7 @@ fetch_tools() {
 # fetch_kernel SERIES: sets `kernel` to the newest version of a series, such as 7.3, that is in the cache or that Debian has
 fetch_kernel() {
   local series=${1//./\\.} name names=()
-  # shellcheck disable=SC2012  # names of kernels
-  kernel=$(ls "$root/.kernels" 2>/dev/null | grep -E "^$series\." | sort -V | tail -1) || true
+  kernel=$(find "$root/.kernels" -name "$1.*" -printf '%f\n' 2>/dev/null | sort -V | tail -1)
   [ -z "$kernel" ] || return 0
   fetch_lists
   kernel=$(apt apt-cache search --names-only "^linux-headers-$series\.[0-9]+\+deb13-amd64\$" | sed 's/^linux-headers-\([^ ]*\) .*/\1/' | sort -V | tail -1)
@@ -88,13 +87,15 @@ fetch_kernel() {
   touch "$root/.kernels/$kernel"
 }
 
+# Every user may have a mount namespace in a user namespace, where that is allowed.
+namespace=(unshare --mount --propagation private)
+[ "$(id -u)" = 0 ] || namespace+=(--map-root-user)
+
 # in_root COMMAND...: runs it with `root` as its file system and the folder `work` as /work
 in_root() {
-  local options=(--mount --propagation private)
-  [ "$(id -u)" = 0 ] || options+=(--map-root-user)
   mkdir -p "$root/dev" "$root/proc" "$root/work"
   # shellcheck disable=SC2016  # expanded inside
-  unshare "${options[@]}" bash -c 'mount --rbind /dev "$1/dev" && mount --rbind /proc "$1/proc" && mount --bind "$2" "$1/work" &&
+  "${namespace[@]}" bash -c 'mount --rbind /dev "$1/dev" && mount --rbind /proc "$1/proc" && mount --bind "$2" "$1/work" &&
     root=$1 && shift 2 && exec chroot "$root" env -i PATH=/usr/sbin:/usr/bin LC_ALL=C "$@"' _ "$root" "${work:-$cache}" "$@"
 }
 

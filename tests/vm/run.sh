@@ -29,8 +29,7 @@ mkdir -p "$cache"
 # One run at a time fetches and builds.
 exec 9>"$cache/lock"
 flock 9
-in_root_works() { unshare --mount $([ "$(id -u)" = 0 ] || echo --map-root-user) true 2>/dev/null; }
-in_root_works || skip "virtual machines need a mount namespace of their own"
+"${namespace[@]}" true 2>/dev/null || skip "virtual machines need a mount namespace of their own"
 fetch_tools
 fetch_kernel "$series"
 

@@ -45,7 +45,7 @@ midway() {
   "$@"
   touch $out/go
 }
-pausing=(--pause-at $((size / 4)) --go $out/go)
+pausing=(--pause-at $((size / 4)) --go "$out/go")
 
 host_to_device() { prepare && transfer && all_device; }
 device_to_device() { prepare && transfer --nic vmnic0 && all_device && [ "$(counter $a vmnic0 tx_device_memory_bytes)" -ge $size ]; }
@@ -132,7 +132,8 @@ starvation() {
   local starved
   starved=$(counter $b vmnic1 rx_starved)
   wait
-  echo "note: one connection is not read and may hold 32 MB: the other $(sed -n 's/^stream 2: \([0-9]*\).*/\1/p' $out/receive) bytes, packets without a place $starved"
+  sed -n 's/^stream 2: \(.*\) when time was up/note: one connection is not read and may hold 32 MB; the other has got \1/p' $out/receive
+  echo "note: $starved packets found no place"
   [ "$starved" -gt 0 ] && grep -q '^stream 2: 0 bytes when time was up' $out/receive
 }
 no_starvation() {
@@ -145,7 +146,8 @@ no_starvation() {
 # netem OPTION...: on what host a sends
 netem() {
   prepare && on $a tc qdisc add dev vmnic0 root netem "$@" && transfer --nic vmnic0 && all_device &&
-    echo "note: $(on $a tc -s qdisc show dev vmnic0 | grep -m1 -o 'dropped [0-9]*') packets, $(on $b nstat -asz TcpExtTCPDSACKOldSent TcpExtTCPOFOQueue | awk 'NR > 1 {printf "%s %s ", $1, $2}')"
+    on $a tc -s qdisc show dev vmnic0 | grep -m 1 -o 'dropped [0-9]*' | sed 's/^/note: packets /' &&
+    on $b nstat -asz TcpExtTCPDSACKOldSent TcpExtTCPOFOQueue | awk 'NR > 1 {print "note:", $1, $2}'
 }
 netem_delay() { netem delay 5ms limit 20000; }
 netem_loss() { netem delay 2ms loss 5% limit 20000 && ! grep -q 'dropped 0 ' $out/row; }
@@ -154,11 +156,11 @@ netem_duplicate() { netem duplicate 5% limit 20000; }
 # netem damages headers of device memory and whole packets of the host.
 netem_corrupt() {
   prepare && on $b tc qdisc add dev vmnic1 root netem corrupt 2% limit 20000 && on $a tc qdisc add dev vmnic0 root netem corrupt 1% limit 20000 && transfer &&
-    echo "note: $(counter $a vmnic0 rx_bad_checksum) and $(counter $b vmnic1 rx_bad_checksum) packets with a wrong checksum" && [ "$(counter $b vmnic1 rx_bad_checksum)" -gt 0 ]
+    echo "note: $(counter $b vmnic1 rx_bad_checksum) packets with a wrong checksum" && [ "$(counter $b vmnic1 rx_bad_checksum)" -gt 0 ]
 }
 
-rows=(host_to_device device_to_device fragments_of_a_packet odd_offsets unsplit unsplit_odd unsplit_merged lost_packets lost_writes no_rule rule_deleted rule_set_late owner_killed
-  no_header_split split_stays_on two_bindings unprivileged_send link_down receiver_down starvation no_starvation
+rows=(host_to_device device_to_device fragments_of_a_packet odd_offsets unsplit unsplit_odd unsplit_merged lost_packets lost_writes
+  no_rule rule_deleted rule_set_late owner_killed no_header_split split_stays_on two_bindings unprivileged_send link_down receiver_down starvation no_starvation
   netem_delay netem_loss netem_reorder netem_duplicate netem_corrupt)
 [ $# = 0 ] || rows=("$@")
 for name in "${rows[@]}"; do row "${name//_/ }" "$name"; done
