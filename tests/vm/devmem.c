@@ -53,12 +53,15 @@ struct token_range {
 #define STREAM_STEP 104729
 #define FIRST_SOURCE_PORT 40000
 #define MOST_CONNECTIONS 16
+#define MOST_BYTES (256 << 10)
+#define MOST_FRAGMENTS 512
 
 struct options {
 	const char *nic, *to, *go;
 	int queue, port, connections, stall, stream, user;
-	size_t area, bytes, chunk, buffer, kill_owner_after, pause_at;
+	size_t vector, fragments, area, bytes, chunk, buffer, kill_owner_after, pause_at;
 	double limit, late;
+	bool without_flag;
 };
 
 static uint8_t pattern[2 * PERIOD];
@@ -288,12 +291,13 @@ static void give_back(struct connection *connection)
 }
 
 /* One call of recvmsg(). */
-static void receive_some(struct connection *connection, const struct area *area, uint32_t binding)
+static void receive_some(struct connection *connection, const struct options *options, const struct area *area, uint32_t binding)
 {
-	static uint8_t bytes[256 << 10], control[CMSG_SPACE(sizeof(struct fragment)) * 512];
-	struct iovec vector = {bytes, sizeof(bytes)};
-	struct msghdr message = {.msg_iov = &vector, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof(control)};
-	ssize_t length = recvmsg(connection->socket, &message, RECEIVE_DEVMEM | MSG_DONTWAIT);
+	static uint8_t bytes[MOST_BYTES], control[CMSG_SPACE(sizeof(struct fragment)) * MOST_FRAGMENTS];
+	struct iovec vector = {bytes, options->vector};
+	struct msghdr message = {
+		.msg_iov = &vector, .msg_iovlen = 1, .msg_control = control, .msg_controllen = CMSG_SPACE(sizeof(struct fragment)) * options->fragments};
+	ssize_t length = recvmsg(connection->socket, &message, (options->without_flag ? 0 : RECEIVE_DEVMEM) | MSG_DONTWAIT);
 	size_t done = 0, copied = 0;
 	struct totals *totals = &connection->totals;
 
@@ -301,6 +305,8 @@ static void receive_some(struct connection *connection, const struct area *area,
 		return;
 	if (length < 0)
 		fail("stream %d: recvmsg after %zu bytes: %m", connection->stream, connection->position);
+	if (length > (ssize_t)options->vector)
+		fail("stream %d: %zd bytes, more than the vector's", connection->stream, length);
 	if (length == 0) {
 		connection->ended = true;
 		return;
@@ -420,7 +426,7 @@ static int receive(const struct options *options)
 		all = 0;
 		for (int i = 0; i < count; i++) {
 			if (i + 1 < MOST_CONNECTIONS + 1 && polled[i + 1].fd >= 0 && polled[i + 1].revents && !connections[i].ended) {
-				receive_some(&connections[i], &area, binding);
+				receive_some(&connections[i], options, &area, binding);
 				ended += connections[i].ended;
 			}
 			all += connections[i].position;
@@ -608,12 +614,12 @@ static int transmit(struct options *options)
 
 int main(int count, char **words)
 {
-	struct options options = {.port = 5000, .connections = 1, .stall = -1, .area = 8 << 20, .chunk = 128 << 10, .limit = 60};
+	struct options options = {.port = 5000, .connections = 1, .stall = -1, .area = 8 << 20, .chunk = 128 << 10, .limit = 60, .vector = MOST_BYTES, .fragments = MOST_FRAGMENTS};
 	static const struct option names[] = {
 		{"nic", 1, 0, 'n'}, {"to", 1, 0, 't'}, {"queue", 1, 0, 'q'}, {"port", 1, 0, 'p'}, {"connections", 1, 0, 'c'}, {"stall", 1, 0, 's'},
 		{"stream", 1, 0, 'S'}, {"area", 1, 0, 'a'}, {"bytes", 1, 0, 'b'}, {"chunk", 1, 0, 'k'}, {"buffer", 1, 0, 'B'}, {"kill-owner-after", 1, 0, 'K'},
 		{"seconds", 1, 0, 'l'}, {"late", 1, 0, 'L'}, {"user", 1, 0, 'u'},
-		{"pause-at", 1, 0, 'P'}, {"go", 1, 0, 'g'}, {},
+		{"vector", 1, 0, 'v'}, {"fragments", 1, 0, 'f'}, {"without-flag", 0, 0, 'w'}, {"pause-at", 1, 0, 'P'}, {"go", 1, 0, 'g'}, {},
 	};
 	int option;
 
@@ -632,6 +638,9 @@ int main(int count, char **words)
 		case 'B': options.buffer = atol(optarg); break;
 		case 'K': options.kill_owner_after = atol(optarg); break;
 		case 'l': options.limit = atof(optarg); break;
+		case 'v': options.vector = atol(optarg); break;
+		case 'f': options.fragments = atol(optarg); break;
+		case 'w': options.without_flag = true; break;
 		case 'P': options.pause_at = atol(optarg); break;
 		case 'g': options.go = optarg; break;
 		case 'u': options.user = atoi(optarg); break;
@@ -642,7 +651,7 @@ int main(int count, char **words)
 	make_pattern();
 	if (options.user && (setresgid(options.user, options.user, options.user) || setresuid(options.user, options.user, options.user)))
 		fail("user %d: %m", options.user);
-	if (optind < count && !strcmp(words[optind], "receive") && options.nic)
+	if (optind < count && !strcmp(words[optind], "receive") && options.nic && options.vector <= MOST_BYTES && options.fragments <= MOST_FRAGMENTS)
 		return receive(&options);
 	if (optind < count && !strcmp(words[optind], "send") && options.to && options.chunk < PERIOD && !options.pause_at == !options.go)
 		return transmit(&options);

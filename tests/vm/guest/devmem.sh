@@ -51,6 +51,18 @@ host_to_device() { prepare && transfer && all_device; }
 device_to_device() { prepare && transfer --nic vmnic0 && all_device && [ "$(counter $a vmnic0 tx_device_memory_bytes)" -ge $size ]; }
 fragments_of_a_packet() { prepare fragment=1448 offset=64 && transfer --nic vmnic0 && all_device && grep -q 'to 1448, ' $out/receive; }
 odd_offsets() { prepare fragment=1448 offset=1235 && transfer --nic vmnic0 --chunk 99991 && all_device && ! grep -q ', 0 of them unaligned' $out/receive; }
+# A call ends at the end of its vector, in the middle of a fragment too, and when its control buffer is full. Nothing is lost.
+short_vector() { prepare && transfer -r "--vector 1000" --nic vmnic0 && all_device && grep -q 'to 1000, ' $out/receive; }
+short_control() { prepare && transfer -r "--fragments 3" --nic vmnic0 && all_device; }
+no_control() {
+  prepare && { transfer -r "--fragments 0"; true; }
+  sed -n 's/^stream 0: recvmsg/note: recvmsg/p' $out/receive
+  grep -q 'recvmsg after 0 bytes' $out/receive
+}
+no_flag() {
+  prepare && { transfer -r --without-flag; true; }
+  grep -q 'recvmsg after 0 bytes: Bad address' $out/receive
+}
 unsplit() { prepare unsplit_every=3 && transfer --nic vmnic0 && [ "$(bytes linear)" -gt 0 ] && [ "$(bytes device)" -gt 0 ]; }
 unsplit_odd() { prepare fragment=1448 offset=64 unsplit_every=7 unsplit_bytes=99 && transfer && [ "$(bytes linear)" -gt 0 ]; }
 # A linear part that is too large for the kernel's cache of small ones lies in a page. The kernel may merge its payload with device memory of
@@ -159,8 +171,8 @@ netem_corrupt() {
     echo "note: $(counter $b vmnic1 rx_bad_checksum) packets with a wrong checksum" && [ "$(counter $b vmnic1 rx_bad_checksum)" -gt 0 ]
 }
 
-rows=(host_to_device device_to_device fragments_of_a_packet odd_offsets unsplit unsplit_odd unsplit_merged lost_packets lost_writes
-  no_rule rule_deleted rule_set_late owner_killed no_header_split split_stays_on two_bindings unprivileged_send link_down receiver_down starvation no_starvation
+rows=(host_to_device device_to_device fragments_of_a_packet odd_offsets short_vector short_control no_control no_flag unsplit unsplit_odd unsplit_merged
+  lost_packets lost_writes no_rule rule_deleted rule_set_late owner_killed no_header_split split_stays_on two_bindings unprivileged_send link_down receiver_down starvation no_starvation
   netem_delay netem_loss netem_reorder netem_duplicate netem_corrupt)
 [ $# = 0 ] || rows=("$@")
 for name in "${rows[@]}"; do row "${name//_/ }" "$name"; done
