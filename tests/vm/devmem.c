@@ -419,7 +419,10 @@ static int receive(const struct options *options)
 			socklen_t length = sizeof(peer);
 
 			connections[count].socket = accept4(listener, (struct sockaddr *)&peer, &length, SOCK_CLOEXEC);
+			/* Senders of this program say by their port which stream theirs is; others send the first. */
 			connections[count].stream = ntohs(peer.sin_port) - FIRST_SOURCE_PORT;
+			if (connections[count].stream < 0 || connections[count].stream >= MOST_CONNECTIONS)
+				connections[count].stream = 0;
 			if (!count++)
 				began = now();
 		}

@@ -109,7 +109,7 @@ two_bindings() {
   [ $? = 3 ] && cat $out/second
 }
 unprivileged_send() {
-  prepare
+  prepare || return 1
   receive --bytes $size &
   until grep -q bound $out/receive 2>/dev/null; do sleep 0.05; done
   chmod 666 /dev/udmabuf
@@ -171,9 +171,34 @@ netem_corrupt() {
     echo "note: $(counter $b vmnic1 rx_bad_checksum) packets with a wrong checksum" && [ "$(counter $b vmnic1 rx_bad_checksum)" -gt 0 ]
 }
 
+# The library's own crate, where run.sh has been given its example.
+library_receives() {
+  prepare || return 1
+  on $b devmem_transfer receive vmnic1 $queue $port $size >$out/receive 2>&1 &
+  until grep -q bound $out/receive 2>/dev/null; do sleep 0.05; done
+  send --nic vmnic0 --bytes $size && wait $! && cat $out/receive && all_device
+}
+library_sends() {
+  prepare || return 1
+  receive --bytes $size &
+  until grep -q bound $out/receive 2>/dev/null; do sleep 0.05; done
+  on $a devmem_transfer send vmnic0 10.78.1.2:$port $size >$out/send 2>&1 && wait $! && all_device
+}
+library_plain_and_linear() {
+  prepare unsplit_every=3 fragment=1448 offset=64 || return 1
+  on $b devmem_transfer receive vmnic1 $queue $port $size >$out/receive 2>&1 &
+  { midway unsteer & } && send --bytes $size "${pausing[@]}" && wait && cat $out/receive && mixed && [ "$(bytes linear)" -gt 0 ]
+}
+library_is_refused() {
+  prepare && on $b ethtool -G vmnic1 tcp-data-split off
+  on $b devmem_transfer receive vmnic1 $queue $port $size >$out/receive 2>&1
+  [ $? = 3 ] && cat $out/receive && grep -q '^refused: .*: tcp-data-split is disabled' $out/receive
+}
+
 rows=(host_to_device device_to_device fragments_of_a_packet odd_offsets short_vector short_control no_control no_flag unsplit unsplit_odd unsplit_merged
   lost_packets lost_writes no_rule rule_deleted rule_set_late owner_killed no_header_split split_stays_on two_bindings unprivileged_send link_down receiver_down starvation no_starvation
   netem_delay netem_loss netem_reorder netem_duplicate netem_corrupt)
+[ ! -e /vm/bin/devmem_transfer ] || rows+=(library_receives library_sends library_plain_and_linear library_is_refused)
 [ $# = 0 ] || rows=("$@")
 for name in "${rows[@]}"; do row "${name//_/ }" "$name"; done
 unpair
