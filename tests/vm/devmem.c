@@ -58,7 +58,7 @@ struct token_range {
 
 struct options {
 	const char *nic, *to, *go;
-	int queue, port, connections, stall, stream, user;
+	int queue, port, connections, stall, hoard, stream, user;
 	size_t vector, fragments, area, bytes, chunk, buffer, kill_owner_after, pause_at;
 	double limit, late;
 	bool without_flag;
@@ -336,6 +336,8 @@ static void receive_some(struct connection *connection, const struct options *op
 				totals->smallest = fragment.size;
 			if (fragment.size > totals->largest)
 				totals->largest = fragment.size;
+			if (connection->tokens == MOST_TOKENS)
+				fail("stream %d: more fragments are kept than fit", connection->stream);
 			connection->token[connection->tokens++] = fragment.token;
 		}
 		done += fragment.size;
@@ -347,7 +349,8 @@ static void receive_some(struct connection *connection, const struct options *op
 		fail("stream %d: recvmsg returned %zd, its fragments are %zu bytes", connection->stream, length, done);
 	}
 	connection->position += length;
-	give_back(connection);
+	if (connection->stream != options->hoard)
+		give_back(connection);
 }
 
 static int listen_on(const struct options *options)
@@ -412,8 +415,20 @@ static int receive(const struct options *options)
 			stalled = connections[i].stream == options->stall && !connections[i].ended && ended < options->connections - 1 && now() < until;
 			polled[i + 1] = (struct pollfd){.fd = connections[i].ended || stalled ? -1 : connections[i].socket, .events = POLLIN};
 		}
-		if (poll(polled, count + 1, 100) < 0)
+		int ready = poll(polled, count + 1, 1000);
+
+		if (ready < 0)
 			fail("poll: %m");
+		/* Its fragments fill the area, and nothing moves any more. Closing gives them back. */
+		for (int i = 0; i < count && !ready; i++) {
+			if (connections[i].stream == options->hoard && !connections[i].ended && connections[i].tokens) {
+				printf("note: stream %d was closed with %zu fragments, %zu bytes of another had arrived\n", connections[i].stream,
+				       connections[i].tokens, all - connections[i].position);
+				close(connections[i].socket);
+				connections[i].ended = true;
+				ended++;
+			}
+		}
 		if (polled[0].revents && count < MOST_CONNECTIONS) {
 			struct sockaddr_in peer;
 			socklen_t length = sizeof(peer);
@@ -453,7 +468,7 @@ static int receive(const struct options *options)
 
 		printf("stream %d: %zu bytes right: device %zu in %zu fragments of %zu to %zu, %zu of them unaligned; linear %zu; plain %zu\n", connections[i].stream,
 		       connections[i].position, totals->device, totals->fragments, totals->smallest, totals->largest, totals->unaligned, totals->linear, totals->plain);
-		if (options->bytes && connections[i].position != options->bytes)
+		if (options->bytes && connections[i].stream != options->hoard && connections[i].position != options->bytes)
 			fail("stream %d: %zu bytes instead of %zu", connections[i].stream, connections[i].position, options->bytes);
 	}
 	printf("received %zu bytes in %.1f s\n", all, now() - began);
@@ -617,9 +632,9 @@ static int transmit(struct options *options)
 
 int main(int count, char **words)
 {
-	struct options options = {.port = 5000, .connections = 1, .stall = -1, .area = 8 << 20, .chunk = 128 << 10, .limit = 60, .vector = MOST_BYTES, .fragments = MOST_FRAGMENTS};
+	struct options options = {.port = 5000, .connections = 1, .stall = -1, .hoard = -1, .area = 8 << 20, .chunk = 128 << 10, .limit = 60, .vector = MOST_BYTES, .fragments = MOST_FRAGMENTS};
 	static const struct option names[] = {
-		{"nic", 1, 0, 'n'}, {"to", 1, 0, 't'}, {"queue", 1, 0, 'q'}, {"port", 1, 0, 'p'}, {"connections", 1, 0, 'c'}, {"stall", 1, 0, 's'},
+		{"nic", 1, 0, 'n'}, {"to", 1, 0, 't'}, {"queue", 1, 0, 'q'}, {"port", 1, 0, 'p'}, {"connections", 1, 0, 'c'}, {"stall", 1, 0, 's'}, {"hoard", 1, 0, 'h'},
 		{"stream", 1, 0, 'S'}, {"area", 1, 0, 'a'}, {"bytes", 1, 0, 'b'}, {"chunk", 1, 0, 'k'}, {"buffer", 1, 0, 'B'}, {"kill-owner-after", 1, 0, 'K'},
 		{"seconds", 1, 0, 'l'}, {"late", 1, 0, 'L'}, {"user", 1, 0, 'u'},
 		{"vector", 1, 0, 'v'}, {"fragments", 1, 0, 'f'}, {"without-flag", 0, 0, 'w'}, {"pause-at", 1, 0, 'P'}, {"go", 1, 0, 'g'}, {},
@@ -634,6 +649,7 @@ int main(int count, char **words)
 		case 'p': options.port = atoi(optarg); break;
 		case 'c': options.connections = atoi(optarg); break;
 		case 's': options.stall = atoi(optarg); break;
+		case 'h': options.hoard = atoi(optarg); break;
 		case 'S': options.stream = atoi(optarg); break;
 		case 'a': options.area = atol(optarg); break;
 		case 'b': options.bytes = atol(optarg); break;

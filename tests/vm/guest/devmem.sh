@@ -155,6 +155,27 @@ no_starvation() {
   [ "$(grep -c "^stream [12]: $size bytes right" $out/receive)" = 2 ]
 }
 
+# streams COUNT RECEIVER_OPTION...: so many senders to one area
+streams() {
+  local count=$1 receiver stream
+  shift
+  prepare fragment=1448 offset=64 || return 1
+  receive --connections "$count" --bytes $size "$@" &
+  receiver=$!
+  until grep -q bound $out/receive 2>/dev/null; do sleep 0.05; done
+  for stream in $(seq "$count"); do
+    on $a devmem send --to 10.78.1.2 --port $port --stream "$stream" --bytes $size >"$out/send$stream" 2>&1 &
+  done
+  wait $receiver
+}
+four_streams() { streams 4 --buffer 200000 && [ "$(grep -c "^stream [1-4]: $size bytes right" $out/receive)" = 4 ]; }
+# A connection that keeps its fragments stops the others of its queue, until it is closed.
+closed_with_fragments() {
+  streams 2 --hoard 1 --area 2097152 || return 1
+  grep -E '^(note|stream)' $out/receive
+  grep -q '^note: stream 1 was closed' $out/receive && grep -q "^stream 2: $size bytes right" $out/receive
+}
+
 # netem OPTION...: on what host a sends
 netem() {
   prepare && on $a tc qdisc add dev vmnic0 root netem "$@" && transfer --nic vmnic0 && all_device &&
@@ -196,7 +217,7 @@ library_is_refused() {
 }
 
 rows=(host_to_device device_to_device fragments_of_a_packet odd_offsets short_vector short_control no_control no_flag unsplit unsplit_odd unsplit_merged
-  lost_packets lost_writes no_rule rule_deleted rule_set_late owner_killed no_header_split split_stays_on two_bindings unprivileged_send link_down receiver_down starvation no_starvation
+  lost_packets lost_writes no_rule rule_deleted rule_set_late owner_killed no_header_split split_stays_on two_bindings unprivileged_send link_down receiver_down starvation no_starvation four_streams closed_with_fragments
   netem_delay netem_loss netem_reorder netem_duplicate netem_corrupt)
 [ ! -e /vm/bin/devmem_transfer ] || rows+=(library_receives library_sends library_plain_and_linear library_is_refused)
 [ $# = 0 ] || rows=("$@")
