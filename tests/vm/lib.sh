@@ -69,7 +69,8 @@ fetch_tools() {
 # fetch_kernel SERIES: sets `kernel` to the newest version of a series, such as 7.3, that is in the cache or that Debian has
 fetch_kernel() {
   local series=${1//./\\.} name names=()
-  kernel=$(find "$root/.kernels" -name "$1.*" -printf '%f\n' 2>/dev/null | sort -V | tail -1)
+  mkdir -p "$root/.kernels"
+  kernel=$(find "$root/.kernels" -name "$1.*" -printf '%f\n' | sort -V | tail -1)
   [ -z "$kernel" ] || return 0
   fetch_lists
   kernel=$(apt apt-cache search --names-only "^linux-headers-$series\.[0-9]+\+deb13-amd64\$" | sed 's/^linux-headers-\([^ ]*\) .*/\1/' | sort -V | tail -1)
@@ -83,7 +84,6 @@ fetch_kernel() {
     skip "the packages of kernel $kernel cannot be fetched: $(grep -m1 '^E:' "$cache/apt/log")"
   unpack "$cache"/debs/*.deb || skip "a package of kernel $kernel cannot be unpacked in $root"
   in_root /sbin/depmod "$kernel" || skip "kernel $kernel: depmod failed"
-  mkdir -p "$root/.kernels"
   touch "$root/.kernels/$kernel"
 }
 
