@@ -129,6 +129,11 @@ thread_sanitized() {
   sanitized thread -Zbuild-std --test engine
 }
 
+# device_memory OPTION...: the kernel's interface by a program in C and by our crate, in a virtual machine
+device_memory() {
+  cargo build --release --locked -p tcpx-devmem --example devmem_transfer && tests/vm/run.sh "$@" --program "$release/examples/devmem_transfer" devmem
+}
+
 # The functions behind the targets in fuzz/; the targets themselves need cargo-fuzz.
 fuzzing() { CARGO_TARGET_DIR=$work/check cargo rustc --locked -p uccl-tcpx --lib --profile check -- --cfg fuzzing; }
 
