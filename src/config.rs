@@ -9,6 +9,7 @@ pub use docs::document;
 pub use table::{Kind, Variable, VARIABLES};
 
 use crate::addresses::{AllowList, Bind, Target};
+use crate::require::Requirement;
 use crate::status::{bail, Result};
 use crate::types::Protect;
 use source::{parse_number, strtoll, Source};
@@ -78,6 +79,8 @@ pub enum LocalGpu {
 pub struct Config {
     pub plugin: PluginChoice,
     pub plugin_path: Option<PathBuf>,
+    /// What must carry memory on every connection.
+    pub require: Requirement,
     pub num_channels: Option<usize>,
     pub chunk_bytes: usize,
     /// NCCL_DYNAMIC_CHUNK_SIZE as the plugin reads it, if it is set and not 0.
@@ -258,6 +261,7 @@ impl Config {
         Ok(Config {
             plugin,
             plugin_path: source.get(&table::PLUGIN_PATH)?.map(PathBuf::from),
+            require: source.parsed(&table::REQUIRE, Requirement::parse)?.unwrap_or_default(),
             num_channels: source.number(&table::NUM_CHANNELS)?.map(|n| n as usize),
             chunk_bytes: plugin_limit.map_or(chunk, |limit| chunk.min(limit)),
             plugin_limit,
@@ -371,6 +375,8 @@ mod tests {
             ("UCCL_TCPX_ALLOW", "10.0.0.0/99"),
             ("UCCL_TCPX_METRICS", "host:port"),
             ("UCCL_TCPX_PLUGIN", "hard"),
+            ("UCCL_TCPX_REQUIRE", "tcpx,fast"),
+            ("UCCL_TCPX_REQUIRE", "nics>=0"),
         ] {
             assert!(Config::from_env_with(&[(name, bad)]).unwrap_err().to_str().starts_with(&format!("{name}={bad}")), "{name}");
         }

@@ -14,6 +14,7 @@
 //! | `notify`, `budget`, `segment_pool` | notifications queued for the application; budgets of the peers; reuse of segment lists |
 //! | [`types`] | types that all layers share: places, spans, segments, keys |
 //! | [`config`], [`addresses`] | every environment variable; the listening address and the allowed networks |
+//! | [`require`] | what must carry memory, and whether it does |
 //! | `logging`, [`status`] | the log and its limits; the error type and the status numbers |
 //! | `hash` | a fast hash for maps |
 //! | [`stats`] | statistics, as text and for Prometheus |
@@ -46,6 +47,7 @@ mod notify;
 mod proto;
 mod region;
 mod registry;
+pub mod require;
 mod segment_pool;
 pub mod stats;
 pub mod status;

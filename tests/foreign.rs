@@ -275,6 +275,33 @@ fn a_connection_lives_without_the_channels_of_further_gpus() {
 }
 
 #[test]
+fn a_connection_fails_where_gpu_memory_would_not_go_over_the_required_plugin() {
+    const TWO: [(&str, &str); 2] = [("UCCL_TCPX_EMULATE_DEVICES", "2"), ("UCCL_TCPX_NUM_CHANNELS", "2")];
+    let answer = |required: &'static str, environment: &[(&str, &str)]| {
+        let log = run("required", &[environment, &[("UCCL_TCPX_REQUIRE", required)]].concat());
+        let line = log.lines().find_map(|line| Some(line.split_once("= ")?.1.to_owned()));
+        (line.unwrap_or_else(|| panic!("no answer: {log}")), log)
+    };
+    for (required, environment) in [("tcpx", &[][..]), ("tcpx|nvlink,nics>=1", &TWO), ("tcpxo", &[TCPXO])] {
+        assert_eq!(answer(required, environment).0, "met", "{required}");
+    }
+    let (error, log) = answer("tcpxo", &[]);
+    assert!(
+        error.contains("UCCL_TCPX_REQUIRE=tcpxo: tcpxo is required, but memory of GPU 0 here and GPU 0 there takes tcpx lo"),
+        "{error}"
+    );
+    assert!(log.contains("WARN") && log.contains("tcpxo is required, but memory takes tcpx lo"), "at creation: {log}");
+    // The channels of a further GPU are missing, and the reason is told.
+    let few = [&TWO[..], &[("STRICT_FOREIGN_LISTENS", "11")]].concat();
+    let (error, _) = answer("tcpx", &few);
+    assert!(
+        error.contains("tcpx is required, but memory of GPU ") && error.contains(" takes tcp lo (not over GPUDirectTCPX_v7: "),
+        "{error}"
+    );
+    assert_eq!(answer("tcpx|tcp", &few).0, "met");
+}
+
+#[test]
 fn further_gpus_take_no_descriptors_that_a_connection_needs() {
     // Both ends share the limit: where one has taken descriptors for further GPUs and not given them back yet, the other may refuse.
     let refused = |result: &Result<String, String>| {
@@ -343,6 +370,7 @@ fn child() {
         "slow_close" => slow_close(),
         "closes" => closes(false),
         "network_resets" => closes(true),
+        "required" => required(),
         "peer_that_closes" => peer_that_closes(),
         "peer_that_dies" => peer_that_dies(),
         other => panic!("no case {other}"),
@@ -353,6 +381,22 @@ const LEN: usize = 5 << 20;
 
 fn pattern() -> Vec<u8> {
     (0..LEN).map(|i| (i * 13 + i / 997) as u8).collect()
+}
+
+/// Whether a connection has what the engines require.
+fn required() {
+    let (a, b) = (engine(), engine());
+    let memory = vec![0u8; LEN];
+    let gpus = if std::env::var_os("UCCL_TCPX_EMULATE_DEVICES").is_some() { 2 } else { 1 };
+    for engine in [&a, &b] {
+        for _ in 0..gpus {
+            engine.register(memory.as_ptr() as usize, LEN).expect("register");
+        }
+    }
+    match a.connect("127.0.0.1", "", local::port(&b)) {
+        Ok(connection) => println!("= met{}", connection.stats().expect("statistics").error.map_or("", |_| ", and lost")),
+        Err(e) => println!("= {e}"),
+    }
 }
 
 fn failing_send() {

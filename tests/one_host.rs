@@ -6,6 +6,7 @@ mod victim;
 use std::time::Duration;
 use uccl_p2p::config::Config;
 use uccl_p2p::engine::{Connection, Direction, Engine, FifoItem, LocalSegment};
+use uccl_p2p::require::Requirement;
 use victim::{pair, text_of, until, Outcome, Victim, SHARED_MEMORY};
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -129,6 +130,51 @@ fn host_memory_is_copied_within_the_host() {
         assert!(victim.log().contains("direct transfers with process"), "{}", victim.log());
     }
     assert!(a.end(LIMIT) && b.end(LIMIT));
+}
+
+/// What a connect between two engines of this process says where the first requires something, or the second.
+fn required([first, second]: [&str; 2], [ipc_here, ipc_there]: [bool; 2], emulated: bool) -> Result<(), String> {
+    let engine = |text: &str, ipc: bool| {
+        let require = if text.is_empty() { Requirement::default() } else { Requirement::parse(text).unwrap() };
+        let config = Config { disable_ipc: !ipc, emulate_device: emulated, require, ..victim::config() };
+        Engine::new(config).unwrap()
+    };
+    let (a, b) = (engine(first, ipc_here), engine(second, ipc_there));
+    let out = a.connect("127.0.0.1", "", victim::port(&b)).map_err(|e| e.to_string())?;
+    let inn = b.accept_until(Some(std::time::Instant::now() + LIMIT)).unwrap().expect("it comes");
+    assert!(out.stats().unwrap().error.is_none() && inn.stats().unwrap().error.is_none());
+    Ok(())
+}
+
+#[test]
+fn a_connection_fails_where_it_lacks_what_an_engine_requires() {
+    for text in ["direct", "nvlink|direct", "direct,nics>=1", "tcpx|direct"] {
+        required([text, ""], [true, true], false).unwrap_or_else(|e| panic!("{text}: {e}"));
+        required(["", text], [true, true], true).unwrap_or_else(|e| panic!("{text}: {e}"));
+    }
+    required(["tcp", "tcp|nvlink"], [true, false], false).unwrap();
+    for (text, ipc, emulated, why) in [
+        (
+            "direct",
+            [true, false],
+            false,
+            "direct is required, but host memory takes tcp lo (no direct transfers: the peer takes no part)",
+        ),
+        ("direct", [false, true], false, "takes tcp lo (no direct transfers: UCCL_P2P_DISABLE_IPC is set)"),
+        ("tcp", [true, true], false, "tcp is required, but host memory takes direct"),
+        ("nvlink", [true, true], true, "nvlink is required, but memory of GPU 0 here and GPU 0 there takes direct"),
+        ("tcpx", [true, false], true, "tcpx is required, but host memory takes tcp lo (UCCL_TCPX_PLUGIN"),
+        ("nics>=2,direct", [true, true], false, "nics>=2 is required, but channels use lo"),
+    ] {
+        // Each engine may require it, and the connector's error has the reason.
+        for who in [[text, ""], ["", text]] {
+            let ipc = if who[0].is_empty() { [ipc[1], ipc[0]] } else { ipc };
+            let error = required(who, ipc, emulated).unwrap_err();
+            let of_peer = who[0].is_empty();
+            assert!(error.contains(&format!("UCCL_TCPX_REQUIRE={text}: ")) && error.contains(why), "{who:?}: {error}");
+            assert_eq!(error.contains("peer"), of_peer || error.contains("the peer"), "{who:?}: {error}");
+        }
+    }
 }
 
 #[test]

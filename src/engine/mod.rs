@@ -108,16 +108,19 @@ impl Engine {
     pub fn new(config: Config) -> Result<Arc<Engine>> {
         crate::logging::init(crate::config::log_level());
         let gpus = gpus::Gpus::new(config.emulate_device.then_some(config.emulate_devices));
-        let device = Plugin::choose(&config, &|| gpus.own())?;
+        let (device, why_soft) = Plugin::choose(&config, &|| gpus.own())?;
         if device.devices.is_empty() {
             bail!(Plugin, "plugin {} found no network device{}", device.name, chosen_nics());
         }
         let host = if device.traits.host_memory { None } else { Some(Plugin::soft()?) };
-        let plugins = Plugins { device, host };
+        let plugins = Plugins { device, host, why_soft };
         plugins.can_protect(config.protect)?;
         let ports = listener::open(config.bind, config.socket_ifname.as_deref(), config.port)?;
         let metadata = listener::metadata(ports.address, &gpus.name());
         announce(&metadata, &plugins, &gpus);
+        if let Err(unmet) = plugins.forecast(&config) {
+            log::warn!("UCCL_TCPX_REQUIRE={}: {unmet}; every connection will fail", config.require);
+        }
         let limits = limits::Limits::of_process(&config.budgets);
         let (bell, doorbells) = (doorbell::Bell::new()?, plugins.device.traits.doorbell);
         let table = Arc::new(connection::ConnectionTable::new(DriveContext::new(

@@ -101,18 +101,18 @@ impl Plugin {
         Ok(Arc::new(plugin))
     }
 
-    /// The plugin that the configuration chooses for device memory. `gpu` returns the GPU that should be current when it is
-    /// initialised.
-    pub(crate) fn choose(config: &Config, gpu: &dyn Fn() -> Result<Scope>) -> Result<Arc<Plugin>> {
+    /// The plugin that the configuration chooses for device memory, and why it is the software plugin, if it is. `gpu` returns the
+    /// GPU that should be current when it is initialised.
+    pub(crate) fn choose(config: &Config, gpu: &dyn Fn() -> Result<Scope>) -> Result<(Arc<Plugin>, Option<String>)> {
         // An explicit path is used, whatever plugin it holds.
         if let Some(path) = &config.plugin_path {
             if !path.exists() {
                 bail!(PluginLoad, "UCCL_TCPX_PLUGIN_PATH={} does not exist", path.display());
             }
-            return Plugin::load(path, None, config, gpu);
+            return Ok((Plugin::load(path, None, config, gpu)?, None));
         }
         if config.plugin == PluginChoice::Soft {
-            return Plugin::soft();
+            return Ok((Plugin::soft()?, Some("UCCL_TCPX_PLUGIN=soft or UCCL_P2P_TRANSPORT=tcp asks for it".to_owned())));
         }
         let (machine, must) = (Machine::here(), config.plugin != PluginChoice::Auto);
         let wanted: &[&Kind] = match config.plugin {
@@ -123,10 +123,11 @@ impl Plugin {
             _ => &[&search::TCPX],
         };
         let library_path = std::env::var("LD_LIBRARY_PATH").ok();
+        let mut left_out = Vec::new();
         for kind in wanted {
             let load = |path: &Path| Plugin::load(path, Some(kind), config, gpu);
-            if let Some(plugin) = first_usable(kind, &kind.candidates(library_path.as_deref()), must, load)? {
-                return Ok(plugin);
+            if let Some(plugin) = first_usable(kind, &kind.candidates(library_path.as_deref()), must, load, &mut left_out)? {
+                return Ok((plugin, None));
             }
         }
         match wanted {
@@ -140,7 +141,9 @@ impl Plugin {
             ),
             _ => {
                 warn_about_soft(config, &machine);
-                Plugin::soft()
+                let titles: Vec<&str> = wanted.iter().map(|kind| kind.title).collect();
+                let missing = format!("no usable {} plugin is installed", titles.join(" or "));
+                Ok((Plugin::soft()?, Some(if left_out.is_empty() { missing } else { left_out.join("; ") })))
             }
         }
     }
@@ -683,6 +686,7 @@ fn first_usable<P: std::ops::Deref<Target = Plugin>>(
     candidates: &[PathBuf],
     must: bool,
     load: impl Fn(&Path) -> Result<P>,
+    left_out: &mut Vec<String>,
 ) -> Result<Option<P>> {
     for path in candidates {
         match load(path) {
@@ -693,12 +697,19 @@ fn first_usable<P: std::ops::Deref<Target = Plugin>>(
                     bail!(PluginLoad, "{what} ({})", kind.interfaces);
                 }
                 log::warn!("{what}; it is left out");
+                left_out.push(what);
             }
-            Err(e) if e.kind() == ErrorKind::Unsupported => log::info!("{e}"),
+            Err(e) if e.kind() == ErrorKind::Unsupported => {
+                log::info!("{e}");
+                left_out.push(e.to_string());
+            }
             Err(e) if must => {
                 bail!(PluginLoad, "UCCL_TCPX_PLUGIN={}, but {e} (set UCCL_TCPX_PLUGIN_PATH to use another file)", kind.word)
             }
-            Err(e) => log::warn!("the {} plugin cannot be used and is left out: {e}", kind.title),
+            Err(e) => {
+                log::warn!("the {} plugin cannot be used and is left out: {e}", kind.title);
+                left_out.push(e.to_string());
+            }
         }
     }
     Ok(None)

@@ -23,6 +23,8 @@ pub const EMULATE_VARIABLE: &str = "UCCL_TCPX_EMULATE_DEVICE";
 pub const BIND_VARIABLE: &str = "UCCL_TCPX_BIND";
 /// Variable with the listening port.
 pub const PORT_VARIABLE: &str = "UCCL_TCPX_OOB_PORT";
+/// Variable with what must carry memory.
+pub const REQUIRE_VARIABLE: &str = "UCCL_TCPX_REQUIRE";
 const PORT_VARIABLES: [&str; 2] = ["UCCL_TCPX_OOB_PORT", "UCCL_TCP_OOB_PORT"];
 
 /// An environment variable of the library and its value in effect.
@@ -102,6 +104,11 @@ pub fn listen_on_any_port() {
     for name in PORT_VARIABLES {
         std::env::remove_var(name);
     }
+}
+
+/// Lets connections of this process take any path. Call it before threads exist.
+pub fn require_nothing() {
+    std::env::remove_var(REQUIRE_VARIABLE);
 }
 
 /// Checks that the library accepts the environment.

@@ -2,64 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use uccl_p2p::require::{Carries, Requirement};
 
-/// Bytes that were copied directly between two processes on one host, over anything but NVLink.
-pub const DIRECT: &str = "direct";
-/// Bytes that were copied directly from GPU to GPU over NVLink.
-pub const NVLINK: &str = "nvlink";
+pub use uccl_p2p::require::{carrier, DIRECT, NVLINK};
+
 /// Bytes inside control messages.
 pub const EAGER: &str = "eager";
 /// Bytes that no counter has.
 const UNCOUNTED: &str = "uncounted";
-
-/// What `--require` names: the carrier that all bytes of a row must have taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Carrier {
-    /// GPUDirect-TCPX.
-    Tcpx,
-    /// GPUDirect-TCPXO.
-    Tcpxo,
-    /// Direct transfers from GPU to GPU over NVLink.
-    Nvlink,
-    /// Channels of the software plugin, over ordinary TCP.
-    Tcp,
-    /// Direct transfers between two processes on one host, other than over NVLink.
-    Direct,
-}
-
-impl Carrier {
-    /// Whether channels of a plugin do.
-    pub fn is_network(self) -> bool {
-        !matches!(self, Carrier::Nvlink | Carrier::Direct)
-    }
-
-    fn word(self) -> &'static str {
-        match self {
-            Carrier::Tcpx => "tcpx",
-            Carrier::Tcpxo => "tcpxo",
-            Carrier::Nvlink => NVLINK,
-            Carrier::Tcp => "tcp",
-            Carrier::Direct => DIRECT,
-        }
-    }
-}
-
-impl fmt::Display for Carrier {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.word())
-    }
-}
-
-/// The word for a plugin: its own name for one that is not known here.
-pub fn carrier(plugin: &str) -> &str {
-    let name = plugin.to_ascii_lowercase();
-    match plugin {
-        "TCPX-soft" => "tcp",
-        _ if name.contains("fastrak") => "tcpxo",
-        _ if name.contains("tcpx") => "tcpx",
-        other => other,
-    }
-}
 
 /// Bytes by carrier and NIC; the NIC is empty where there is none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -109,9 +59,22 @@ impl Carried {
         self.0.keys().any(|(known, _)| known == carrier)
     }
 
-    /// Whether there are bytes, and this carried all of them.
-    pub fn is_all(&self, wanted: Carrier) -> bool {
-        !self.0.is_empty() && self.0.keys().all(|(carrier, _)| carrier == wanted.word())
+    /// Whether there are bytes, and this carried all of them: the word of a plugin, [`DIRECT`] or another.
+    pub fn is_all(&self, carrier: &str) -> bool {
+        !self.0.is_empty() && self.0.keys().all(|(known, _)| known == carrier)
+    }
+
+    /// Whether there are bytes, and all of them took what is required.
+    pub fn meets(&self, required: &Requirement) -> bool {
+        // Behind '>' stands the NIC of the peer.
+        let nic = |nic: &str| nic.split('>').next().filter(|nic| !nic.is_empty()).map(str::to_owned);
+        let carries = |(carrier, name): &(String, String)| Carries {
+            carrier: carrier.clone(),
+            nics: nic(name).into_iter().collect(),
+            ..Carries::default()
+        };
+        let all: Vec<Carries> = self.0.keys().map(carries).collect();
+        !all.is_empty() && required.check(&all).is_ok()
     }
 
     /// Every carrier and NIC with its bytes, for programs: "tcp eth1 6000, tcp eth2 4000, eager 10".
@@ -167,12 +130,6 @@ mod tests {
     }
 
     #[test]
-    fn plugins_have_words() {
-        let words = ["TCPX-soft", "GPUDirectTCPX_v7", "FasTrak", "Socket", "direct"].map(carrier);
-        assert_eq!(words, ["tcp", "tcpx", "tcpxo", "Socket", "direct"]);
-    }
-
-    #[test]
     fn shares_are_told_by_carrier_and_nic() {
         let text = |parts| carried(parts).to_string();
         assert_eq!(text(&[]), "nothing");
@@ -204,10 +161,13 @@ mod tests {
     #[test]
     fn only_bytes_that_were_counted_prove_a_carrier() {
         let tcp = carried(&[("tcp", "eth1", 5), ("tcp", "eth2", 5)]);
-        assert!(tcp.is_all(Carrier::Tcp) && !tcp.is_all(Carrier::Tcpx) && !Carried::default().is_all(Carrier::Tcp));
-        assert!(tcp.clone().out_of(10).is_all(Carrier::Tcp) && tcp.clone().out_of(9).is_all(Carrier::Tcp));
+        let meets = |carried: &Carried, text: &str| carried.meets(&Requirement::parse(text).unwrap());
+        assert!(meets(&tcp, "tcp") && !meets(&tcp, "tcpx") && !meets(&Carried::default(), "tcp"));
+        assert!(meets(&tcp.clone().out_of(10), "tcp") && meets(&tcp.clone().out_of(9), "tcp"));
+        assert!(meets(&tcp, "tcpx|tcp,nics>=2") && !meets(&tcp, "nics>=3"));
+        assert!(!meets(&carried(&[("tcp", "eth1>eth2", 5), ("tcp", "eth1>eth3", 5)]), "nics>=2"), "one NIC here");
         let less = tcp.out_of(20);
-        assert!(!less.is_all(Carrier::Tcp));
+        assert!(!meets(&less, "tcp"));
         assert_eq!(less.to_string(), "tcp eth1 25% eth2 25%, uncounted 50%");
     }
 }

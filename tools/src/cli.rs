@@ -3,6 +3,7 @@
 use clap::{CommandFactory, Parser};
 use std::path::PathBuf;
 use std::time::Duration;
+use uccl_p2p::require::Requirement;
 
 /// Shows the connections of a running process: rate, window, round-trip time and retransmits of every channel, with slow ones
 /// marked. The process needs UCCL_TCPX_METRICS in its environment.
@@ -22,6 +23,11 @@ pub struct Top {
     /// Draw one reading into this file, as a picture for a report, and exit.
     #[arg(long, value_name = "FILE.svg", conflicts_with = "once")]
     pub svg: Option<PathBuf>,
+}
+
+/// Parses what must have carried the bytes.
+pub fn parse_requirement(text: &str) -> Result<Requirement, String> {
+    Requirement::parse(text).map_err(|e| e.to_str().to_owned())
 }
 
 /// Seconds between two readings, with fractions.

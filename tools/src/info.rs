@@ -6,8 +6,9 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 use tcpx_tools::api::{self, Budget, Nic, Node, Plugin, Setting};
-use tcpx_tools::carried::{carrier, Carried, Carrier, DIRECT, NVLINK};
+use tcpx_tools::carried::{carrier, Carried, DIRECT, NVLINK};
 use tcpx_tools::case::{Case, Op};
+use tcpx_tools::cli::parse_requirement;
 use tcpx_tools::client::Client;
 use tcpx_tools::doctor::{self, Check, Host};
 use tcpx_tools::error::{Context, Failure, Result};
@@ -17,6 +18,7 @@ use tcpx_tools::memory::Kind;
 use tcpx_tools::probe::{self, Proof};
 use tcpx_tools::report::Row;
 use tcpx_tools::{cuda, fail, say};
+use uccl_p2p::require::Requirement;
 
 /// Shows plugin, network devices, GPUs and settings in effect, and checks with a loop-back transfer of 1 MiB that data moves.
 ///
@@ -38,9 +40,9 @@ struct Args {
     #[arg(long)]
     doctor: bool,
     /// Fail (exit status 1) if bytes went another way, by the counters of the connection: those moved with --peer, else those of the
-    /// test inside the process.
-    #[arg(long, value_name = "PATH", conflicts_with = "no_probe")]
-    require: Option<Carrier>,
+    /// test inside the process. PATH is what UCCL_TCPX_REQUIRE takes: tcpx, tcpxo, tcp, direct, nvlink, several joined by |, and nics>=N.
+    #[arg(long, value_name = "PATH", value_parser = parse_requirement, conflicts_with = "no_probe")]
+    require: Option<Requirement>,
     /// Also move data to and from another host, with contents checked: the address that `tcpx-perf server` printed there.
     #[arg(long, value_name = "ADDRESS")]
     peer: Option<String>,
@@ -123,6 +125,8 @@ fn examine(args: &Args) -> Report {
 fn look(args: &Args, report: &mut Report) -> Result<String> {
     let started = api::check_environment().and_then(|()| {
         api::listen_on_any_port();
+        // Each test here takes a path of its own; the report says which.
+        api::require_nothing();
         Node::start().context("no engine starts")
     });
     if args.doctor {
@@ -155,8 +159,8 @@ fn look(args: &Args, report: &mut Report) -> Result<String> {
     report.proof = Some(proof);
     let on_one_host = probe::within_host(&node, memory).context("on one host")?;
     report.within_host = Some(within_host(&on_one_host, memory));
-    let mut judged = match args.require {
-        Some(Carrier::Direct | Carrier::Nvlink) => on_one_host,
+    let mut judged = match args.require.as_ref().and_then(Requirement::wants_network) {
+        Some(false) => on_one_host,
         _ => network.clone(),
     };
     if let Some(address) = &args.peer {
@@ -168,7 +172,7 @@ fn look(args: &Args, report: &mut Report) -> Result<String> {
         verdict += &format!("; with {address}: {} of {memory} memory over {judged}, every byte correct", rates.join(", "));
         report.peer = Some(rows);
     }
-    if let Some(wanted) = args.require.filter(|&wanted| !judged.is_all(wanted)) {
+    if let Some(wanted) = args.require.as_ref().filter(|wanted| !judged.meets(wanted)) {
         fail!("bytes of {memory} memory took {judged}, and --require {wanted} forbids that");
     }
     agree(report, (memory == Kind::Gpu).then_some(&network), verdict)
@@ -179,7 +183,7 @@ fn agree(report: &Report, gpu: Option<&Carried>, verdict: String) -> Result<Stri
     let Some(checks) = &report.doctor else { return Ok(verdict) };
     match (doctor::conclusion(checks), gpu) {
         (Err(missing), _) => fail!("{missing}. Without it: {verdict}"),
-        (Ok(met), Some(carried)) if !carried.is_all(Carrier::Tcpx) => fail!("{met}, but GPU memory went over {carried}"),
+        (Ok(met), Some(carried)) if !carried.is_all("tcpx") => fail!("{met}, but GPU memory went over {carried}"),
         (Ok(met), _) => Ok(format!("{verdict}; {met}")),
     }
 }

@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 use tcpx_tools::api::{
     direct_is_off, emulation_is_on, listen_on_any_port, Node, BIND_VARIABLE, CHANNELS_VARIABLE, PORT_VARIABLE,
 };
-use tcpx_tools::carried::{Carried, Carrier};
+use tcpx_tools::carried::Carried;
 use tcpx_tools::case::{Case, Op};
+use tcpx_tools::cli::parse_requirement;
 use tcpx_tools::client::Client;
 use tcpx_tools::error::{Context, Result};
 use tcpx_tools::measure::{measure, random_seed, together, Measured, Options};
@@ -20,6 +21,7 @@ use tcpx_tools::report::{headline, write_csv, write_json, Row};
 use tcpx_tools::units::{parse_size, show_size};
 use tcpx_tools::{cuda, fail, out, say};
 use tcpx_tools::{plot, server, suite};
+use uccl_p2p::require::Requirement;
 
 /// Measures transfers between two engines and checks the data.
 ///
@@ -149,10 +151,11 @@ struct Measuring {
     /// Fail (exit status 1) if a row is slower than this, in GB/s: all its bytes by all its time.
     #[arg(long, value_name = "GBPS")]
     expect_gbps: Option<f64>,
-    /// Fail (exit status 1) if bytes of a row went another way, by the counters of the connection. `demo` leaves out what cannot go
-    /// that way: channels or direct transfers.
-    #[arg(long, value_name = "PATH")]
-    require: Option<Carrier>,
+    /// Fail (exit status 1) if bytes of a row went another way, by the counters of the connection: tcpx, tcpxo, tcp, direct, nvlink,
+    /// several joined by |, and nics>=N, separated by commas as in UCCL_TCPX_REQUIRE. `demo` leaves out what cannot go that way:
+    /// channels or direct transfers.
+    #[arg(long, value_name = "PATH", value_parser = parse_requirement)]
+    require: Option<Requirement>,
     /// Write the rows to this file as CSV; - is standard output.
     #[arg(long, value_name = "FILE")]
     csv: Option<PathBuf>,
@@ -269,8 +272,8 @@ impl Measuring {
             plot::write_svg(path, &rows)?;
         }
         result?;
-        if let Some(wanted) = self.require {
-            if let Some(other) = all.iter().find(|measured| !measured.carried.is_all(wanted)) {
+        if let Some(wanted) = &self.require {
+            if let Some(other) = all.iter().find(|measured| !measured.carried.meets(wanted)) {
                 fail!("{}: its bytes took {}, and --require {wanted} forbids that", other.row.name(), other.row.path);
             }
         }
@@ -401,14 +404,14 @@ struct Half {
 }
 
 /// The halves that can do what is required: the first shows what two hosts do, the second what two processes on one host do by default.
-fn halves(required: Option<Carrier>) -> Result<Vec<Half>> {
+fn halves(required: Option<&Requirement>) -> Result<Vec<Half>> {
     let network = Half {
         title: "over channels, as between two hosts (UCCL_P2P_DISABLE_IPC=1)",
         start: Node::start_for_the_network,
         default_rows: suite::demo,
     };
     let host = Half { title: "on one host, as by default", start: Node::start, default_rows: suite::demo_on_one_host };
-    match (required.map(Carrier::is_network), direct_is_off()) {
+    match (required.and_then(Requirement::wants_network), direct_is_off()) {
         (Some(false), true) => fail!("UCCL_P2P_DISABLE_IPC=1 forbids direct transfers, which --require asks for"),
         (Some(false), false) => Ok(vec![host]),
         (None, false) => Ok(vec![network, host]),
@@ -425,7 +428,7 @@ fn run_demo(args: &DemoArgs) -> Result<()> {
     }
     let memory = common.prepare_process()?;
     let (mut all, mut notified, mut result) = (Vec::new(), (0, 0), Ok(()));
-    for half in halves(args.measuring.require)? {
+    for half in halves(args.measuring.require.as_ref())? {
         match run_half(args, &half, memory, &mut all) {
             Ok((count, bytes)) => notified = (notified.0 + count, notified.1 + bytes),
             // The signal ends the server process, too.

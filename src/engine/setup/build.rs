@@ -82,8 +82,7 @@ fn describe(sets: &[Raised]) -> String {
     for set in sets {
         let (plan, n) = (&set.plan, set.pairs.len());
         if n == 0 {
-            let why = set.why.as_deref().unwrap_or("no channels came up");
-            missed.push(format!("{} (not over {}: {why})", plan.purpose(), plan.plugin.name));
+            missed.push(format!("{} (not over {}: {})", plan.purpose(), plan.plugin.name, set.why_not()));
             continue;
         }
         let named = |pair: &Pair| match pair.nic == pair.peer_nic {

@@ -228,6 +228,13 @@ pub(crate) struct Raised {
     pub why: Option<String>,
 }
 
+impl Raised {
+    /// Why it has no channels.
+    pub(crate) fn why_not(&self) -> &str {
+        self.why.as_deref().unwrap_or("no channels came up")
+    }
+}
+
 impl Raising {
     /// Makes progress. Returns whether it is settled which channels are up.
     ///

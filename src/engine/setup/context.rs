@@ -13,6 +13,7 @@ use crate::engine::limits::Limits;
 use crate::net::plugin::Plugin;
 use crate::net::setup::{channel_count, nics_for};
 use crate::notify::Queue;
+use crate::require::{carrier, Carries};
 use crate::status::{bail, Result};
 use crate::types::Protect;
 use crate::wire::handshake::{self, Handshake};
@@ -46,6 +47,8 @@ pub(crate) struct Plugins {
     pub device: Arc<Plugin>,
     /// Carries host memory when `device` does not.
     pub host: Option<Arc<Plugin>>,
+    /// Why `device` is the software plugin, if it is.
+    pub why_soft: Option<String>,
 }
 
 impl Plugins {
@@ -65,6 +68,22 @@ impl Plugins {
             "UCCL_TCPX_PROTECT=integrity: GPU memory goes over plugin {name}, whose data cannot be checked; all other data is"
         );
         Ok(())
+    }
+
+    /// Whether a connection can ever meet what the engine requires.
+    ///
+    /// # Errors
+    /// The term that cannot be met, and what is there in its place.
+    pub(crate) fn forecast(&self, config: &Config) -> std::result::Result<(), String> {
+        let channels = Carries {
+            memory: "memory".to_owned(),
+            carrier: carrier(&self.device.name).to_owned(),
+            nics: self.device.devices.iter().map(|device| device.name.clone()).collect(),
+            no_plugin: self.why_soft.iter().cloned().collect(),
+            no_direct: config.disable_ipc.then(|| "UCCL_P2P_DISABLE_IPC is set".to_owned()),
+            absent: Vec::new(),
+        };
+        config.require.forecast(&channels, !config.disable_ipc)
     }
 
     pub(crate) fn all(&self) -> impl Iterator<Item = &Arc<Plugin>> {

@@ -8,6 +8,7 @@ use super::context::SetupContext;
 use super::control::{Agreed, Link, Offers, SealedLink};
 use super::listener::is_reachable;
 use super::machine::{Next, Setup, JOINED};
+use super::provided;
 use crate::addresses::{plain, AllowList};
 use crate::engine::connection::{Begun, Connection, Counts, Socket};
 use crate::engine::limits;
@@ -164,7 +165,7 @@ impl SetupDriver {
         loop {
             self.read(now)?;
             self.flush()?;
-            if self.look(now)? {
+            if self.look(context, now)? {
                 continue;
             }
             match self.setup.next(now) {
@@ -178,6 +179,7 @@ impl SetupDriver {
                     if let Channels::Up(raised) = std::mem::replace(&mut self.channels, Channels::None) {
                         let raised = channels::agree(raised, &theirs)?;
                         self.trace(format_args!("{} channels are up on both sides", count(&raised)));
+                        self.check_provided(context, &raised)?;
                         self.channels = Channels::Up(raised);
                     }
                     return Ok(Progress::Up);
@@ -215,7 +217,7 @@ impl SetupDriver {
     }
 
     /// Polls channels that are coming up, when due. Whether they are all up now.
-    fn look(&mut self, now: Instant) -> Result<bool> {
+    fn look(&mut self, context: &SetupContext, now: Instant) -> Result<bool> {
         let Channels::Raising(raising) = &mut self.channels else { return Ok(false) };
         if now < self.look_at {
             return Ok(false);
@@ -223,6 +225,8 @@ impl SetupDriver {
         if raising.poll().map_err(|e| limits::explain(e, self.sock.as_fd()))? {
             if let Channels::Raising(raising) = std::mem::replace(&mut self.channels, Channels::None) {
                 let (up, ready) = raising.finish()?;
+                // Before this engine says that it is ready, so that the peer's set-up fails with this cause too.
+                self.check_provided(context, &up)?;
                 self.trace(format_args!("{} channels are up here", ready.numbers.len()));
                 self.channels = Channels::Up(up);
                 self.setup.raised(ready);
@@ -232,6 +236,14 @@ impl SetupDriver {
         let slow = now.saturating_duration_since(self.began) > SLOW_AFTER;
         self.look_at = now + raising.retry_in().max(if slow { SLOW } else { LOOK });
         Ok(false)
+    }
+
+    /// Checks that what is up is what the engine requires. Channels that come back were there before.
+    fn check_provided(&self, context: &SetupContext, up: &channels::Up) -> Result<()> {
+        match (&self.purpose, self.setup.link.proved()) {
+            (Purpose::Connection, Some(agreed)) => provided::check(context, agreed, up),
+            _ => Ok(()),
+        }
     }
 
     fn read(&mut self, now: Instant) -> Result<()> {

@@ -49,24 +49,31 @@ fn have(context: &SetupContext) -> Have {
 pub(crate) enum Local {
     Meeting(Box<Meeting>),
     Linked(Box<Linked>),
-    /// Nothing is shared; the reason, unless it is obvious.
-    Not(Option<String>),
+    /// Nothing is shared, and why. What is the usual state of things needs no line in the log.
+    Not {
+        why: String,
+        usual: bool,
+    },
 }
 
 impl Local {
     pub(super) fn begin(context: &SetupContext, own: Result<Opening>, peer: Option<&Invitation>, keys: ProofKeys) -> Local {
         let met = match (own, peer) {
             (Err(e), _) => Err(e),
-            // The peer has disabled it or cannot take part; on this host, its own log line says why.
-            (Ok(_), None) => return Local::Not(None),
-            (Ok(own), Some(peer)) if own.invitation().host != peer.host => return Local::Not(None),
+            // On this host, the peer's own log line says why.
+            (Ok(_), None) => return Local::usual("the peer takes no part"),
+            (Ok(own), Some(peer)) if own.invitation().host != peer.host => return Local::usual("the peer is on another host"),
             (Ok(own), Some(peer)) => own.meet(peer, keys, have(context), Instant::now()),
         };
         met.map_or_else(Local::failed, |meeting| Local::Meeting(Box::new(meeting)))
     }
 
     fn failed(error: Error) -> Local {
-        Local::Not(Some(error.to_str().to_owned()))
+        Local::Not { why: error.to_str().to_owned(), usual: false }
+    }
+
+    fn usual(why: &str) -> Local {
+        Local::Not { why: why.to_owned(), usual: true }
     }
 
     pub(super) fn poll(&mut self) {
@@ -89,8 +96,25 @@ impl Local {
 
     /// The peer has not met this engine.
     pub(super) fn give_up(&mut self) {
-        if !matches!(self, Local::Not(_)) {
-            *self = Local::Not(Some("the peer does not take part".to_owned()));
+        if !matches!(self, Local::Not { .. }) {
+            *self = Local::Not { why: "the peer does not take part".to_owned(), usual: false };
+        }
+    }
+
+    /// Whether memory of a pair of places takes direct transfers, and if so, whether over NVLink.
+    pub(super) fn joins(&self, pair: (Place, Place)) -> Option<bool> {
+        match self {
+            Local::Linked(linked) if linked.pairs.contains(&pair) => Some(linked.nvlink.contains(&pair)),
+            _ => None,
+        }
+    }
+
+    /// Why there are no direct transfers of memory of a pair of places.
+    pub(super) fn reason(&self) -> &str {
+        match self {
+            Local::Not { why, .. } => why,
+            Local::Linked(_) => "not for this memory",
+            Local::Meeting(_) => "the peer's process was not met in time",
         }
     }
 
@@ -109,7 +133,7 @@ impl Local {
                 let all: Vec<String> = linked.pairs.iter().map(word).collect();
                 format!("; direct transfers with process {}, preferred to channels: {}", linked.who.pid, all.join(", "))
             }
-            Local::Not(Some(why)) => format!("; no direct transfers: {why}"),
+            Local::Not { why, usual: false } => format!("; no direct transfers: {why}"),
             _ => String::new(),
         }
     }

@@ -17,6 +17,7 @@ pub(crate) mod lineage;
 pub(crate) mod listener;
 mod local;
 pub(crate) mod machine;
+mod provided;
 pub(crate) mod quota;
 mod restorer;
 pub(crate) mod shutdown;

@@ -30,8 +30,13 @@ impl Plan {
 
     /// Its purpose, for the log.
     pub(crate) fn purpose(&self) -> String {
+        Plan::purpose_of(self.gpus)
+    }
+
+    /// The words for a pair of GPUs, or for host memory.
+    pub(crate) fn purpose_of(gpus: Option<(Place, Place)>) -> String {
         let gpu = |place: Place| place.ordinal().unwrap_or(0);
-        self.gpus.map_or("host memory".to_owned(), |(here, there)| format!("GPU {} here and GPU {} there", gpu(here), gpu(there)))
+        gpus.map_or("host memory".to_owned(), |(here, there)| format!("GPU {} here and GPU {} there", gpu(here), gpu(there)))
     }
 }
 
