@@ -180,6 +180,12 @@ impl Requirement {
         Requirement(self.0.iter().filter(|term| !may_be_direct(term)).cloned().collect()).check(std::slice::from_ref(channels))
     }
 
+    /// Whether a term can be met with memory of GPUs alone.
+    pub fn needs_gpus(&self) -> bool {
+        let of_gpus = |word: &&str| matches!(*word, "tcpx" | "tcpxo" | NVLINK);
+        self.0.iter().any(|term| matches!(term, Term::Carriers(words) if words.iter().all(|word| of_gpus(&word))))
+    }
+
     /// Whether it asks for channels of a plugin; `Some(false)`: for direct transfers alone; `None` where both may do.
     pub fn wants_network(&self) -> Option<bool> {
         let wants = |term: &Term| match term {
@@ -295,5 +301,7 @@ mod tests {
             .map(|text| parsed(text).wants_network());
         assert_eq!(wants, [Some(true), Some(false), None, Some(false), Some(true), Some(true), None]);
         assert_eq!(Requirement::default().wants_network(), None);
+        let needs = ["tcpx|nvlink,nics>=2", "tcpx|direct", "nics>=2"].map(|text| parsed(text).needs_gpus());
+        assert_eq!(needs, [true, false, false]);
     }
 }

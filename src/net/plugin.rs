@@ -13,7 +13,7 @@ use super::tcpxo::Machine;
 use super::traits::{is_tcpx, is_tcpxo, DeviceTraits, Traits};
 use super::{within, Scope};
 use crate::config::{Config, PluginChoice};
-use crate::status::{bail, err, ErrorKind, Result};
+use crate::status::{bail, err, Error, ErrorKind, Result};
 use nccl_net_abi as abi;
 use nccl_net_abi::{ncclNetDeviceHandle_v7, ncclResult_t, ucclIoVec};
 use process::{Mutex, PerProcess};
@@ -115,13 +115,7 @@ impl Plugin {
             return Ok((Plugin::soft()?, Some("UCCL_TCPX_PLUGIN=soft or UCCL_P2P_TRANSPORT=tcp asks for it".to_owned())));
         }
         let (machine, must) = (Machine::here(), config.plugin != PluginChoice::Auto);
-        let wanted: &[&Kind] = match config.plugin {
-            PluginChoice::Tcpx => &[&search::TCPX],
-            PluginChoice::Tcpxo => &[&search::TCPXO],
-            // Where both are installed the machine decides.
-            _ if machine.has_manager() => &[&search::TCPXO, &search::TCPX],
-            _ => &[&search::TCPX],
-        };
+        let wanted = wanted(config, &machine);
         let library_path = std::env::var("LD_LIBRARY_PATH").ok();
         let mut left_out = Vec::new();
         for kind in wanted {
@@ -131,20 +125,51 @@ impl Plugin {
             }
         }
         match wanted {
-            [kind] if must => bail!(
-                PluginLoad,
-                "UCCL_TCPX_PLUGIN={}, but the {} plugin is not installed: looked for {} in {} and LD_LIBRARY_PATH (set UCCL_TCPX_PLUGIN_PATH to name it, or UCCL_TCPX_PLUGIN=soft for ordinary TCP)",
-                kind.word,
-                kind.title,
-                kind.files.join(" and "),
-                kind.dirs.join(", ")
-            ),
+            [kind] if must => Err(not_installed(kind)),
             _ => {
                 warn_about_soft(config, &machine);
                 let titles: Vec<&str> = wanted.iter().map(|kind| kind.title).collect();
                 let missing = format!("no usable {} plugin is installed", titles.join(" or "));
                 Ok((Plugin::soft()?, Some(if left_out.is_empty() { missing } else { left_out.join("; ") })))
             }
+        }
+    }
+
+    /// The foreign plugin that an engine with this configuration would use: its name and file. `None`: the software plugin. Its file is
+    /// opened, but it is not initialised. `gpu`: the PCI address of a GPU, for what GPUDirect-TCPXO needs of the machine.
+    ///
+    /// # Errors
+    /// `PluginLoad`: it must be there, and is not, or cannot be opened.
+    pub fn look(config: &Config, gpu: Option<&str>) -> Result<Option<(String, PathBuf)>> {
+        let found = |path: &Path| {
+            let (table, ext) = open(path)?;
+            let name = table.name();
+            if is_tcpxo(&name) && !config.emulate_device {
+                Machine::here().check(gpu)?;
+            }
+            Ok((ext.is_none()).then(|| (name, path.to_owned())))
+        };
+        if let Some(path) = &config.plugin_path {
+            return found(path);
+        }
+        if config.plugin == PluginChoice::Soft {
+            return Ok(None);
+        }
+        let must = config.plugin != PluginChoice::Auto;
+        let wanted = wanted(config, &Machine::here());
+        let library_path = std::env::var("LD_LIBRARY_PATH").ok();
+        for kind in wanted {
+            for path in kind.candidates(library_path.as_deref()) {
+                match found(&path) {
+                    Ok(Some((name, path))) if (kind.is)(&name) => return Ok(Some((name, path))),
+                    Err(e) if must => return Err(e),
+                    _ => {}
+                }
+            }
+        }
+        match wanted {
+            [kind] if must => Err(not_installed(kind)),
+            _ => Ok(None),
         }
     }
 
@@ -158,18 +183,7 @@ impl Plugin {
             None => Ok(()),
         };
         let plugin = load_once(Some(path), || {
-            // SAFETY: loading runs the library's initialisers; the user chose the library, or put it where plugins are.
-            let library = match process::without_fork(|| unsafe { libloading::Library::new(path) }) {
-                Ok(library) => library,
-                Err(e) => bail!(PluginLoad, "{}: {e}", path.display()),
-            };
-            // A plugin has its own threads and cannot be unloaded.
-            let library: &'static libloading::Library = Box::leak(Box::new(library));
-            // SAFETY: it is a NCCL net plugin; the library is never unloaded.
-            let (table, ext) = unsafe { (super::table::find(library), Ext::find(library)) };
-            let Some(table) = table else {
-                bail!(PluginLoad, "{}: exports no table of a NCCL net plugin (ncclNetPlugin_v7 to _v12)", path.display())
-            };
+            let (table, ext) = open(path)?;
             if ext.is_some() {
                 return Plugin::start(table, ext, Some(path.to_owned()), &None);
             }
@@ -661,6 +675,44 @@ impl CommKind {
 
 /// The result of loading each path (`None`: the built-in plugin). An error after the library was loaded is final: init runs once.
 type Loaded = Vec<(Option<PathBuf>, Arc<Plugin>)>;
+
+/// Kinds of plugins of Google's that the configuration asks for, in this order.
+fn wanted(config: &Config, machine: &Machine) -> &'static [&'static Kind] {
+    match config.plugin {
+        PluginChoice::Tcpx => &[&search::TCPX],
+        PluginChoice::Tcpxo => &[&search::TCPXO],
+        // Where both are installed the machine decides.
+        _ if machine.has_manager() => &[&search::TCPXO, &search::TCPX],
+        _ => &[&search::TCPX],
+    }
+}
+
+fn not_installed(kind: &Kind) -> Error {
+    err!(
+        PluginLoad,
+        "UCCL_TCPX_PLUGIN={}, but the {} plugin is not installed: looked for {} in {} and LD_LIBRARY_PATH (set UCCL_TCPX_PLUGIN_PATH to name it, or UCCL_TCPX_PLUGIN=soft for ordinary TCP)",
+        kind.word,
+        kind.title,
+        kind.files.join(" and "),
+        kind.dirs.join(", ")
+    )
+}
+
+/// Opens the file of a plugin, which is not initialised. It stays open.
+fn open(path: &Path) -> Result<(&'static dyn NetTable, Option<Ext>)> {
+    // SAFETY: loading runs the library's initialisers; the user chose the library, or put it where plugins are.
+    let library = match process::without_fork(|| unsafe { libloading::Library::new(path) }) {
+        Ok(library) => library,
+        Err(e) => bail!(PluginLoad, "{}: {e}", path.display()),
+    };
+    // A plugin has its own threads and cannot be unloaded.
+    let library: &'static libloading::Library = Box::leak(Box::new(library));
+    // SAFETY: it is a NCCL net plugin; the library is never unloaded.
+    match unsafe { (super::table::find(library), Ext::find(library)) } {
+        (Some(table), ext) => Ok((table, ext)),
+        (None, _) => bail!(PluginLoad, "{}: exports no table of a NCCL net plugin (ncclNetPlugin_v7 to _v12)", path.display()),
+    }
+}
 
 fn load_once(path: Option<&Path>, load: impl FnOnce() -> Result<Plugin>) -> Result<Arc<Plugin>> {
     /// The latest list of this process or its parent: plugins stay loaded in a child, and are not initialised again.

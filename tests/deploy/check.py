@@ -4,7 +4,7 @@
 - Every metric and label that a dashboard, an alert, a manifest or a page names is one of docs/metrics.md.
 - YAML and JSON parse without repeated keys; panels of a dashboard have numbers and places of their own.
 - Every alert is in the page, and every alert of the page exists.
-- Manifests fit the schemas of Kubernetes, and agree with each other: labels, ports, volumes, secrets.
+- Manifests fit the schemas of Kubernetes, and agree with each other: labels, ports, volumes, secrets, probes.
 
 usage: check.py [RULES]    writes the queries of the dashboards there, as rules for promtool
 """
@@ -19,6 +19,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
+READY = ROOT / "tools/src/ready.rs"
 faults = []
 
 
@@ -151,6 +152,18 @@ def pods(manifest):
     return [template] if template else [manifest] if manifest["kind"] == "Pod" else []
 
 
+def check_exec(path, what, probe):
+    """A probe that runs tcpx-info has its exit statuses only with --ready, and must wait for its answer."""
+    command = probe.get("exec", {}).get("command", [])
+    if "tcpx-info" not in command:
+        return
+    if "--ready" not in command:
+        fault(path, f"{what} runs tcpx-info without --ready, which moves data each time")
+    limit = int(re.search(r"const LIMIT: Duration = Duration::from_secs\((\d+)\)", READY.read_text())[1])
+    if probe.get("timeoutSeconds", 1) <= limit:
+        fault(path, f"{what} waits {probe.get('timeoutSeconds', 1)} s, and tcpx-info --ready takes up to {limit} s")
+
+
 def check_pod(path, name, template, known):
     spec = template["spec"]
     volumes = {volume["name"]: volume for volume in spec.get("volumes", [])}
@@ -169,6 +182,7 @@ def check_pod(path, name, template, known):
             port = action.get("httpGet", action.get("tcpSocket", {})).get("port")
             if isinstance(port, str) and port not in ports:
                 fault(path, f"{name}: {probe} asks port {port}, which the container does not name")
+            check_exec(path, f"{name}: {probe}", action)
         if "resources" not in container:
             fault(path, f"{name}: container {container['name']} has no resources")
 

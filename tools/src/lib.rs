@@ -9,7 +9,7 @@
 //! - `carried`: which plugins and NICs carried the bytes of a row
 //! - `report`, `plot`: table, JSON, CSV and SVG
 //! - `scrape`, `view`, `picture`: what tcpx-top reads, shows, and draws into a file
-//! - `inspect`, `doctor`, `probe`: what tcpx-info finds, the preconditions of TCPX, and the loop-back transfer
+//! - `inspect`, `doctor`, `probe`, `ready`: what tcpx-info finds, the preconditions of TCPX, the loop-back transfer, and the probe of Kubernetes
 
 pub mod api;
 pub mod carried;
@@ -29,6 +29,7 @@ pub mod picture;
 pub mod plot;
 pub mod probe;
 pub mod proto;
+pub mod ready;
 pub mod report;
 pub mod scrape;
 pub mod server;

@@ -82,6 +82,61 @@ fn info_proves_a_transfer_or_says_why_not() {
 }
 
 #[test]
+fn a_probe_tells_ready_from_not_ready_and_from_wrong() {
+    let answer = |variables: &[(&str, &str)]| {
+        let output = run(INFO, "--ready", &[&[("NCCL_GPUDIRECTTCPX_SOCKET_IFNAME", "lo")], variables].concat());
+        (output.status.code().expect("it ends by itself"), text(&output.stdout).trim().to_owned())
+    };
+    assert_eq!(
+        answer(&[("UCCL_TCPX_PLUGIN", "soft"), ("UCCL_TCPX_EMULATE_DEVICE", "1")]),
+        (0, "READY: plugin TCPX-soft, NICs lo, simulated GPUs".to_owned())
+    );
+    let path = foreign().map(|path| path.display().to_string());
+    for (variables, status, says) in [
+        (vec![("UCCL_TCPX_REQUIRE", "tcp|direct,nics>=1")], 0, "READY: plugin TCPX-soft, NICs lo, "),
+        (
+            vec![("UCCL_TCPX_REQUIRE", "nics>=2")],
+            1,
+            "NOT READY: UCCL_TCPX_REQUIRE=nics>=2: nics>=2 is required, but channels use lo",
+        ),
+        (
+            vec![("UCCL_TCPX_REQUIRE", "tcpx"), ("UCCL_TCPX_EMULATE_DEVICE", "1")],
+            1,
+            "tcpx is required, but memory takes tcp lo (an engine would use TCPX-soft)",
+        ),
+        (
+            vec![("UCCL_TCPX_REQUIRE", "direct"), ("UCCL_P2P_DISABLE_IPC", "1")],
+            1,
+            "(no direct transfers: UCCL_P2P_DISABLE_IPC is set)",
+        ),
+        (vec![("UCCL_TCPX_PLUGIN_PATH", "/no/such/plugin.so")], 1, "NOT READY: /no/such/plugin.so"),
+        (vec![("UCCL_TCPX_REQUIRE", "fast")], 2, "WRONG CONFIGURATION: UCCL_TCPX_REQUIRE=fast: 'fast': expected tcpx, "),
+        (vec![("UCCL_TCPX_NUM_CHANNELS", "many")], 2, "WRONG CONFIGURATION: UCCL_TCPX_NUM_CHANNELS=many"),
+        (vec![("UCCL_TCPX_AUTH_KEY_FILE", "/no/such/key")], 2, "WRONG CONFIGURATION: "),
+        (vec![("UCCL_SOCKET_IFNAME", "=none7")], 2, "WRONG CONFIGURATION: no interface with a usable address matches"),
+    ] {
+        let (code, line) = answer(&variables);
+        assert!(code == status && line.contains(says), "{variables:?}: {code}, {line}");
+    }
+    let Some(path) = path else {
+        println!("SKIPPED: libnccl_net_strict_foreign.so is not built: cargo build -p strict-foreign-plugin");
+        return;
+    };
+    // Without its receive manager the plugin cannot work; a simulated GPU needs none.
+    let tcpx = [("UCCL_TCPX_PLUGIN_PATH", &*path), ("UCCL_TCPX_REQUIRE", "tcpx")];
+    let (code, line) = answer(&tcpx);
+    assert!(code == 1 && line.starts_with("NOT READY: "), "{code}, {line}");
+    let simulated = answer(&[&tcpx[..], &[("UCCL_TCPX_EMULATE_DEVICE", "1")]].concat());
+    assert_eq!(simulated, (0, "READY: plugin GPUDirectTCPX_v7, NICs lo, simulated GPUs".to_owned()));
+    // Beside an engine that has the port and offers its statistics.
+    let metrics = std::env::temp_dir().join(format!("tcpx-ready-{}", std::process::id()));
+    let metrics = metrics.display().to_string();
+    let both = [("UCCL_TCPX_OOB_PORT", "1"), ("UCCL_TCPX_METRICS", &*metrics)];
+    assert_eq!(answer(&both).0, 0);
+    assert!(!std::path::Path::new(&metrics).exists(), "the statistics are those of the running engine");
+}
+
+#[test]
 fn fixed_ports_do_not_matter_and_what_cannot_work_fails_with_a_reason() {
     // The demo's two engines are not in each other's way when a port is fixed for services.
     let output = run(PERF, "demo --op write --iters 2 --warmup 1", &[("UCCL_TCPX_OOB_PORT", "1")]);
