@@ -434,6 +434,8 @@ CASE(uccl_engine_channel_stats)
             CHECK_OK(uccl_engine_channel_stats(f.conn, i, &stats));
             CHECK(stats.nic[0] && stats.window > 0 && stats.lost == 0);
             CHECK(stats.plugin[0] && (strcmp(stats.plugin, "direct") == 0) == (strcmp(stats.nic, "local") == 0));
+            CHECK(stats.carrier[0] && (strcmp(stats.plugin, "TCPX-soft") == 0) == (strcmp(stats.carrier, "tcp") == 0));
+            CHECK((strcmp(stats.plugin, "direct") == 0) == (strcmp(stats.carrier, "direct") == 0));
             CHECK(stats.nvlink_bytes <= stats.sent_bytes + stats.received_bytes);
             /* The software plugin always reports TCP statistics; on one host there are none. */
             const char *plugin = getenv("UCCL_TCPX_PLUGIN_PATH");

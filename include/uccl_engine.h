@@ -329,6 +329,11 @@ typedef struct uccl_channel_stats_t {
    * cut to 31 bytes.
    */
   char plugin[32];
+  /**
+   * The word for what carries the channel, as in UCCL_TCPX_REQUIRE: "tcp", "tcpx", "tcpxo" or "direct", else the plugin's name;
+   * NUL-terminated, cut to 15 bytes. Of "direct", nvlink_bytes are "nvlink".
+   */
+  char carrier[16];
 } uccl_channel_stats_t;
 
 /** Unused; kept for compatibility with code that names it. */

@@ -9,13 +9,14 @@ elsewhere. docs/python.md explains it.
 from . import p2p
 from ._version import __version__
 from .errors import ConnectionLost, InvalidArgument, TimedOut, UcclError
-from .p2p import Endpoint, Notification, Progress, Region, XferDesc
+from .p2p import Endpoint, Notification, Path, Progress, Region, XferDesc
 
 __all__ = [
     "ConnectionLost",
     "Endpoint",
     "InvalidArgument",
     "Notification",
+    "Path",
     "Progress",
     "Region",
     "TimedOut",

@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Opt
 
 from ._buffers import Memory
 from ._events import Events
-from ._library import FIFO_SIZE, FifoItem, Option, TransferInfo, library
+from ._library import FIFO_SIZE, ChannelStats, ConnectionStats, FifoItem, Option, TransferInfo, library
 from .errors import CANCELED, IN_PROGRESS, NOT_FOUND, RESOURCE, TIMED_OUT, UcclError, error, invalid
 
 # A blocking call comes back to the interpreter so often, for signals such as Ctrl-C.
@@ -38,6 +38,20 @@ class Progress(NamedTuple):
     done: bool
     moved: int
     total: int
+
+
+class Path(NamedTuple):
+    """What carried bytes of a connection, in both directions.
+
+    `carrier` is a word of UCCL_TCPX_REQUIRE: tcp, tcpx, tcpxo, direct or nvlink, or eager for what travelled in control messages. `nic` and
+    `plugin` are empty where there is none. `lost` counts those of its channels that are lost at present."""
+
+    carrier: str
+    nic: str
+    plugin: str
+    bytes: int
+    channels: int
+    lost: int
 
 
 class Segment(NamedTuple):
@@ -166,6 +180,38 @@ class Core:
         if self.lib.check(status) == IN_PROGRESS:
             return None
         return address.value.decode(), gpu.value, self._add_connection(found.value)
+
+    def paths(self, number: int) -> List[Path]:
+        """What carried the bytes of a connection so far, by carrier and NIC."""
+        handle = self.connection(number)
+        stats = ConnectionStats(size=c.sizeof(ConnectionStats))
+        self.lib.check(self.lib.conn_stats(handle, c.byref(stats)))
+        found: Dict[Tuple[str, str, str], Path] = {}
+
+        def add(carrier: str, nic: str, plugin: str, moved: int, channels: int, lost: int) -> None:
+            path = found.get((carrier, nic, plugin), Path(carrier, nic, plugin, 0, 0, 0))
+            found[carrier, nic, plugin] = Path(carrier, nic, plugin, path.bytes + moved, path.channels + channels, path.lost + lost)
+
+        for channel in range(stats.channels):
+            one = ChannelStats(size=c.sizeof(ChannelStats))
+            status = self.lib.channel_stats(handle, channel, c.byref(one))
+            if status == NOT_FOUND:
+                # The connection has ended meanwhile.
+                break
+            self.lib.check(status)
+            plugin, moved = one.plugin.decode(), one.sent_bytes + one.received_bytes
+            carrier = one.carrier.decode() or plugin
+            if carrier == "direct":
+                nvlink = min(one.nvlink_bytes, moved)
+                add("direct", "", "", moved - nvlink, 0, 0)
+                if nvlink:
+                    add("nvlink", "", "", nvlink, 0, 0)
+            else:
+                add(carrier, one.nic.decode(errors="replace"), plugin, moved, 1, one.lost)
+        eager = stats.eager_sent_bytes + stats.eager_received_bytes
+        if eager:
+            add("eager", "", "", eager, 0, 0)
+        return list(found.values())
 
     def _add_connection(self, handle: Any) -> int:
         with self._lock:

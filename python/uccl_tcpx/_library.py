@@ -40,6 +40,36 @@ class TransferInfo(c.Structure):
     _fields_ = [("status", c.c_int32), ("reserved", c.c_uint32), ("bytes_total", c.c_uint64), ("bytes_done", c.c_uint64)]
 
 
+class ConnectionStats(c.Structure):
+    """The first members of a connection's statistics: the library fills as much as `size` says."""
+
+    _fields_ = [("size", c.c_size_t)] + [
+        (name, c.c_uint64)
+        for name in ("id", "up", "age_ms", "silent_ms", "channels", "transfers_in_flight", "backlog_bytes")
+        + ("sent_bytes", "sent_chunks", "received_bytes", "received_chunks", "eager_sent_bytes", "eager_received_bytes")
+    ]
+
+
+class ChannelStats(c.Structure):
+    """The statistics of a channel."""
+
+    _fields_ = [
+        ("size", c.c_size_t),
+        ("sent_bytes", c.c_uint64),
+        ("sent_chunks", c.c_uint64),
+        ("received_bytes", c.c_uint64),
+        ("received_chunks", c.c_uint64),
+        ("counters", c.c_uint64 * 15),
+        ("nic", c.c_char * 32),
+        ("pack_us", c.c_uint64),
+        ("unpack_us", c.c_uint64),
+        ("lost", c.c_uint64),
+        ("nvlink_bytes", c.c_uint64),
+        ("plugin", c.c_char * 32),
+        ("carrier", c.c_char * 16),
+    ]
+
+
 _handle, _size, _status, _text, _id = c.c_void_p, c.c_size_t, c.c_int, c.c_char_p, c.c_uint64
 _sizes, _ids, _items, _addresses = c.POINTER(_size), c.POINTER(_id), c.POINTER(FifoItem), c.POINTER(c.c_void_p)
 _vector = [_handle, _ids, _addresses, _sizes, _items, c.c_int, _ids]
@@ -73,6 +103,8 @@ _PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
     "notif_name": (c.c_void_p, [_handle, _sizes]),
     "notif_msg": (c.c_void_p, [_handle, _sizes]),
     "notif_free": (None, [_handle]),
+    "conn_stats": (_status, [_handle, c.POINTER(ConnectionStats)]),
+    "channel_stats": (_status, [_handle, _size, c.POINTER(ChannelStats)]),
     "stats_text": (_status, [_handle, _text, _size, _sizes]),
     "strerror": (_text, [c.c_int32]),
     "last_error": (_text, []),

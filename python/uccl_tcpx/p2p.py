@@ -22,7 +22,7 @@ from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Seq
 
 from ._aio import Aio
 from ._buffers import Memory, memory_of
-from ._core import Core, Notification, Progress, Segment, deadline, slices, timed_out
+from ._core import Core, Notification, Path, Progress, Segment, deadline, slices, timed_out
 from ._library import ACCESS_REMOTE_READ, ACCESS_REMOTE_WRITE, FIFO_SIZE, library
 from ._passive import accept_passively
 from .errors import UNSUPPORTED, ConnectionLost, InvalidArgument, TimedOut, UcclError, invalid
@@ -35,6 +35,7 @@ __all__ = [
     "FloatType",
     "InvalidArgument",
     "Notification",
+    "Path",
     "Progress",
     "Region",
     "TimedOut",
@@ -530,6 +531,11 @@ class Endpoint:
         """A new descriptor for an event loop; the caller closes it. It is readable after a notification has come, a transfer has ended, a
         connection has come or ended. Read 8 bytes from it, then look. Not needed for asyncio: see `aio`."""
         return self._core._event_fd()
+
+    def paths(self, conn_id: int) -> List[Path]:
+        """Which path has carried how many bytes of the connection, in both directions: by carrier (as in UCCL_TCPX_REQUIRE) and NIC. The
+        difference of two calls is what the transfers between them took. Bytes of a transfer are counted when it has ended, at the latest."""
+        return self._core.paths(conn_id)
 
     def stats_text(self) -> str:
         """Statistics of the endpoint, its connections and their channels, for people."""

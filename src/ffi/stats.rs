@@ -194,13 +194,16 @@ pub struct uccl_channel_stats_t {
     /// Name of the plugin that carries the channel, or "direct" for direct transfers between two processes on one host; NUL-terminated,
     /// cut to 31 bytes.
     pub plugin: [c_char; 32],
+    /// The word for what carries the channel, as in UCCL_TCPX_REQUIRE: "tcp", "tcpx", "tcpxo" or "direct", else the plugin's name;
+    /// NUL-terminated, cut to 15 bytes. Of "direct", nvlink_bytes are "nvlink".
+    pub carrier: [c_char; 16],
 }
 
 // Programs built with an older header pass a structure that ends earlier: no member moves.
 const _: () = {
     assert!(std::mem::offset_of!(uccl_channel_stats_t, nic) == 20 * size_of::<u64>());
     assert!(std::mem::offset_of!(uccl_channel_stats_t, lost) == 26 * size_of::<u64>());
-    assert!(size_of::<uccl_channel_stats_t>() == 32 * size_of::<u64>());
+    assert!(std::mem::offset_of!(uccl_channel_stats_t, carrier) == 32 * size_of::<u64>());
 };
 
 /// Returns the statistics of an engine, summed over its connections.
@@ -310,9 +313,9 @@ unsafe fn fill<T: Copy>(stats: *mut T, value: impl FnOnce() -> Result<T>) -> Res
 }
 
 /// A name, cut to what leaves room for a NUL.
-fn name(text: &str) -> [c_char; 32] {
-    let mut out = [0; 32];
-    for (to, from) in out[..31].iter_mut().zip(text.bytes()) {
+fn name<const N: usize>(text: &str) -> [c_char; N] {
+    let mut out = [0; N];
+    for (to, from) in out[..N - 1].iter_mut().zip(text.bytes()) {
         *to = from as c_char;
     }
     out
@@ -401,6 +404,7 @@ impl From<&ChannelStats> for uccl_channel_stats_t {
             lost: stats.lost.into(),
             nvlink_bytes: stats.nvlink_bytes,
             plugin: name(&stats.plugin),
+            carrier: name(crate::require::carrier(&stats.plugin)),
         }
     }
 }
@@ -411,14 +415,15 @@ mod tests {
 
     #[test]
     fn a_channel_is_told_with_its_plugin_and_its_loss() {
-        let text = |name: [c_char; 32]| {
-            assert_eq!(name[31], 0);
-            name.into_iter().take_while(|&c| c != 0).map(|c| c as u8 as char).collect::<String>()
+        let text = |name: &[c_char]| {
+            assert_eq!(name.last(), Some(&0));
+            name.iter().take_while(|&&c| c != 0).map(|&c| c as u8 as char).collect::<String>()
         };
         let channel =
             ChannelStats { plugin: "GPUDirectTCPX_v7".into(), nic: "n".repeat(40), lost: true, ..ChannelStats::default() };
         let told = uccl_channel_stats_t::from(&ChannelStats { nvlink_bytes: 7, ..channel });
         assert_eq!((told.lost, told.nvlink_bytes), (1, 7));
-        assert_eq!((text(told.plugin), text(told.nic)), ("GPUDirectTCPX_v7".to_owned(), "n".repeat(31)));
+        assert_eq!((text(&told.plugin), text(&told.nic)), ("GPUDirectTCPX_v7".to_owned(), "n".repeat(31)));
+        assert_eq!(text(&told.carrier), "tcpx");
     }
 }

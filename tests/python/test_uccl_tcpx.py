@@ -185,6 +185,52 @@ def passive_accepting_drops_ended_connections():
     assert not here._passive.is_alive()
 
 
+# ---- what carried bytes ----
+
+
+def carried(rows):
+    """Bytes by carrier and NIC."""
+    return {(path.carrier, path.nic): path.bytes for path in rows if path.bytes}
+
+
+def written(size, options):
+    """What carried a write of so many bytes, here and at the peer, which reads none of its own."""
+    with pair(options) as (here, other, number):
+        there = other.call("accept", LIMIT)[3]
+        assert carried(here.paths(number)) == {}, here.paths(number)
+        item = other.offer(size)[0]
+        block = bytearray(pattern(3, size))
+        region = here.reg(block)[1]
+        for time in (1, 2):
+            assert here.write(number, region, block, None, item)
+            expected = time * size
+            await_that(lambda: sum(carried(here.paths(number)).values()) == expected)
+        await_that(lambda: sum(path[3] for path in other.call("paths", there)) == 2 * size)
+        rows = here.paths(number)
+        assert here.remove_remote_endpoint(number)
+        raises(UcclError, "Invalid conn_id", here.paths, number)
+        return carried(rows), rows
+
+
+@case
+def paths_say_what_carried_bytes():
+    channels = {"UCCL_P2P_DISABLE_IPC": 1, "UCCL_TCPX_NUM_CHANNELS": 3}
+    moved, rows = written(SIZE, channels)
+    assert moved == {("tcp", "lo"): 2 * SIZE}, rows
+    assert [(path.plugin, path.channels, path.lost) for path in rows] == [("TCPX-soft", 3, 0)], rows
+    assert isinstance(rows[0], uccl_tcpx.Path) and rows[0].bytes == rows[0][3]
+    assert written(SIZE, {"UCCL_P2P_DISABLE_IPC": 0})[0] in ({("direct", ""): 2 * SIZE}, {("tcp", "lo"): 2 * SIZE})
+    assert written(1000, channels)[0] == {("eager", ""): 2000}
+
+
+@case
+def a_required_path_that_is_missing_fails_the_connect():
+    with pair(connected=False) as (_, other, __), p2p.Endpoint(options={"UCCL_TCPX_REQUIRE": "tcpx"}) as picky:
+        error = raises(UcclError, "tcpx is required", picky.add_remote_endpoint, other.metadata())
+        assert error.status == -4 and "takes" in error.text, error
+    raises(InvalidArgument, "UCCL_TCPX_REQUIRE=fast", p2p.Endpoint, options={"UCCL_TCPX_REQUIRE": "fast"})
+
+
 # ---- reads and writes ----
 
 
