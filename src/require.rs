@@ -183,7 +183,7 @@ impl Requirement {
     /// Whether a term can be met with memory of GPUs alone.
     pub fn needs_gpus(&self) -> bool {
         let of_gpus = |word: &&str| matches!(*word, "tcpx" | "tcpxo" | NVLINK);
-        self.0.iter().any(|term| matches!(term, Term::Carriers(words) if words.iter().all(|word| of_gpus(&word))))
+        self.0.iter().any(|term| matches!(term, Term::Carriers(words) if words.iter().all(of_gpus)))
     }
 
     /// Whether it asks for channels of a plugin; `Some(false)`: for direct transfers alone; `None` where both may do.
