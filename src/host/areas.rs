@@ -15,10 +15,10 @@ use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
 
-/// Slots of an area, bytes of a slot on a GPU, and of one of host memory, whose bytes stay in the processors' caches between the two copies.
+/// Slots of an area, bytes of a slot on a GPU, and of one of host memory: long enough that the threads of the pool copy it and not the one that drives.
 pub(super) const SLOTS: u64 = 8;
 pub(super) const SLOT: u64 = 4 << 20;
-pub(super) const HOST_SLOT: u64 = 512 << 10;
+pub(super) const HOST_SLOT: u64 = 2 << 20;
 
 /// Bytes of a slot in the area of a place.
 pub(super) fn slot_bytes(place: Place) -> u64 {

@@ -586,6 +586,16 @@ pub(crate) mod tests {
         meet(&mut a, &mut b).unwrap()
     }
 
+    /// The same where neither may read the other's host memory. `most`: bytes of areas.
+    pub(crate) fn staging(most: [u64; 2]) -> (Linked, Linked) {
+        let (a, b) = linked([0, 0]);
+        let staged = |linked: Linked, most| {
+            let host = Some(HostMemory::staged(most).unwrap());
+            Linked { host, pushed: vec![(Place::HOST, Place::HOST)], ..linked }
+        };
+        (staged(a, most[0]), staged(b, most[1]))
+    }
+
     /// The same; which side wants to push.
     pub(crate) fn pushing(gpus: [u8; 2], push: [bool; 2]) -> (Linked, Linked) {
         let (mut a, mut b) = both_with(gpus, push);

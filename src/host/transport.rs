@@ -726,6 +726,8 @@ impl Drop for OneHost {
 }
 
 #[cfg(test)]
+mod host_staged_tests;
+#[cfg(test)]
 mod staged_tests;
 #[cfg(test)]
 mod tests;
