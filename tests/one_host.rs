@@ -190,13 +190,10 @@ fn sends_directly(a: &mut Victim, b: &mut Victim) {
 }
 
 #[test]
-fn messages_are_staged_too() {
-    let alone = [PUSHED[0], PUSHED[1], PUSHED[3]];
-    for environment in [&STAGED[..], &alone[..]] {
-        let (mut a, mut b) = two(environment, environment);
-        sends_directly(&mut a, &mut b);
-        assert!(a.end(LIMIT) && b.end(LIMIT));
-    }
+fn messages_of_host_memory_are_staged_too() {
+    let (mut a, mut b) = two(&STAGED, &STAGED);
+    sends_directly(&mut a, &mut b);
+    assert!(a.end(LIMIT) && b.end(LIMIT));
 }
 
 #[test]

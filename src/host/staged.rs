@@ -92,9 +92,17 @@ impl Staged {
         copies.memory(here).is_some_and(|memory| self.targets.open(here, there, memory))
     }
 
+    /// Whether messages between two places are staged, too: of host memory alone, since areas of both sides are made for them.
+    pub(super) fn takes_messages(&self, here: Place, there: Place) -> bool {
+        !here.is_device() && self.joins(here, there)
+    }
+
     /// Whether a message from `here` can be sent to a landing at `there`. The first call offers the area of `here`, which the peer answers
     /// with its own.
     pub(super) fn can_send(&mut self, here: Place, there: Place, copies: &mut Copies) -> bool {
+        if !self.takes_messages(here, there) {
+            return false;
+        }
         let open = self.open(here, there, copies);
         if !open {
             self.provide(here, copies);

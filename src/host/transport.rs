@@ -314,8 +314,9 @@ impl OneHost {
             (Message::Claim { region, token, place }, _) => self.claimed((region, token, place), events)?,
             (Message::Area { there, here, export }, _) if self.staged.joins(here, there) => {
                 self.staged.told(here, there, export)?;
-                // What is sent comes back, or is answered.
-                self.staged.provide(here, &mut self.copies);
+                if self.staged.takes_messages(here, there) {
+                    self.staged.provide(here, &mut self.copies);
+                }
             }
             (Message::Grant(granted), _) if self.staged.joins(granted.here, granted.there) => {
                 self.staged.open(granted.here, granted.there, &mut self.copies);
@@ -594,7 +595,7 @@ impl Direct for OneHost {
     }
 
     fn land(&mut self, key: Key, region: &RegionUse, range: (u64, u64), there: Place) -> Option<Landing> {
-        let staged = self.staged.joins(region.place, there) && self.staged.provide(region.place, &mut self.copies);
+        let staged = self.staged.takes_messages(region.place, there) && self.staged.provide(region.place, &mut self.copies);
         if !staged && !self.wire.joins(region.place, there) {
             return None;
         }

@@ -105,6 +105,7 @@ fn a_message_to_no_landing_and_one_without_an_area_end_the_connection() {
     send(&mut a, &mut b, 1, (&from, &to), |landing| landing.addr += 1).unwrap();
     let error = (0..20).find_map(|_| a.step(&mut Vec::new()).and(b.step(&mut Vec::new())).err());
     assert!(error.is_some_and(|e| e.kind() == ErrorKind::Protocol) && to.seen() == [0; 1000]);
+    drop((a, b));
     // The peer's landing came before its area.
     let (mut a, mut b) = ends();
     let error = send(&mut a, &mut b, 1, (&from, &to), |_| {}).unwrap_err();

@@ -293,6 +293,10 @@ fn what_the_peer_does_not_allow_is_refused() {
     }
     assert_eq!(route(&mut a, &mut b, Way::In, &here, &read_only), Route::Direct);
     assert_eq!(route(&mut a, &mut b, Way::Out, &here, &write_only), Route::Direct);
+    // A message takes the channels.
+    assert!(!a.host.can_send(GPU, &here.hold()));
+    let used = RegionUse::new(&read_only.region);
+    assert!(b.host.land(Key { id: 1, mine: false }, &used, (read_only.region.span.addr, 10), GPU).is_none());
 }
 
 /// A peer that asks for what its grant does not allow, although its own check says so.
