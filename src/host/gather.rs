@@ -197,7 +197,9 @@ impl Gathers {
         if !mine {
             *asked -= before - next.queue.len();
         }
-        let Some(&Source { slot: grant, generation, here }) = next.sources.get(pairing) else { bail!(Internal, "blocks of no pairing") };
+        let Some(&Source { slot: grant, generation, here }) = next.sources.get(pairing) else {
+            bail!(Internal, "blocks of no pairing")
+        };
         let Some(area) = targets.look(here, next.there) else {
             bail!(Internal, "nothing is staged from {here:?} for the peer's {:?}", next.there)
         };

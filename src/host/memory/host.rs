@@ -729,9 +729,7 @@ mod tests {
     fn blocks_in_any_order_are_as_few_stretches_as_in_their_own() {
         let place = |i: u64| Piece { src: (1 << 20) + i * 37 % 200 * 64, dst: (1 << 30) + i * 1000, len: 64 };
         let mixed: Vec<Piece> = (0..200).map(place).collect();
-        let calls = |pieces: &[Piece]| {
-            Slices::new(nobody(), pieces.to_vec()).len()
-        };
+        let calls = |pieces: &[Piece]| Slices::new(nobody(), pieces.to_vec()).len();
         assert_eq!((calls(&mixed), calls(&by_source(&mixed))), (2, 1));
         let long: Vec<Piece> = mixed.iter().map(|&piece| Piece { len: LONG + 1, ..piece }).collect();
         assert_eq!(*by_source(&long), long);

@@ -4,8 +4,8 @@
 
 pub(crate) mod cuda;
 pub(crate) mod emulated;
-pub(crate) mod host;
 mod files;
+pub(crate) mod host;
 mod mappings;
 pub(crate) mod pool;
 pub(crate) mod probe;

@@ -116,7 +116,9 @@ fn a_message_to_no_landing_and_one_without_an_area_end_the_connection() {
 
 #[test]
 fn without_room_for_areas_channels_carry_it() {
-    for (most, reads, writes) in [([0, u64::MAX], Route::Channels, Route::Direct), ([u64::MAX, 0], Route::Direct, Route::Channels)] {
+    for (most, reads, writes) in
+        [([0, u64::MAX], Route::Channels, Route::Direct), ([u64::MAX, 0], Route::Direct, Route::Channels)]
+    {
         let (a, b) = staging(most);
         let (mut a, mut b) = (End::new(a), End::new(b));
         let (here, there) = two(Way::Out, 1000);

@@ -42,9 +42,11 @@ fn host_memory(host: &Host) -> Check {
     let scope = host.read("/proc/sys/kernel/yama/ptrace_scope").filter(|scope| scope != "0");
     let pids = fs::read_link(host.path("/proc/self/ns/pid")).ok().filter(|link| link.as_os_str() != FIRST_PIDS);
     match (&host.powers.refused, scope, pids) {
-        (Some(why), ..) => {
-            advice(NAME, format!("process_vm_readv: {why}; {STAGED}"), "permit process_vm_readv in the container's seccomp profile")
-        }
+        (Some(why), ..) => advice(
+            NAME,
+            format!("process_vm_readv: {why}; {STAGED}"),
+            "permit process_vm_readv in the container's seccomp profile",
+        ),
         (None, Some(scope), _) => advice(
             NAME,
             format!("ptrace_scope is {scope}; {STAGED}"),
@@ -61,7 +63,8 @@ fn host_memory(host: &Host) -> Check {
 /// How processes of separate network namespaces meet.
 fn directory(host: &Host) -> Check {
     const NAME: &str = "UCCL_TCPX_LOCAL_DIR";
-    const TODO: &str = "name a volume that both containers mount, such as an emptyDir or a hostPath, and that only their user may write";
+    const TODO: &str =
+        "name a volume that both containers mount, such as an emptyDir or a hostPath, and that only their user may write";
     let Some(path) = host.var(NAME) else {
         return ok(NAME, "unset; containers without a common network namespace meet over TCP alone");
     };
