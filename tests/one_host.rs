@@ -62,6 +62,9 @@ const EMULATED: [(&str, &str); 3] = [ON, ("UCCL_TCPX_EMULATE_DEVICE", "1"), (SHA
 /// Simulated GPUs between which bytes are pushed.
 const PUSHED: [(&str, &str); 4] = [EMULATED[0], EMULATED[1], EMULATED[2], ("UCCL_TCPX_LOCAL_GPU", "push")];
 
+/// The kernel refuses to read another process, as in containers: host memory is staged.
+const STAGED: [(&str, &str); 2] = [ON, (FORBID, "1")];
+
 fn start(environment: &[(&str, &str)]) -> Victim {
     Victim::start("engine_process", &[&[("UCCL_P2P_LOG_LEVEL", "info")], environment].concat())
 }
@@ -188,21 +191,55 @@ fn where_it_is_switched_off_channels_carry_everything() {
 }
 
 #[test]
-fn where_the_kernel_forbids_it_channels_carry_host_memory_and_a_line_says_so() {
-    let forbidden = [ON, (FORBID, "1")];
-    for (first, second) in [(&[ON][..], &forbidden[..]), (&forbidden[..], &[ON][..]), (&forbidden[..], &forbidden[..])] {
+fn where_the_kernel_forbids_reading_host_memory_is_staged_and_a_line_says_so() {
+    for (first, second) in [(&[ON][..], &STAGED[..]), (&STAGED[..], &[ON][..]), (&STAGED[..], &STAGED[..])] {
         let (mut a, mut b) = two(first, second);
         for direction in ["write", "read"] {
             assert_eq!(moves(&mut a, &mut b, direction, MIB, 3), Outcome::Done(MIB as u64));
         }
-        assert_eq!(carried(&mut a), [0, 0, MIB as u64, MIB as u64]);
-        assert!(a.log().contains("no direct transfers: "), "{}", a.log());
-        assert!(b.log().contains("no direct transfers: "), "{}", b.log());
+        assert_eq!(carried(&mut a), [MIB as u64, MIB as u64, 0, 0]);
+        let why = ["Operation not permitted", "the peer's process may not read this one"];
+        for victim in [&a, &b] {
+            let log = victim.log();
+            assert!(log.contains("staged in shared areas") && why.iter().any(|why| log.contains(why)), "{log}");
+        }
+        assert!(a.number("areas") == 2 && b.number("areas") == 2, "one of each process");
+        assert!(a.end(LIMIT) && b.end(LIMIT));
     }
     // Simulated GPUs do not need it.
     let (first, second) = ([&EMULATED[..], &[(FORBID, "1")]].concat(), EMULATED);
     let (mut a, mut b) = two(&first, &second);
     shared_in_the_end(&mut a, &mut b);
+}
+
+/// Messages either way, until they go directly.
+fn sends_directly(a: &mut Victim, b: &mut Victim) {
+    const LEN: usize = 3 * MIB + 5;
+    let before = carried(a);
+    let (source, _) = a.buffer(LEN, 6);
+    let (sink, _) = b.buffer(LEN, 0);
+    let (back, _) = a.buffer(LEN, 0);
+    assert!(until(LIMIT, || {
+        let recv = b.ask(&format!("recv 0 {sink} {LEN}")).parse().unwrap();
+        let send = a.start_transfer(&format!("send 0 {source} {LEN}")).unwrap();
+        assert_eq!(a.wait(0, send, LIMIT), Outcome::Done(LEN as u64));
+        assert_eq!(b.wait(0, recv, LIMIT), Outcome::Done(LEN as u64));
+        assert_eq!(b.ask(&format!("holds {sink} {LEN} 6")), "true");
+        let recv = a.ask(&format!("recv 0 {back} {LEN}")).parse().unwrap();
+        let send = b.start_transfer(&format!("send 0 {sink} {LEN}")).unwrap();
+        assert_eq!(b.wait(0, send, LIMIT), Outcome::Done(LEN as u64));
+        assert_eq!(a.wait(0, recv, LIMIT), Outcome::Done(LEN as u64));
+        assert_eq!(a.ask(&format!("holds {back} {LEN} 6")), "true");
+        let after = carried(a);
+        after[0] > before[0] && after[1] > before[1]
+    }));
+}
+
+#[test]
+fn messages_of_host_memory_are_staged_too() {
+    let (mut a, mut b) = two(&STAGED, &STAGED);
+    sends_directly(&mut a, &mut b);
+    assert!(a.end(LIMIT) && b.end(LIMIT));
 }
 
 #[test]
@@ -603,7 +640,7 @@ fn a_grant_ends_with_its_region() {
 
 #[test]
 fn a_killed_reader_holds_no_region() {
-    for environment in [&[ON][..], &EMULATED[..], &PUSHED[..]] {
+    for environment in [&[ON][..], &STAGED[..], &EMULATED[..], &PUSHED[..]] {
         for round in 0..4u64 {
             let (mut a, mut b) = two(environment, environment);
             const LEN: usize = 32 * MIB;
@@ -709,7 +746,7 @@ fn a_stopped_source_writes_to_no_foreign_memory() {
 
 #[test]
 fn a_killed_process_leaves_errors_right_bytes_and_no_mappings() {
-    for environment in [&[ON][..], &EMULATED[..], &PUSHED[..]] {
+    for environment in [&[ON][..], &STAGED[..], &EMULATED[..], &PUSHED[..]] {
         for (round, direction) in ["write", "read", "write", "read"].into_iter().enumerate() {
             let (mut a, mut b) = two(environment, environment);
             if environment.len() > 1 {
@@ -745,7 +782,7 @@ fn a_killed_process_leaves_errors_right_bytes_and_no_mappings() {
 
 #[test]
 fn a_stopped_process_is_given_up_in_time_and_does_nothing_late() {
-    for environment in [&[ON][..], &EMULATED[..], &PUSHED[..]] {
+    for environment in [&[ON][..], &STAGED[..], &EMULATED[..], &PUSHED[..]] {
         let timeouts = [
             ("UCCL_TCPX_TRANSFER_TIMEOUT_MS", "1500"),
             ("UCCL_TCPX_PEER_TIMEOUT_MS", "1500"),
@@ -850,18 +887,22 @@ fn a_connection_to_oneself_copies_too() {
 }
 
 /// Two network namespaces with a wire between them, as of two containers. They go at the end.
-struct Namespaces([String; 2]);
+struct Namespaces {
+    names: [String; 2],
+    wires: [String; 2],
+}
 
 impl Namespaces {
     /// `None` where this process may make none.
     fn new() -> Option<Namespaces> {
-        let id = std::process::id();
-        let spaces = Namespaces([format!("onehost-a-{id}"), format!("onehost-b-{id}")]);
-        let [a, b] = &spaces.0;
-        let (wa, wb) = (format!("oha{id}"), format!("ohb{id}"));
+        static NUMBER: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
+        let number = NUMBER.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let named = |word: &str| ["a", "b"].map(|side| format!("{word}{side}{}-{number}", std::process::id()));
+        let spaces = Namespaces { names: named("onehost-"), wires: named("oh") };
+        let ([a, b], [wa, wb]) = (&spaces.names, &spaces.wires);
         let made = ip(&["netns", "add", a])
             && ip(&["netns", "add", b])
-            && ip(&["link", "add", &wa, "netns", a, "type", "veth", "peer", "name", &wb, "netns", b]);
+            && ip(&["link", "add", wa, "netns", a, "type", "veth", "peer", "name", wb, "netns", b]);
         let up = |space: &str, wire: &str, address: &str| {
             ip(&["-n", space, "addr", "add", address, "dev", wire])
                 && ip(&["-n", space, "link", "set", wire, "up"])
@@ -872,19 +913,18 @@ impl Namespaces {
             let shown = std::process::Command::new("ip").args(words).output();
             shown.is_ok_and(|shown| String::from_utf8_lossy(&shown.stdout).contains("LOWER_UP"))
         };
-        let made = made && up(a, &wa, "10.213.77.1/24") && up(b, &wb, "10.213.77.2/24");
-        (made && until(LIMIT, || ready(a, &wa) && ready(b, &wb))).then_some(spaces)
+        let made = made && up(a, wa, "10.213.77.1/24") && up(b, wb, "10.213.77.2/24");
+        (made && until(LIMIT, || ready(a, wa) && ready(b, wb))).then_some(spaces)
     }
 
     /// A process in each, the first connected to the second; `prefix` before its own command.
     fn two(&self, prefix: &[&str], environment: &[(&str, &str)]) -> (Victim, Victim) {
-        let id = std::process::id();
         let start = |space: &str, wire: &str| {
             let words = [&["ip", "netns", "exec", space], prefix].concat();
             let environment = [environment, &[("UCCL_P2P_LOG_LEVEL", "info"), (victim::NIC, wire)]].concat();
             Victim::under(&words, "engine_process", &environment)
         };
-        let (mut a, mut b) = (start(&self.0[0], &format!("oha{id}")), start(&self.0[1], &format!("ohb{id}")));
+        let (mut a, mut b) = (start(&self.names[0], &self.wires[0]), start(&self.names[1], &self.wires[1]));
         b.ask("accept");
         let answer = a.ask(&format!("connect 10.213.77.2 {}", b.port));
         assert_eq!(answer, "0", "{}", a.log());
@@ -895,7 +935,7 @@ impl Namespaces {
 
 impl Drop for Namespaces {
     fn drop(&mut self) {
-        self.0.iter().for_each(|space| {
+        self.names.iter().for_each(|space| {
             ip(&["netns", "del", space]);
         });
     }
@@ -949,15 +989,58 @@ fn containers_with_networks_of_their_own_share_memory_through_a_directory() {
     drop((a, b));
     assert!(until(LIMIT, || std::fs::read_dir(&directory.0).unwrap().count() == 0), "sockets are left in the directory");
     // Separate PID namespaces, too: neither process can name the other, but GPU memory does not need that.
-    let own_numbers = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"];
-    let (mut a, mut b) = spaces.two(&own_numbers, &[ON, shared]);
-    assert_eq!(moves(&mut a, &mut b, "write", MIB, 3), Outcome::Done(MIB as u64));
-    assert_eq!(carried(&mut a), [0, 0, MIB as u64, 0]);
-    assert!(a.log().contains("no direct transfers: "), "{}", a.log());
-    drop((a, b));
-    let (mut a, mut b) = spaces.two(&own_numbers, &emulated);
+    let (mut a, mut b) = spaces.two(&OWN_NUMBERS, &emulated);
     shared_in_the_end(&mut a, &mut b);
     let (sink, source, item) = granted(&mut a, &mut b, 3 * MIB, 9);
     assert_eq!(again(&mut a, &mut b, "read", 3 * MIB, 9, sink, source, &item), Outcome::Done(3 * MIB as u64));
     assert!(carried(&mut a)[1] > 0);
+}
+
+/// Namespaces of PIDs, IPC, names and mounts, as a container has besides that of its network.
+const OWN_NUMBERS: [&str; 7] = ["unshare", "--pid", "--ipc", "--mount", "--fork", "--kill-child", "--mount-proc"];
+/// And a user namespace of its own.
+const OWN_USERS: [&str; 9] =
+    ["unshare", "--user", "--map-root-user", "--pid", "--ipc", "--mount", "--fork", "--kill-child", "--mount-proc"];
+
+#[test]
+fn pods_stage_host_memory_in_areas_and_survive_a_kill() {
+    let Some(spaces) = Namespaces::new() else {
+        println!("SKIPPED: this process may not make network namespaces");
+        return;
+    };
+    let directory = Shared::new();
+    let environment = [ON, ("UCCL_TCPX_LOCAL_DIR", directory.0.to_str().unwrap())];
+    for prefix in [&OWN_NUMBERS[..], &OWN_USERS[..]] {
+        let (mut a, mut b) = spaces.two(prefix, &environment);
+        let mut sum = 0;
+        for (fill, len) in [70 << 10, 2 * MIB + 1, 21 * MIB + 3].into_iter().enumerate() {
+            for direction in ["write", "read"] {
+                assert_eq!(moves(&mut a, &mut b, direction, len, fill as u8 + 1), Outcome::Done(len as u64));
+            }
+            sum += len as u64;
+        }
+        assert_eq!(carried(&mut a), [sum, sum, 0, 0], "{}", a.log());
+        sends_directly(&mut a, &mut b);
+        for victim in [&a, &b] {
+            let words = "direct transfers with a process of another PID namespace, preferred to channels: host memory, staged in shared areas";
+            assert!(victim.log().contains(words), "{}", victim.log());
+        }
+        // One of the two ends in the middle.
+        const LEN: usize = 48 * MIB;
+        let (sink, _) = a.buffer(LEN, 0);
+        let (_, item) = b.buffer(LEN, 9);
+        let ids: Vec<u64> =
+            (0..4).filter_map(|_| a.start_transfer(&format!("read 0 {sink} {LEN} {}", text_of(&item))).ok()).collect();
+        std::thread::sleep(Duration::from_millis(3));
+        b.signal(libc::SIGKILL);
+        for id in ids {
+            match a.wait(0, id, LIMIT) {
+                Outcome::Done(_) => assert_eq!(a.ask(&format!("holds {sink} {LEN} 9")), "true"),
+                Outcome::Pending => panic!("read {id} hangs"),
+                Outcome::Failed(_) => {}
+            }
+        }
+        assert!(until(LIMIT, || a.number("areas") == 0));
+        assert!(a.end(LIMIT));
+    }
 }

@@ -24,6 +24,15 @@ pub fn ordinal_of_uuid(uuid: &[u8; 16]) -> Result<Option<i32>> {
     Ok(None)
 }
 
+/// Whether memory of a GPU can be exported by handles of type FABRIC, which cross containers and hosts.
+pub fn has_fabric_handles(ordinal: i32) -> Result<bool> {
+    let cuda = functions()?;
+    let mut supported = 0;
+    // SAFETY: the output is writable, the device valid.
+    unsafe { cuda.cuDeviceGetAttribute(&mut supported, sys::HANDLE_TYPE_FABRIC_SUPPORTED, device_of(&cuda, ordinal)?) }?;
+    Ok(supported != 0)
+}
+
 /// The link between two GPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Link {

@@ -1,4 +1,4 @@
-//! Areas: memory of this library on a GPU, cut into slots, into which a peer's GPU writes what this side then copies to where it belongs.
+//! Areas: memory of this library, on a GPU or of the host, cut into slots, into which a peer writes what this side then copies to where it belongs.
 //! Slots are used in turn, and each side counts by itself: the peer names none that this side would have to believe. An area serves one
 //! connection; its pages are used for nothing else before both sides have ended their mappings. Knows nothing of sockets, records and
 //! transfers.
@@ -15,12 +15,26 @@ use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
 
-/// Bytes of a slot, slots of an area, and bytes of an area.
-pub(super) const SLOT: u64 = 4 << 20;
+/// Slots of an area, bytes of a slot on a GPU, and of one of host memory: long enough that the threads of the pool copy it and not the one that drives.
 pub(super) const SLOTS: u64 = 8;
-pub(super) const AREA: u64 = SLOT * SLOTS;
+pub(super) const SLOT: u64 = 4 << 20;
+pub(super) const HOST_SLOT: u64 = 2 << 20;
 
-/// What a record that uses an area says in place of an export, with the GPU whose area it is. Exports never have such numbers.
+/// Bytes of a slot in the area of a place.
+pub(super) fn slot_bytes(place: Place) -> u64 {
+    if place.is_device() {
+        SLOT
+    } else {
+        HOST_SLOT
+    }
+}
+
+/// Bytes of the area of a place.
+pub(super) fn area_bytes(place: Place) -> u64 {
+    slot_bytes(place) * SLOTS
+}
+
+/// What a record that uses an area says in place of an export, with the place whose area it is. Exports never have such numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub(super) enum Kind {
@@ -33,7 +47,7 @@ pub(super) enum Kind {
 }
 
 impl Kind {
-    /// The number, for the area of a GPU.
+    /// The number, for the area of a place.
     pub(super) fn export(self, place: Place) -> u32 {
         self as u32 | u32::from(place.0)
     }
@@ -45,27 +59,28 @@ impl Kind {
     }
 }
 
-/// A slot in use: the GPU of its area, and how many were used there before it.
+/// A slot in use: the place of its area, and how many were used there before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Slot {
     pub place: Place,
     pub number: u64,
 }
 
-/// Where the slot of a number begins in its area.
-pub(super) fn offset(number: u64) -> u64 {
-    number % SLOTS * SLOT
+/// Where a slot begins in its area.
+pub(super) fn offset(Slot { place, number }: Slot) -> u64 {
+    number % SLOTS * slot_bytes(place)
 }
 
-/// The word of a file that counts what was scattered from the area of a GPU.
+/// The word of a file that counts what was scattered from the area of a place.
 fn scattered(place: Place) -> Result<usize> {
-    match place.ordinal().filter(|&ordinal| usize::from(ordinal) < layout::GPUS) {
-        Some(ordinal) => Ok(layout::scattered(ordinal)),
-        None => bail!(Unsupported, "no area for memory of {place:?}"),
+    match place.ordinal().map(usize::from) {
+        None => Ok(layout::scattered(layout::GPUS)),
+        Some(ordinal) if ordinal < layout::GPUS => Ok(layout::scattered(ordinal)),
+        Some(_) => bail!(Unsupported, "no area for memory of {place:?}"),
     }
 }
 
-/// How many slots of the peer's area for its GPU were scattered, as the peer says in this side's file.
+/// How many slots of the peer's area at its place were scattered, as the peer says in this side's file.
 pub(super) fn count(shared: &Shared, there: Place) -> Result<u64> {
     Ok(shared.word(scattered(there)?).load(Ordering::Acquire))
 }
@@ -83,14 +98,14 @@ struct Own {
 /// Areas of this side, into which the peer writes.
 #[derive(Default)]
 pub(super) struct Areas {
-    /// By GPU; `None` where there can be none.
+    /// By place; `None` where there can be none.
     own: Map<Place, Option<Own>>,
     /// What the peer is to learn before any claim or grant.
     pub outbox: VecDeque<Message>,
 }
 
 impl Areas {
-    /// Makes the area of a GPU, once, and offers it to the peer for each of its GPUs `there`. Whether there is one.
+    /// Makes the area of a place, once, and offers it to the peer for each of its places `there`. Whether there is one.
     pub(super) fn provide(&mut self, here: Place, there: impl Iterator<Item = Place>, memory: &mut dyn LocalMemory) -> bool {
         if !self.own.contains_key(&here) {
             let made = self.make(here, there, memory);
@@ -104,7 +119,7 @@ impl Areas {
 
     fn make(&mut self, here: Place, there: impl Iterator<Item = Place>, memory: &mut dyn LocalMemory) -> Result<Own> {
         scattered(here)?;
-        let area = memory.area(here, AREA as usize)?;
+        let area = memory.area(here, area_bytes(here) as usize)?;
         let offer = |there| Ok(Message::Area { there: here, here: there, export: memory.export_area(&area)? });
         match there.map(offer).collect::<Result<Vec<Message>>>() {
             Ok(offers) => self.outbox.extend(offers),
@@ -116,7 +131,7 @@ impl Areas {
         Ok(Own { area, filled: 0, scattered: 0, early: [false; SLOTS as usize] })
     }
 
-    /// Whether a GPU has an area.
+    /// Whether a place has an area.
     pub(super) fn has(&self, here: Place) -> bool {
         matches!(self.own.get(&here), Some(Some(_)))
     }
@@ -132,8 +147,9 @@ impl Areas {
             bail!(Protocol, "a staged record for memory of {here:?}, all slots of which are in use");
         }
         own.filled += 1;
-        let base = offset(number);
-        Ok((Slot { place: here, number }, Stretch { id: 0, base, len: SLOT, addr: own.area.addr + base }))
+        let slot = Slot { place: here, number };
+        let base = offset(slot);
+        Ok((slot, Stretch { id: 0, base, len: slot_bytes(here), addr: own.area.addr + base }))
     }
 
     /// A slot was scattered: the peer learns of it in its file, in the order of slots.
@@ -147,16 +163,16 @@ impl Areas {
         Ok(())
     }
 
-    /// Ends all of them; nothing copies from them any more. The peer may still write to them, and no process ever reads that.
-    pub(super) fn end(&mut self, memory: &mut dyn LocalMemory) {
-        self.own.drain().filter_map(|(_, own)| own).for_each(|own| memory.drop_area(own.area));
+    /// Hands out all of them to be dropped; nothing copies from them any more. The peer may still write to them, and no process ever reads that.
+    pub(super) fn end(&mut self) -> impl Iterator<Item = (Place, Area)> + '_ {
+        self.own.drain().filter_map(|(here, own)| Some((here, own?.area)))
     }
 }
 
 /// Areas of the peer, into which this side writes.
 #[derive(Default)]
 pub(super) struct Targets {
-    /// Mapped for a GPU of this side, by that and the peer's.
+    /// Mapped for a place of this side, by that and the peer's.
     open: Map<(Place, Place), Mapping>,
     told: Vec<(Place, Place)>,
     /// Told, and not opened yet: opening takes long. An area that is told for several GPUs is kept once.
@@ -164,13 +180,13 @@ pub(super) struct Targets {
 }
 
 impl Targets {
-    /// The peer offers an area on its GPU `there`, for this side's GPU `here`.
+    /// The peer offers an area at its place `there`, for this side's `here`.
     ///
     /// # Errors
     /// `Protocol` for a second one, or one of another length.
     pub(super) fn told(&mut self, here: Place, there: Place, export: Export) -> Result<()> {
-        if export.len != AREA || self.told.contains(&(here, there)) {
-            bail!(Protocol, "the peer offers {} bytes on GPU {there:?} for {here:?}", export.len);
+        if export.len != area_bytes(there) || self.told.contains(&(here, there)) {
+            bail!(Protocol, "the peer offers {} bytes at {there:?} for {here:?}", export.len);
         }
         self.told.push((here, there));
         let known = self.waiting.iter().find(|&&(_, other, _)| other == there).map(|(.., export)| export.clone());
@@ -178,7 +194,7 @@ impl Targets {
         Ok(())
     }
 
-    /// Opens the area of the peer's GPU `there` for memory of `here`, once. Whether it is open.
+    /// Opens the area of the peer's `there` for memory of `here`, once. Whether it is open.
     pub(super) fn open(&mut self, here: Place, there: Place, memory: &mut dyn LocalMemory) -> bool {
         let found = self.waiting.iter().position(|&(a, b, _)| (a, b) == (here, there));
         if let Some((.., export)) = found.map(|at| self.waiting.swap_remove(at)) {
@@ -190,15 +206,15 @@ impl Targets {
         self.look(here, there).is_some()
     }
 
-    /// Where the area of the peer's GPU `there` is visible for memory of `here`.
+    /// Where the area of the peer's `there` is visible for memory of `here`.
     pub(super) fn look(&self, here: Place, there: Place) -> Option<u64> {
         self.open.get(&(here, there)).map(|mapping| mapping.addr)
     }
 
-    /// Closes everything; nothing is being written.
-    pub(super) fn close_all(&mut self, memory: &mut dyn LocalMemory) {
+    /// Hands out all mappings to be closed; nothing is being written.
+    pub(super) fn end(&mut self) -> impl Iterator<Item = (Place, Mapping)> + '_ {
         self.waiting.clear();
-        self.open.drain().for_each(|(_, mapping)| memory.close(mapping));
+        self.open.drain().map(|((here, _), mapping)| (here, mapping))
     }
 }
 
@@ -241,7 +257,7 @@ mod tests {
             assert_eq!(count(out.shared(), here).unwrap(), counted);
         }
         assert_eq!((areas.enter(here).unwrap().1.base, count(out.shared(), there).unwrap()), (0, 0));
-        areas.end(&mut memory);
+        areas.end().for_each(|(_, area)| memory.drop_area(area));
         assert!(!areas.has(here));
     }
 }

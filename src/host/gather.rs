@@ -1,8 +1,8 @@
-//! Where this side's GPU copies out of this side's memory: writes of this side and reads of the peer are gathered, a slot at a time, into
+//! Where this side copies out of its own memory: writes of this side and reads of the peer are gathered, a slot at a time, into
 //! the peer's area, and told to the peer once they are there. Slots are used in turn, and told in that order. Knows nothing of where the
 //! peer puts the bytes it has asked for.
 
-use super::areas::{self, offset, Kind, Slot, Targets, SLOT, SLOTS};
+use super::areas::{self, offset, slot_bytes, Kind, Slot, Targets, SLOTS};
 use super::blocks::is_small;
 use super::copies::{Copies, Owner};
 use super::exports::Imports;
@@ -58,7 +58,7 @@ struct Gather {
     done: bool,
 }
 
-/// Slots of one GPU of the peer.
+/// Slots of one area of the peer.
 #[derive(Default)]
 struct Lane {
     /// Slots that were used, and those of them that the peer has scattered.
@@ -192,16 +192,19 @@ impl Gathers {
         let Some(order) = next.order else { return Ok(false) };
         let (pieces, before) = (&mut around.copies.pieces, next.queue.len());
         pieces.clear();
-        let cut = next.queue.cut(MAX_BLOCKS, SLOT, pieces);
+        let cut = next.queue.cut(MAX_BLOCKS, slot_bytes(next.there), pieces);
         let (Some((pairing, bytes)), mine) = (cut, next.write.is_some()) else { return Ok(false) };
         if !mine {
             *asked -= before - next.queue.len();
         }
-        let Some(&Source { slot, generation, here }) = next.sources.get(pairing) else { bail!(Internal, "blocks of no pairing") };
+        let Some(&Source { slot: grant, generation, here }) = next.sources.get(pairing) else {
+            bail!(Internal, "blocks of no pairing")
+        };
         let Some(area) = targets.look(here, next.there) else {
             bail!(Internal, "nothing is staged from {here:?} for the peer's {:?}", next.there)
         };
-        let mut at = offset(lane.used);
+        let slot = Slot { place: next.there, number: lane.used };
+        let mut at = offset(slot);
         let mut blocks = vec![Piece { src: at, dst: 0, len: bytes }];
         if mine {
             blocks = pieces.clone();
@@ -215,11 +218,10 @@ impl Gathers {
         }
         let kind = if mine { Kind::Write } else { Kind::Answer };
         let (last, bulk) = (next.queue.is_empty(), next.bulk);
-        let head = Head { order, slot, generation, export: kind.export(next.there), last, bulk };
-        let owner = Owner::Gather(Slot { place: next.there, number: lane.used });
+        let head = Head { order, slot: grant, generation, export: kind.export(next.there), last, bulk };
         // SAFETY: the sources lie in memory that the write or the peer's order keeps until this is told, the destinations in an open area of
         // the peer; all stay for ever where the copy does not end.
-        unsafe { around.copies.start(here, Vec::new(), bytes, owner, around.imports) }?;
+        unsafe { around.copies.start(here, Vec::new(), bytes, Owner::Gather(slot), around.imports) }?;
         lane.gathers.push_back(Gather { head, blocks, bytes, mine, done: false });
         lane.used += 1;
         next.gathers += 1;

@@ -22,7 +22,7 @@ pub(super) const ENDED: usize = 32;
 pub(super) const MOVED: usize = 40;
 /// Written by the other side: bytes that its reads have copied.
 pub(super) const READ: usize = 48;
-/// Written by the other side, a word for each of its GPUs: staged records that it has scattered.
+/// Written by the other side, a word for each of its GPUs and one for its host memory: staged records that it has scattered.
 const SCATTERED: usize = 56;
 /// GPUs of a process at most.
 pub(super) const GPUS: usize = 32;
@@ -36,9 +36,9 @@ pub(super) const GRANT: usize = PROGRESS + WINDOW;
 pub(super) const RECORDS: usize = GRANT + 2 * GRANTS;
 pub(super) const END: usize = RECORDS + RING;
 
-/// The word that counts staged records for a GPU of the other side.
-pub(super) fn scattered(ordinal: u8) -> usize {
-    SCATTERED + 8 * (usize::from(ordinal) % GPUS)
+/// The word that counts staged records for a GPU of the other side, or for its host memory, which comes after all GPUs.
+pub(super) fn scattered(index: usize) -> usize {
+    SCATTERED + 8 * (index % (GPUS + 1))
 }
 
-const _: () = assert!(SCATTERED + 8 * GPUS <= STATUS);
+const _: () = assert!(SCATTERED + 8 * (GPUS + 1) <= STATUS);

@@ -46,6 +46,8 @@ pub(crate) struct Have {
     pub gpus: Vec<(Place, GpuId)>,
     /// Shares and pulls memory of GPUs.
     pub device: Option<Box<dyn LocalMemory>>,
+    /// Bytes that areas of host memory may have, those of all connections of this process together.
+    pub area_bytes: u64,
 }
 
 /// A directory that processes share which have no network namespace in common.
@@ -147,6 +149,8 @@ struct Met {
     /// The first look at its host memory, which may take for ever: the peer says where that is.
     probe: Probe<Result<HostMemory>>,
     host: Option<HostMemory>,
+    /// Why this side may not read the peer's host memory.
+    unread: Option<String>,
     /// What can come to this side, once that was tried: places here and there, and how.
     ours: Option<Vec<Found>>,
     told: bool,
@@ -164,6 +168,8 @@ pub(crate) struct Linked {
     pub pairs: Vec<(Place, Place)>,
     /// Those of them whose bytes are pushed.
     pub pushed: Vec<(Place, Place)>,
+    /// Why this side may not read the peer's host memory.
+    pub unread: Option<String>,
     /// Those of them that NVLink joins.
     pub nvlink: Vec<(Place, Place)>,
 }
@@ -323,7 +329,8 @@ impl Meeting {
         let same_process = is_this_process(who.pid, intro.witness)?;
         let probe = Probe::new("the first read of its memory", now, move || HostMemory::new(who.pid, intro.witness));
         let gpus = intro.gpus;
-        self.met = Some(Met { socket, who, same_process, inbox, outbox, have, gpus, probe, host: None, ours: None, told: false });
+        let (host, unread, ours, told) = (None, None, None, false);
+        self.met = Some(Met { socket, who, same_process, inbox, outbox, have, gpus, probe, host, unread, ours, told });
         Ok(())
     }
 
@@ -337,7 +344,10 @@ impl Meeting {
                 met.host = Some(host);
                 ours.push((Place::HOST, Place::HOST, Manner::Pull));
             }
-            Err(e) => log::debug!("host memory of process {} cannot be read: {e}", met.who.pid),
+            Err(e) => {
+                met.unread = Some(format!("{}; {}", e.to_str(), host::hint()));
+                ours.push((Place::HOST, Place::HOST, Manner::Push));
+            }
         }
         // A process's own memory is mapped a second time where its kind allows that, else channels carry it.
         let same = met.same_process;
@@ -368,7 +378,7 @@ impl Meeting {
         if !met.told {
             bail!(Resource, "the peer's Unix socket has no room");
         }
-        let Met { socket, who, host, inbox, outbox, have, gpus, ours, .. } = met;
+        let Met { socket, who, mut host, unread, inbox, outbox, have, gpus, ours, .. } = met;
         let ours = ours.unwrap_or_default();
         let (mut pairs, mut pushed) = (Vec::new(), Vec::new());
         for &(here, there, own) in &ours {
@@ -379,31 +389,18 @@ impl Meeting {
             }
         }
         if pairs.is_empty() {
-            bail!(Unsupported, "{}", nothing(host.is_some(), &ours, &theirs));
+            bail!(Unsupported, "the peer's process shares no memory that this one can use");
+        }
+        if pushed.contains(&(Place::HOST, Place::HOST)) {
+            host = Some(HostMemory::staged(have.area_bytes)?);
         }
         let joined = |(here, there): &(Place, Place)| {
             let gpu = gpus.iter().find(|(place, _)| place == there).map(|(_, gpu)| gpu);
             gpu.zip(have.device.as_ref()).is_some_and(|(gpu, device)| device.by_nvlink(*here, gpu))
         };
         let nvlink = pairs.iter().copied().filter(joined).collect();
-        Ok(Some(Linked { socket, who, host, device: have.device, inn: inbox, out: outbox, pairs, pushed, nvlink }))
+        Ok(Some(Linked { socket, who, host, device: have.device, inn: inbox, out: outbox, pairs, pushed, unread, nvlink }))
     }
-}
-
-/// Why no pair of places came out, for people.
-fn nothing(host: bool, ours: &[Found], theirs: &[Found]) -> String {
-    let peer = theirs.iter().any(|(place, ..)| !place.is_device());
-    let who = match (host, peer) {
-        (false, false) => "neither side",
-        (false, true) => "this side",
-        _ => "the peer",
-    };
-    let gpus =
-        if ours.iter().chain(theirs).any(|(place, ..)| place.is_device()) { ", and not all GPUs reach each other" } else { "" };
-    format!(
-        "{who} may not read the other's memory (ptrace_scope of Yama, seccomp, or a PID namespace of its own: {}){gpus}",
-        host::hint()
-    )
 }
 
 /// Only processes of the same user are let near.
@@ -513,8 +510,8 @@ fn found(bytes: &[u8]) -> Result<Vec<Found>> {
             bail!(Protocol, "a process finds a pair of host and GPU memory");
         }
         match Manner::from_number(manner) {
-            Some(manner) if there.is_device() || manner == Manner::Pull => pairs.push((there, here, manner)),
-            _ => bail!(Protocol, "a process finds a pair of manner {manner}"),
+            Some(manner) => pairs.push((there, here, manner)),
+            None => bail!(Protocol, "a process finds a pair of manner {manner}"),
         }
     }
     rest.end()?;
@@ -554,7 +551,7 @@ pub(crate) mod tests {
 
     fn have(gpus: u8, push: bool) -> Have {
         let device: Option<Box<dyn LocalMemory>> = if gpus > 0 { Some(Box::new(EmulatedMemory::new(push))) } else { None };
-        Have { gpus: (0..gpus).map(|i| (Place::gpu(i), gpu(i))).collect(), device }
+        Have { gpus: (0..gpus).map(|i| (Place::gpu(i), gpu(i))).collect(), device, area_bytes: u64::MAX }
     }
 
     /// The listening side and the connecting side.
@@ -587,6 +584,16 @@ pub(crate) mod tests {
     pub(crate) fn linked(gpus: [u8; 2]) -> (Linked, Linked) {
         let (mut a, mut b) = both(gpus);
         meet(&mut a, &mut b).unwrap()
+    }
+
+    /// The same where neither may read the other's host memory. `most`: bytes of areas.
+    pub(crate) fn staging(most: [u64; 2]) -> (Linked, Linked) {
+        let (a, b) = linked([0, 0]);
+        let staged = |linked: Linked, most| {
+            let host = Some(HostMemory::staged(most).unwrap());
+            Linked { host, pushed: vec![(Place::HOST, Place::HOST)], ..linked }
+        };
+        (staged(a, most[0]), staged(b, most[1]))
     }
 
     /// The same; which side wants to push.
@@ -721,11 +728,10 @@ pub(crate) mod tests {
         fails(proved_and_then(same, Some(shm::create(c"short", 4096).unwrap()), None), "bytes of");
         fails(proved_and_then(same, ring(), Some(b"nonsense")), "none of this protocol");
         fails(proved_and_then(same, ring(), Some(&findings(&[(Place::HOST, Place::gpu(0), Manner::Pull)]))), "host and GPU");
-        fails(proved_and_then(same, ring(), Some(&findings(&[(Place::HOST, Place::HOST, Manner::Push)]))), "of manner 2");
         let mut strange = findings(&[(Place::gpu(0), Place::gpu(0), Manner::Push)]);
         *strange.last_mut().unwrap() = 3;
         fails(proved_and_then(same, ring(), Some(&strange)), "of manner 3");
-        fails(proved_and_then(same, ring(), Some(&findings(&[]))), "may not read");
+        fails(proved_and_then(same, ring(), Some(&findings(&[]))), "shares no memory");
         fails(proved_and_then(same, ring(), None), "in time");
     }
 
@@ -752,7 +758,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_proved_peer_whose_memory_never_answers_is_left_to_its_channels() {
+    fn host_memory_of_a_proved_peer_that_never_answers_is_staged() {
         let Some((fd, page)) = silent_page() else {
             eprintln!("SKIPPED: no userfaultfd for this user");
             return;
@@ -770,9 +776,9 @@ pub(crate) mod tests {
         for _ in 0..3 {
             assert!(a.poll(now).unwrap().is_none(), "it still looks");
         }
-        // What does not need that memory is shared.
         let linked = a.poll(now + PATIENCE).unwrap().unwrap();
-        assert!(linked.host.is_none() && linked.pairs == [gpus]);
+        assert_eq!((linked.pairs, linked.pushed), (vec![(Place::HOST, Place::HOST), gpus], vec![(Place::HOST, Place::HOST)]));
+        assert!(linked.unread.is_some_and(|why| why.contains("took longer")));
         drop(fd);
     }
 

@@ -133,7 +133,7 @@ impl Message {
             (RING, 0) => Message::Ring,
             (ANSWER, 5) if body[4] <= 1 => Message::Answer { id: number(body), open: body[4] == 1 },
             (END, 4) => Message::End { id: number(body) },
-            (SHARE, _) if bytes.len() == EXPORT_BYTES => {
+            (SHARE, _) if bytes.len() == EXPORT_BYTES && Place(body[4]).is_device() => {
                 let (there, here, export) = export(body, fds)?;
                 Message::Share { id: number(body), there, here, export }
             }
@@ -219,7 +219,9 @@ fn export(body: &[u8], mut fds: Vec<OwnedFd>) -> Result<(Place, Place, Export)> 
     let (mut gpu, mut handle) = ([0; 16], [0; 64]);
     gpu.copy_from_slice(&body[23..39]);
     handle.copy_from_slice(&body[39..103]);
-    if len == 0 || base.checked_add(len).is_none() || !there.is_device() || !here.is_device() {
+    // Of host memory only areas are mapped, which are memory files.
+    let strange = there.is_device() != here.is_device() || !there.is_device() && kind != ExportKind::SharedMemory;
+    if len == 0 || base.checked_add(len).is_none() || strange {
         bail!(Protocol, "an export of {len} bytes at {base:#x} of {there:?}");
     }
     if fds.len() != usize::from(kind.has_fd()) {

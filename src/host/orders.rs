@@ -187,6 +187,10 @@ impl Orders {
         let stretch = match slot {
             Some((Slot { place, .. }, stretch)) if place == here && around.staged.joins(here, target.there) => stretch,
             Some(_) => bail!(Protocol, "a staged record for memory of {here:?}, which was not agreed"),
+            // Its addresses would be taken for some of this process.
+            None if around.staged.joins(here, target.there) => {
+                bail!(Protocol, "a record for memory of {here:?} that is not staged")
+            }
             None => source(&head, here, target.there, around.imports)?,
         };
         let (mut sum, mut from, mut into) = (0u64, true, true);

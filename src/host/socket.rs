@@ -36,6 +36,15 @@ pub(crate) enum Place<'a> {
     Directory(&'a Path),
 }
 
+impl std::fmt::Display for Who {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.pid {
+            0 => f.write_str("a process of another PID namespace"),
+            pid => write!(f, "process {pid}"),
+        }
+    }
+}
+
 fn hex(name: &Name) -> String {
     name.iter().map(|b| format!("{b:02x}")).collect()
 }

@@ -1,13 +1,13 @@
-//! Transfers between GPUs where one cannot well read the other's memory: the source's GPU gathers blocks into an area of the destination's
-//! library, and the destination's GPU scatters them from there. So the peer maps nothing of the application, and only the owner of memory
+//! Transfers between places where one side cannot well read the other's memory, GPUs over PCIe or host memory of separate containers: the
+//! source's side gathers blocks into an area of the destination's library, and the destination's side scatters them from there. So the peer maps nothing of the application, and only the owner of memory
 //! writes it. A write is told as `gather` fills slots; a read is asked for by `fetch` and answered by the peer's `gather`.
 
 use super::areas::{Areas, Kind, Slot, Targets};
-use super::copies::Owner;
+use super::copies::{Copies, Owner};
 use super::exports::Stretch;
 use super::fetch::Fetches;
 use super::gather::{Around, Gathers, Source};
-use super::memory::{Export, LocalMemory};
+use super::memory::Export;
 use super::messages::{Granted, Message};
 use super::ring::{Head, RingIn, RingOut};
 use crate::direct::{Event, Pairing, Route, Start, Way};
@@ -48,9 +48,9 @@ impl Staged {
         self.pairs.contains(&(here, there))
     }
 
-    /// Whether memory of a place takes part.
-    pub(super) fn has(&self, here: Place) -> bool {
-        self.pairs.iter().any(|pair| pair.0 == here)
+    /// The peer's places to which bytes from `here` are staged.
+    pub(super) fn peers_of(&self, here: Place) -> impl Iterator<Item = Place> + '_ {
+        self.pairs.iter().filter(move |pair| pair.0 == here).map(|pair| pair.1)
     }
 
     /// Messages for the peer, which come before any claim or grant.
@@ -68,15 +68,15 @@ impl Staged {
     /// Whether all pairings of a transfer can be staged, as one transfer; `None` where none is.
     pub(super) fn suits(&self, way: Way, pairings: &[Pairing]) -> Option<bool> {
         let staged = pairings.iter().filter(|pairing| self.joins(pairing.here, pairing.there)).count();
-        // Records of a write are told in the order of one GPU's slots.
+        // Records of a write are told in the order of one area's slots.
         let apart = way == Way::Out && pairings.windows(2).any(|two| two[0].there != two[1].there);
         (staged > 0).then_some(staged == pairings.len() && !apart)
     }
 
-    /// Makes the area of a GPU, and offers it to the peer; whether there is one.
-    pub(super) fn provide(&mut self, here: Place, device: Option<&mut Box<dyn LocalMemory>>) -> bool {
+    /// Makes the area of a place, and offers it to the peer; whether there is one.
+    pub(super) fn provide(&mut self, here: Place, copies: &mut Copies) -> bool {
         let there = self.pairs.iter().filter(|pair| pair.0 == here).map(|pair| pair.1);
-        device.is_some_and(|device| self.areas.provide(here, there, &mut **device))
+        copies.memory(here).is_some_and(|memory| self.areas.provide(here, there, memory))
     }
 
     /// The peer offers an area.
@@ -88,8 +88,26 @@ impl Staged {
     }
 
     /// Opens the peer's area for a pair of places; whether it is open.
-    pub(super) fn open(&mut self, here: Place, there: Place, device: Option<&mut Box<dyn LocalMemory>>) -> bool {
-        device.is_some_and(|device| self.targets.open(here, there, &mut **device))
+    pub(super) fn open(&mut self, here: Place, there: Place, copies: &mut Copies) -> bool {
+        copies.memory(here).is_some_and(|memory| self.targets.open(here, there, memory))
+    }
+
+    /// Whether messages between two places are staged, too: of host memory alone, since areas of both sides are made for them.
+    pub(super) fn takes_messages(&self, here: Place, there: Place) -> bool {
+        !here.is_device() && self.joins(here, there)
+    }
+
+    /// Whether a message from `here` can be sent to a landing at `there`. The first call offers the area of `here`, which the peer answers
+    /// with its own.
+    pub(super) fn can_send(&mut self, here: Place, there: Place, copies: &mut Copies) -> bool {
+        if !self.takes_messages(here, there) {
+            return false;
+        }
+        let open = self.open(here, there, copies);
+        if !open {
+            self.provide(here, copies);
+        }
+        open
     }
 
     /// How a pairing goes whose region the peer has granted.
@@ -106,17 +124,21 @@ impl Staged {
     }
 
     /// What the peer can do directly with a region at `here` from its memory at `there`.
-    pub(super) fn access(&mut self, here: Place, there: Place, device: &mut Option<Box<dyn LocalMemory>>) -> RemoteAccess {
-        RemoteAccess { read: self.open(here, there, device.as_mut()), write: self.provide(here, device.as_mut()) }
+    pub(super) fn access(&mut self, here: Place, there: Place, copies: &mut Copies) -> RemoteAccess {
+        let read = self.open(here, there, copies);
+        RemoteAccess { read, write: self.provide(here, copies) }
     }
 
     /// Starts a transfer. `sources`: by pairing, the grant, and this side's place.
     ///
     /// # Errors
-    /// When the connection must end.
+    /// `Protocol` for a message to an area that is not open, or why the connection must end.
     pub(super) fn start(&mut self, transfer: &mut Start<'_>, sources: Vec<Source>, around: &mut Around<'_>) -> Result<()> {
         let Some(&Pairing { here, there, .. }) = transfer.pairings.first() else { bail!(Internal, "a transfer of no pairing") };
         match transfer.way {
+            Way::Out if sources.iter().any(|source| self.targets.look(source.here, there).is_none()) => {
+                bail!(Protocol, "bytes for memory of {there:?}, whose area is not open")
+            }
             Way::Out => self.gathers.start(transfer, sources, there)?,
             Way::In => {
                 let grants = sources.iter().map(|source| (source.slot, source.generation)).collect();
@@ -226,21 +248,25 @@ impl Staged {
         Doing { writes, reads, busy: reads > 0 || !self.gathers.is_empty(), moved: self.gathers.moved() }
     }
 
-    /// Ends everything. No copy runs any more where there is a `device`; else what they use stays for ever.
-    pub(super) fn end(&mut self, device: Option<&mut dyn LocalMemory>) {
+    /// Ends everything. No copy runs any more where there are `copies`; else what they use stays for ever.
+    pub(super) fn end(&mut self, copies: Option<&mut Copies>) {
         let (gathers, fetches) = (std::mem::take(&mut self.gathers), std::mem::take(&mut self.fetches));
-        match device {
-            Some(device) => {
-                self.targets.close_all(device);
-                self.areas.end(device);
+        let Some(copies) = copies else { return std::mem::forget((gathers, fetches)) };
+        for (here, mapping) in self.targets.end() {
+            if let Some(memory) = copies.memory(here) {
+                memory.close(mapping);
             }
-            None => std::mem::forget((gathers, fetches)),
+        }
+        for (here, area) in self.areas.end() {
+            if let Some(memory) = copies.memory(here) {
+                memory.drop_area(area);
+            }
         }
     }
 }
 
 /// What copies of answers need.
 pub(super) struct Copying<'a> {
-    pub copies: &'a mut super::copies::Copies,
+    pub copies: &'a mut Copies,
     pub imports: &'a mut super::exports::Imports,
 }

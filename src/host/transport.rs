@@ -14,7 +14,7 @@ use super::messages::{self, Granted, Message, MAX_EXPORTS};
 use super::orders::{self, Orders};
 use super::read::{self, Reads, Source};
 use super::ring::Listening;
-use super::socket::{Received, Socket, MAX_MESSAGE};
+use super::socket::{Received, Socket, Who, MAX_MESSAGE};
 use super::staged::Staged;
 use super::write::{Target, Writes};
 use crate::direct::{Activity, Direct, Event, Pairing, Route, Start, Way};
@@ -49,7 +49,7 @@ pub(crate) struct Watched {
 /// The peer's process, and what waits to be said to it.
 struct Wire {
     socket: Socket,
-    pid: i32,
+    who: Who,
     /// Pairs of places, here and there, between which the side where the data goes copies it out of the other's memory.
     pairs: Vec<(Place, Place)>,
     /// Pairs that NVLink joins.
@@ -107,10 +107,10 @@ impl OneHost {
             host.set_bell(bell);
         }
         let (grants, leases) = (Grants::new(out.shared()), Leases::new(inn.shared()));
-        let imports = Imports::of(host.as_ref().map(HostMemory::process));
+        let imports = Imports::of(host.as_ref().and_then(HostMemory::process));
         let news = Arc::new(AtomicBool::new(true));
         OneHost {
-            wire: Wire { socket, pid: who.pid, pairs, nvlink, outbox: VecDeque::new(), news },
+            wire: Wire { socket, who, pairs, nvlink, outbox: VecDeque::new(), news },
             lookup,
             likely,
             copies: Copies::new(host, device),
@@ -183,7 +183,7 @@ impl OneHost {
     fn route_pairing(&mut self, way: Way, pairing: &Pairing, hold: &Hold) -> Route {
         let staged = self.staged.joins(pairing.here, pairing.there);
         if staged {
-            self.staged.provide(pairing.here, self.copies.device.as_mut());
+            self.staged.provide(pairing.here, &mut self.copies);
         }
         let granted = match self.leases.claim(pairing.region, pairing.token, pairing.here) {
             Claim::Granted(granted) => granted,
@@ -257,13 +257,15 @@ impl OneHost {
         Ok(())
     }
 
-    fn start_staged(&mut self, transfer: &mut Start<'_>) -> Result<()> {
+    fn start_staged(&mut self, transfer: &mut Start<'_>, landing: Option<Landing>) -> Result<()> {
         let mut sources = Vec::with_capacity(transfer.pairings.len());
         for &Pairing { region, token, here, .. } in transfer.pairings {
-            let Claim::Granted(granted) = self.leases.claim(region, token, here) else {
-                bail!(Internal, "a staged transfer of region {region}, which is not granted")
+            let (slot, generation) = match (landing, self.leases.claim(region, token, here)) {
+                (Some(landing), _) => (landing.slot, landing.generation),
+                (None, Claim::Granted(granted)) => (granted.slot, granted.generation),
+                _ => bail!(Internal, "a staged transfer of region {region}, which is not granted"),
             };
-            sources.push(gather::Source { slot: granted.slot, generation: granted.generation, here });
+            sources.push(gather::Source { slot, generation, here });
         }
         let OneHost { copies, imports, writes, staged, .. } = self;
         staged.start(transfer, sources, &mut gather::Around { copies, imports, out: &mut writes.out })?;
@@ -310,11 +312,14 @@ impl OneHost {
             }
             (Message::End { id }, Some(device)) => self.imports.ended(id, &mut **device)?,
             (Message::Claim { region, token, place }, _) => self.claimed((region, token, place), events)?,
-            (Message::Area { there, here, export }, Some(_)) if self.staged.joins(here, there) => {
+            (Message::Area { there, here, export }, _) if self.staged.joins(here, there) => {
                 self.staged.told(here, there, export)?;
+                if self.staged.takes_messages(here, there) {
+                    self.staged.provide(here, &mut self.copies);
+                }
             }
-            (Message::Grant(granted), device) if self.staged.joins(granted.here, granted.there) => {
-                self.staged.open(granted.here, granted.there, device.as_mut());
+            (Message::Grant(granted), _) if self.staged.joins(granted.here, granted.there) => {
+                self.staged.open(granted.here, granted.there, &mut self.copies);
                 self.leases.granted(*granted)?;
                 self.answered = true;
             }
@@ -354,7 +359,7 @@ impl OneHost {
     /// Grants a region whose token the peer has shown; `false` where direct transfers cannot reach it.
     fn grant(&mut self, region: &RegionUse, there: Place) -> bool {
         if self.staged.joins(region.place, there) {
-            let direct = self.staged.access(region.place, there, &mut self.copies.device);
+            let direct = self.staged.access(region.place, there, &mut self.copies);
             // Its end is to be told.
             region.to_share();
             return (direct.read || direct.write) && self.grants.give(region.region(), there, direct, Vec::new());
@@ -565,8 +570,7 @@ impl Direct for OneHost {
     fn start(&mut self, transfer: &mut Start<'_>, landing: Option<Landing>) -> Result<()> {
         let staged = transfer.pairings.first().is_some_and(|pairing| self.staged.joins(pairing.here, pairing.there));
         match transfer.way {
-            _ if staged && landing.is_some() => bail!(Protocol, "a landing for a message that is to be staged"),
-            _ if staged => self.start_staged(transfer),
+            _ if staged => self.start_staged(transfer, landing),
             Way::In => self.start_read(transfer),
             Way::Out => self.start_write(transfer, landing),
         }
@@ -574,7 +578,11 @@ impl Direct for OneHost {
 
     fn can_send(&mut self, place: Place, hold: &Hold) -> bool {
         let there: Vec<Place> = self.wire.pairs.iter().filter(|pair| pair.0 == place).map(|pair| pair.1).collect();
-        let mut open = !there.is_empty();
+        let staged: Vec<Place> = self.staged.peers_of(place).collect();
+        let mut open = !(there.is_empty() && staged.is_empty());
+        for there in staged {
+            open &= self.staged.can_send(place, there, &mut self.copies);
+        }
         for &there in &there {
             for region in hold.regions() {
                 open &= self.share(region.to_share(), there) == Reach::Yes(());
@@ -587,7 +595,8 @@ impl Direct for OneHost {
     }
 
     fn land(&mut self, key: Key, region: &RegionUse, range: (u64, u64), there: Place) -> Option<Landing> {
-        if !self.wire.joins(region.place, there) {
+        let staged = self.staged.takes_messages(region.place, there) && self.staged.provide(region.place, &mut self.copies);
+        if !staged && !self.wire.joins(region.place, there) {
             return None;
         }
         let (slot, generation) = self.grants.land(key, RegionUse::new(region.region()), there, range)?;
@@ -651,7 +660,7 @@ impl Direct for OneHost {
         match &mut self.copies.device {
             Some(device) if place.is_device() => {
                 let direct = self.wire.pairs.iter().any(|&(here, _)| here == place);
-                if direct || self.staged.has(place) {
+                if direct || self.staged.peers_of(place).next().is_some() {
                     device.ready(place)
                 } else {
                     Ok(())
@@ -666,16 +675,16 @@ impl Direct for OneHost {
     }
 
     fn describe(&self, way: Way) -> String {
-        let (pid, staged) = (self.wire.pid, self.staged.doing());
+        let (who, staged) = (self.wire.who, self.staged.doing());
         match way {
             Way::Out if self.writes.len() + staged.writes > 0 => {
-                format!("{} writes that process {pid} of this host is to copy", self.writes.len() + staged.writes)
+                format!("{} writes that {who} on this host is to copy", self.writes.len() + staged.writes)
             }
-            Way::In if staged.reads > 0 => format!("{} reads that process {pid} of this host is to answer", staged.reads),
-            Way::In if self.copies.any() => format!("copies from process {pid} of this host"),
+            Way::In if staged.reads > 0 => format!("{} reads that {who} on this host is to answer", staged.reads),
+            Way::In if self.copies.any() => format!("copies from {who} on this host"),
             _ => match self.leases.asked() {
                 0 => String::new(),
-                asked => format!("{asked} claims of regions that process {pid} of this host has not answered"),
+                asked => format!("{asked} claims of regions that {who} on this host has not answered"),
             },
         }
     }
@@ -685,7 +694,7 @@ impl Direct for OneHost {
         ChannelStats {
             plugin: DIRECT.to_owned(),
             nic: super::NAME.to_owned(),
-            route: if kernel { format!("process {} of this host", self.wire.pid) } else { String::new() },
+            route: if kernel { format!("{} on this host", self.wire.who) } else { String::new() },
             sent_bytes: (self.writes.moved().1 + staged.moved.1).saturating_add(self.writes.out.read()),
             received_bytes: self.received,
             nvlink_bytes: self.copies.nvlink + self.writes.by_nvlink(),
@@ -703,21 +712,22 @@ impl Drop for OneHost {
         let ended = self.copies.quiesce();
         self.reads.end(ended.is_ok(), &self.leases);
         self.orders.end(ended.is_ok());
-        match (ended, &mut self.copies.device) {
-            (Err(e), _) => {
+        match ended {
+            Err(e) => {
                 self.staged.end(None);
                 log::error!("a copy from another process has not ended; its memory stays in use: {e}");
                 std::mem::forget((self.copies.host.take(), self.copies.device.take()));
             }
-            (Ok(()), Some(device)) => {
-                self.staged.end(Some(&mut **device));
-                self.imports.close_all(&mut **device);
+            Ok(()) => {
+                self.staged.end(Some(&mut self.copies));
+                self.copies.device.iter_mut().for_each(|device| self.imports.close_all(&mut **device));
             }
-            (Ok(()), None) => {}
         }
     }
 }
 
+#[cfg(test)]
+mod host_staged_tests;
 #[cfg(test)]
 mod staged_tests;
 #[cfg(test)]

@@ -1,6 +1,9 @@
 //! tcpx-info --doctor: checks every precondition of GPUDirect-TCPX in order, and says how to fix each that is missing. Reads
 //! files and variables, and connects to the receive manager's sockets; moves no data.
 
+pub mod one_host;
+
+use one_host::Powers;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fs;
@@ -58,6 +61,8 @@ pub struct Host {
     pub plugin: Result<(String, Option<String>), String>,
     /// PCI addresses of the GPUs, such as 0000:4a:00.0.
     pub gpus: Vec<String>,
+    /// What the system lets this process do beside others on the host.
+    pub powers: Powers,
 }
 
 /// Official values.
@@ -139,6 +144,7 @@ pub fn examine(host: &Host) -> Vec<Check> {
     all.extend(flow_steering(host));
     all.push(dma_buf(host));
     all.extend(network(host));
+    all.extend(one_host::checks(host));
     all
 }
 
@@ -527,7 +533,7 @@ mod tests {
         let variables = variables.map(|(n, v)| (n.to_owned(), v.to_owned())).into_iter().collect();
         let plugin = Ok(("TCPX".to_owned(), Some("/usr/local/nvidia/lib64/libnccl-net-tcpx.so".to_owned())));
         let gpus = ["0000:04:00.0", "0000:05:00.0"].map(str::to_owned).to_vec();
-        Simulated { host: Host { root, variables, plugin, gpus }, sockets }
+        Simulated { host: Host { root, variables, plugin, gpus, powers: Powers::default() }, sockets }
     }
 
     fn failing(host: &Host) -> Vec<&'static str> {

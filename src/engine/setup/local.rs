@@ -25,14 +25,17 @@ pub(super) fn opening(context: &SetupContext, connecting: bool) -> Result<Openin
     Opening::new(connecting, context.config.local_dir.clone())
 }
 
-/// The GPU memory that this engine can share and pull.
+/// The memory that this engine can share and pull.
 fn have(context: &SetupContext) -> Have {
+    // A part of what peers may take.
+    let area_bytes = context.limits.peer_bytes as u64 / 2;
     if context.config.emulate_device {
         let gpus = (0..context.config.emulate_devices).map(|i| (Place::gpu(i), emulated_gpu(i))).collect();
-        return Have { gpus, device: Some(Box::new(EmulatedMemory::new(context.config.local_gpu == LocalGpu::Push))) };
+        let device = EmulatedMemory::new(context.config.local_gpu == LocalGpu::Push);
+        return Have { gpus, device: Some(Box::new(device)), area_bytes };
     }
     if !crate::gpu::available() {
-        return Have { gpus: Vec::new(), device: None };
+        return Have { gpus: Vec::new(), device: None, area_bytes };
     }
     let named = |ordinal: i32| Some((Place::gpu(u8::try_from(ordinal).ok()?), cuda_driver::uuid_of(ordinal).ok()?));
     let gpus = (0..cuda_driver::device_count()).filter_map(named).collect();
@@ -42,7 +45,7 @@ fn have(context: &SetupContext) -> Have {
         LocalGpu::Pull => Some(Manner::Pull),
         LocalGpu::Push => Some(Manner::Push),
     };
-    Have { gpus, device: Some(Box::new(CudaMemory::new(CudaOptions { pulls, manner }))) }
+    Have { gpus, device: Some(Box::new(CudaMemory::new(CudaOptions { pulls, manner }))), area_bytes }
 }
 
 /// The state of the meeting.
@@ -128,10 +131,14 @@ impl Local {
                         let pushed = if pushed { " (pushed)" } else { "" };
                         format!("GPU {} here and {} there{pushed}", gpu(pair.0), gpu(pair.1))
                     }
-                    (false, _) => "host memory".to_owned(),
+                    (false, false) => "host memory".to_owned(),
+                    (false, true) => {
+                        let why = linked.unread.as_deref().unwrap_or("the peer's process may not read this one");
+                        format!("host memory, staged in shared areas because process_vm_readv does not work here ({why})")
+                    }
                 };
                 let all: Vec<String> = linked.pairs.iter().map(word).collect();
-                format!("; direct transfers with process {}, preferred to channels: {}", linked.who.pid, all.join(", "))
+                format!("; direct transfers with {}, preferred to channels: {}", linked.who, all.join(", "))
             }
             Local::Not { why, usual: false } => format!("; no direct transfers: {why}"),
             _ => String::new(),

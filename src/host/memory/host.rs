@@ -1,11 +1,12 @@
-//! Host memory of another process, read by the kernel on behalf of this one (process_vm_readv): small pulls at once, large ones in
-//! slices by a few threads of the process. Every call reads the peer's witness too, so that bytes of
+//! Host memory: of another process, read by the kernel on behalf of this one (process_vm_readv), or, where the kernel refuses that, staged in
+//! areas that both map. Small pulls are done at once, large ones in slices by a few threads of the process. Every call of the kernel reads the peer's witness too, so that bytes of
 //! another process that has come to the same number, or of another program in the same process, are never taken for the peer's. Knows
 //! nothing of chunks and transfers.
 
+use super::files::Files;
 use super::pool::{Bell, Flow, Job, Pool, Work};
 use super::witness::{Process, Witness, WITNESS};
-use super::{Export, GpuId, LocalMemory, Manner, Mapping, Piece, Pull};
+use super::{Area, Export, GpuId, LocalMemory, Manner, Mapping, Piece, Pull};
 use crate::status::{bail, err, Error, Result};
 use crate::types::{Place, Span};
 use std::borrow::Cow;
@@ -270,23 +271,52 @@ fn between(pieces: &[Piece], from: Mark, to: Mark) -> impl Iterator<Item = Piece
     })
 }
 
+/// Where the sources of pulls lie.
+#[derive(Clone, Copy)]
+enum Sources {
+    /// In the peer's process.
+    Peer(Peer),
+    /// In this process: an area, or memory of which an area is filled.
+    Here,
+}
+
+impl Sources {
+    /// Copies all pieces, of one [`slice`] at most.
+    ///
+    /// # Safety
+    /// Destinations are writable memory of this process, and so are sources that lie here readable.
+    unsafe fn copy(&self, pieces: impl Iterator<Item = Piece> + Clone) -> Result<()> {
+        match self {
+            // SAFETY: by the caller's contract.
+            Sources::Peer(peer) => unsafe { peer.read(pieces) },
+            Sources::Here => {
+                for Piece { src, dst, len } in pieces {
+                    // SAFETY: by the caller's contract; an area is no memory of the application.
+                    unsafe { std::ptr::copy_nonoverlapping(src as *const u8, dst as *mut u8, len as usize) };
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
 /// Slices of a large pull.
 struct Slices {
-    peer: Peer,
+    sources: Sources,
     pieces: Vec<Piece>,
     /// Where each begins, and the last one ends.
     marks: Vec<Mark>,
 }
 
 impl Slices {
-    fn new(peer: Peer, pieces: Vec<Piece>) -> Slices {
+    fn new(sources: Sources, pieces: Vec<Piece>) -> Slices {
         let mut marks = vec![Mark::default()];
         let mut at = Mark::default();
         while let Some(end) = slice(&pieces, at) {
             marks.push(end);
             at = end;
         }
-        Slices { peer, pieces, marks }
+        Slices { sources, pieces, marks }
     }
 }
 
@@ -297,14 +327,15 @@ impl Work for Slices {
 
     fn run(&self, index: usize) -> Result<()> {
         let (from, to) = (self.marks[index], self.marks[index + 1]);
-        // SAFETY: the caller of `pull` keeps the destinations until it has ended or was quiesced.
-        unsafe { self.peer.read(between(&self.pieces, from, to)) }
+        // SAFETY: the caller of `pull` keeps both until it has ended or was quiesced.
+        unsafe { self.sources.copy(between(&self.pieces, from, to)) }
     }
 }
 
-/// Host memory of a peer's process.
+/// Host memory on a connection with a peer's process.
 pub(crate) struct HostMemory {
-    peer: Peer,
+    sources: Sources,
+    files: Files,
     pool: Arc<Pool>,
     bell: Option<Bell>,
     jobs: HashMap<u64, Arc<Job>>,
@@ -328,13 +359,29 @@ impl HostMemory {
         let peer = Peer(Process { pid, witness });
         // SAFETY: nothing but the witness is read.
         unsafe { peer.read(std::iter::empty()) }?;
-        let flow = Flow { connection: Flow::connection(), transfer: 0 };
-        Ok(HostMemory { peer, pool: Pool::of_process()?, bell: None, jobs: HashMap::new(), last: ENDED, flow })
+        HostMemory::from(Sources::Peer(peer), 0)
     }
 
-    /// The process, as the kernel and its own memory say.
-    pub(crate) fn process(&self) -> Process {
-        self.peer.0
+    /// Memory that is staged in areas. `most`: bytes that all areas of this process may have.
+    ///
+    /// # Errors
+    /// `Resource` without a thread.
+    pub(crate) fn staged(most: u64) -> Result<HostMemory> {
+        HostMemory::from(Sources::Here, most)
+    }
+
+    fn from(sources: Sources, most: u64) -> Result<HostMemory> {
+        let flow = Flow { connection: Flow::connection(), transfer: 0 };
+        let (files, pool) = (Files::new(most), Pool::of_process()?);
+        Ok(HostMemory { sources, files, pool, bell: None, jobs: HashMap::new(), last: ENDED, flow })
+    }
+
+    /// The process, as the kernel and its own memory say; `None` where that memory cannot be read.
+    pub(crate) fn process(&self) -> Option<Process> {
+        match self.sources {
+            Sources::Peer(peer) => Some(peer.0),
+            Sources::Here => None,
+        }
     }
 
     /// Rung when a large pull has ended.
@@ -352,18 +399,39 @@ impl LocalMemory for HostMemory {
         bail!(Internal, "host memory needs no export")
     }
 
-    fn close(&mut self, _mapping: Mapping) {}
+    fn close(&mut self, mapping: Mapping) {
+        self.files.close(&mapping);
+    }
+
+    fn area(&mut self, _place: Place, len: usize) -> Result<Area> {
+        self.files.make(len)
+    }
+
+    fn export_area(&mut self, area: &Area) -> Result<Export> {
+        self.files.export(area)
+    }
+
+    fn drop_area(&mut self, area: Area) {
+        self.files.drop_area(&area);
+    }
+
+    fn open_area(&mut self, export: &Export, _place: Place) -> Result<Mapping> {
+        self.files.open(export)
+    }
 
     unsafe fn pull(&mut self, _place: Place, pieces: &[Piece]) -> Result<Pull> {
-        let pieces = by_source(pieces);
+        let pieces = match self.sources {
+            Sources::Peer(_) => by_source(pieces),
+            Sources::Here => Cow::Borrowed(pieces),
+        };
         let Some(end) = slice(&pieces, Mark::default()) else { return Ok(Pull { unit: 0, job: ENDED }) };
         if end.piece == pieces.len() {
             // SAFETY: by the caller's contract.
-            unsafe { self.peer.read(pieces.iter().copied()) }?;
+            unsafe { self.sources.copy(pieces.iter().copied()) }?;
             return Ok(Pull { unit: 0, job: ENDED });
         }
         self.last += 1;
-        let slices = Slices::new(self.peer, pieces.into_owned());
+        let slices = Slices::new(self.sources, pieces.into_owned());
         let few = slices.len() <= FEW_SLICES && self.jobs.is_empty();
         let job = Job::new(Box::new(slices), self.flow, self.bell.clone());
         self.pool.start(&job);
@@ -410,13 +478,15 @@ impl LocalMemory for HostMemory {
         let deadline = std::time::Instant::now() + QUIESCE_LIMIT;
         self.jobs.retain(|_, job| !job.wait(deadline));
         if !self.jobs.is_empty() {
-            bail!(System, "the kernel has been copying from process {} for {QUIESCE_LIMIT:?}", self.peer.0.pid);
+            let from = self.process().map_or("an area".to_owned(), |process| format!("process {}", process.pid));
+            bail!(System, "a thread has been copying from {from} for {QUIESCE_LIMIT:?}");
         }
         Ok(())
     }
 
     fn reaches(&mut self, place: Place, _peer_gpu: &GpuId) -> Option<Manner> {
-        (place == Place::HOST).then_some(Manner::Pull)
+        let manner = if matches!(self.sources, Sources::Here) { Manner::Push } else { Manner::Pull };
+        (place == Place::HOST).then_some(manner)
     }
 }
 
@@ -426,6 +496,11 @@ mod tests {
     use crate::status::ErrorKind;
     use proptest::prelude::*;
     use std::time::Instant;
+
+    /// A process that does not exist.
+    fn nobody() -> Sources {
+        Sources::Peer(Peer(Process { pid: 0, witness: Witness { addr: 0, bytes: [0; WITNESS] } }))
+    }
 
     fn own() -> HostMemory {
         HostMemory::new(std::process::id() as i32, Witness::own().unwrap()).unwrap()
@@ -474,7 +549,7 @@ mod tests {
         other.bytes[0] ^= 1;
         assert!(HostMemory::new(std::process::id() as i32, other).is_err());
         let mut memory = own();
-        memory.peer.0.witness = other;
+        memory.sources = Sources::Peer(Peer(Process { pid: std::process::id() as i32, witness: other }));
         let (source, mut dest) = (vec![1u8; 1 << 20], vec![0u8; 1 << 20]);
         for len in [100, 1 << 20] {
             let piece = Piece { src: source.as_ptr() as u64, dst: dest.as_mut_ptr() as u64, len };
@@ -612,14 +687,14 @@ mod tests {
                 (src, dst) = (src + piece.len + gap, dst + piece.len + gap % 2);
                 piece
             }).collect();
-            let slices = Slices::new(Peer(Process { pid: 0, witness: Witness { addr: 0, bytes: [0; WITNESS] } }), pieces.clone());
+            let slices = Slices::new(nobody(), pieces.clone());
             let mut all = Vec::new();
             for index in 0..slices.len() {
                 let part: Vec<Piece> = between(&slices.pieces, slices.marks[index], slices.marks[index + 1]).collect();
                 prop_assert!(part.iter().map(|p| p.len).sum::<u64>() <= SLICE && !part.is_empty());
                 // SAFETY: there is no process 0.
-                let failed = unsafe { slices.peer.try_read(part.iter().copied()) };
-                prop_assert!(matches!(failed, Err(Failed::Call(_))));
+                let failed = unsafe { slices.sources.copy(part.iter().copied()) };
+                prop_assert!(failed.is_err());
                 for piece in part {
                     match all.last_mut() {
                         Some(Piece { src, dst, len }) if (*src + *len, *dst + *len) == (piece.src, piece.dst) => *len += piece.len,
@@ -645,7 +720,7 @@ mod tests {
             (0..200).map(|i| Piece { src: (1 << 20) + i * stride, dst: (1 << 30) + i * 1000, len: 64 }).collect()
         };
         for (stride, calls) in [(64, 1), (128, 1), (2112, 1), (2113, 2), (4096, 2)] {
-            let slices = Slices::new(Peer(Process { pid: 0, witness: Witness { addr: 0, bytes: [0; WITNESS] } }), blocks(stride));
+            let slices = Slices::new(nobody(), blocks(stride));
             assert_eq!(slices.len(), calls, "blocks every {stride} bytes");
         }
     }
@@ -654,9 +729,7 @@ mod tests {
     fn blocks_in_any_order_are_as_few_stretches_as_in_their_own() {
         let place = |i: u64| Piece { src: (1 << 20) + i * 37 % 200 * 64, dst: (1 << 30) + i * 1000, len: 64 };
         let mixed: Vec<Piece> = (0..200).map(place).collect();
-        let calls = |pieces: &[Piece]| {
-            Slices::new(Peer(Process { pid: 0, witness: Witness { addr: 0, bytes: [0; WITNESS] } }), pieces.to_vec()).len()
-        };
+        let calls = |pieces: &[Piece]| Slices::new(nobody(), pieces.to_vec()).len();
         assert_eq!((calls(&mixed), calls(&by_source(&mixed))), (2, 1));
         let long: Vec<Piece> = mixed.iter().map(|&piece| Piece { len: LONG + 1, ..piece }).collect();
         assert_eq!(*by_source(&long), long);

@@ -4,6 +4,7 @@
 
 pub(crate) mod cuda;
 pub(crate) mod emulated;
+mod files;
 pub(crate) mod host;
 mod mappings;
 pub(crate) mod pool;
@@ -24,7 +25,7 @@ pub(crate) enum ExportKind {
     CudaIpc = 1,
     /// A file descriptor of the driver: virtual memory management and pools.
     Posix = 2,
-    /// A memory file: emulated device memory.
+    /// A memory file: emulated device memory, and areas of host memory.
     SharedMemory = 3,
 }
 
@@ -135,7 +136,7 @@ pub(crate) trait LocalMemory: Send {
     /// Ends a mapping; no pull uses it any more.
     fn close(&mut self, mapping: Mapping);
 
-    /// Memory on the GPU of `place` that a peer may write to: zeros, page-aligned. Its pages are used for nothing else as long as a peer
+    /// Memory of `place` that a peer may write to: zeros, page-aligned. Its pages are used for nothing else as long as a peer
     /// has it mapped, even after it was given back.
     ///
     /// # Errors
@@ -152,7 +153,7 @@ pub(crate) trait LocalMemory: Send {
     /// Ends an area; no pull uses it any more.
     fn drop_area(&mut self, _area: Area) {}
 
-    /// Maps a peer's area for pulls that write to it on the GPU of `place`. As with `open`, everything in `export` is the peer's word.
+    /// Maps a peer's area for pulls that write to it from `place`. As with `open`, everything in `export` is the peer's word.
     ///
     /// # Errors
     /// `Unsupported` where it cannot be reached from here.

@@ -1,5 +1,5 @@
 use super::super::areas::Kind;
-use super::super::areas::{count, AREA, SLOT, SLOTS};
+use super::super::areas::{count, SLOT, SLOTS};
 use super::super::link::tests::pushing;
 use super::super::memory::emulated::{self, EmulatedMemory};
 use super::super::memory::witness::Process;
@@ -18,6 +18,7 @@ use std::time::Duration;
 
 const GPU: Place = Place(1);
 const LIMIT: Duration = Duration::from_secs(60);
+const AREA: u64 = SLOT * SLOTS;
 
 /// Registered memory of a simulated GPU.
 pub(super) struct Memory {
@@ -98,6 +99,13 @@ pub(super) struct Scattered {
     block: u64,
     count: u64,
     next: u64,
+}
+
+impl Scattered {
+    /// One block of `src`, for `dst`.
+    pub(super) fn whole(src: u64, dst: u64, len: u64) -> Scattered {
+        Scattered { way: Way::Out, here: src, there: dst, block: len, count: 1, next: 0 }
+    }
 }
 
 impl Blocks for Scattered {
@@ -471,7 +479,7 @@ fn a_reader_and_a_writer_believe_nothing_either() {
     b.register(&there);
     let head = Head { order: 1, export: Kind::Answer.export(GPU), last: true, ..Head::default() };
     b.host.writes.out.tell(head, &[Piece { src: 0, dst: 0, len: 1001 }]).unwrap();
-    b.host.staged.provide(GPU, b.host.copies.device.as_mut());
+    b.host.staged.provide(GPU, &mut b.host.copies);
     let error = (0..9).find_map(|_| a.step(&mut Vec::new()).err());
     assert!(error.is_some_and(|e| e.kind() == ErrorKind::Protocol) && here.seen() == [0; 1000]);
 
