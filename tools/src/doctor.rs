@@ -65,6 +65,14 @@ pub struct Host {
     pub powers: Powers,
 }
 
+impl Host {
+    /// This one, with the plugin in use (its name and file, or why there is none) and the PCI addresses of the GPUs.
+    pub fn here(plugin: Result<(String, Option<String>), String>, gpus: Vec<String>) -> Host {
+        let variables = std::env::vars_os().filter_map(|(n, v)| Some((n.into_string().ok()?, v.into_string().ok()?))).collect();
+        Host { root: "/".into(), variables, plugin, gpus, powers: Powers::of_this_process() }
+    }
+}
+
 /// Official values.
 const CHUNK: &str = "524288";
 const MANAGER: &str = "/run/tcpx";

@@ -10,7 +10,6 @@ use tcpx_tools::carried::{carrier, Carried, DIRECT, NVLINK};
 use tcpx_tools::case::{Case, Op};
 use tcpx_tools::cli::parse_requirement;
 use tcpx_tools::client::Client;
-use tcpx_tools::doctor::one_host::Powers;
 use tcpx_tools::doctor::{self, Check, Host};
 use tcpx_tools::error::{Context, Failure, Result};
 use tcpx_tools::inspect::{self, Congestion, Environment, Gpu, Variable};
@@ -141,13 +140,9 @@ fn look(args: &Args, report: &mut Report) -> Result<String> {
     });
     if args.doctor {
         let plugin = started.as_ref().map(Node::plugin_details);
-        report.doctor = Some(doctor::examine(&Host {
-            root: "/".into(),
-            variables: std::env::vars_os().filter_map(|(n, v)| Some((n.into_string().ok()?, v.into_string().ok()?))).collect(),
-            plugin: plugin.map(|p| (p.name, p.path)).map_err(|e| e.to_string()),
-            gpus: report.gpus.iter().filter_map(|gpu| gpu.pci.clone()).collect(),
-            powers: Powers::of_this_process(),
-        }));
+        let plugin = plugin.map(|p| (p.name, p.path)).map_err(|e| e.to_string());
+        let gpus = report.gpus.iter().filter_map(|gpu| gpu.pci.clone()).collect();
+        report.doctor = Some(doctor::examine(&Host::here(plugin, gpus)));
     }
     let node = Arc::new(started?);
     report.plugin = Some(node.plugin_details());

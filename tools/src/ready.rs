@@ -101,12 +101,8 @@ fn look(config: &Config) -> Result<Answer, Answer> {
 
 /// The receive manager and whatever else GPUDirect-TCPX needs of the host.
 fn preconditions(name: &str, path: &str) -> Result<(), Answer> {
-    let checks = doctor::examine(&Host {
-        root: "/".into(),
-        variables: std::env::vars_os().filter_map(|(n, v)| Some((n.into_string().ok()?, v.into_string().ok()?))).collect(),
-        plugin: Ok((name.to_owned(), Some(path.to_owned()))),
-        gpus: inspect::gpus().into_iter().filter_map(|gpu| gpu.pci).collect(),
-    });
+    let gpus = inspect::gpus().into_iter().filter_map(|gpu| gpu.pci).collect();
+    let checks = doctor::examine(&Host::here(Ok((name.to_owned(), Some(path.to_owned()))), gpus));
     let missing = checks.iter().filter(|check| check.status == Status::Missing);
     let missing: Vec<String> = missing.map(|check| format!("{}: {} ({})", check.name, check.found, check.todo)).collect();
     if missing.is_empty() {
