@@ -119,7 +119,7 @@ impl Engine {
         let metadata = listener::metadata(ports.address, &gpus.name());
         announce(&metadata, &plugins, &gpus);
         if let Err(unmet) = plugins.forecast(&config) {
-            log::warn!("UCCL_TCPX_REQUIRE={}: {unmet}; every connection will fail", config.require);
+            log::warn!("UCCL_TCPX_REQUIRE={}: {unmet}; connections fail until that changes", config.require);
         }
         let limits = limits::Limits::of_process(&config.budgets);
         let (bell, doorbells) = (doorbell::Bell::new()?, plugins.device.traits.doorbell);
