@@ -184,15 +184,7 @@ impl Orders {
         let used = order.targets.iter().find(|(slot, generation, _)| (*slot, *generation) == (head.slot, head.generation));
         let Some((.., target)) = used else { bail!(Internal, "a grant that was not entered") };
         let here = target.used.place;
-        let stretch = match slot {
-            Some((Slot { place, .. }, stretch)) if place == here && around.staged.joins(here, target.there) => stretch,
-            Some(_) => bail!(Protocol, "a staged record for memory of {here:?}, which was not agreed"),
-            // Its addresses would be taken for some of this process.
-            None if around.staged.joins(here, target.there) => {
-                bail!(Protocol, "a record for memory of {here:?} that is not staged")
-            }
-            None => source(&head, here, target.there, around.imports)?,
-        };
+        let stretch = source(slot, &head, (here, target.there), around)?;
         let (mut sum, mut from, mut into) = (0u64, true, true);
         let pieces = &mut around.copies.pieces;
         pieces.reserve(count);
@@ -373,12 +365,19 @@ impl Orders {
     }
 }
 
-/// Where the source of a record lies.
-fn source(head: &Head, here: Place, there: Place, imports: &Imports) -> Result<Stretch> {
+/// Where the source of a record for memory of a pair of places lies: in the slot of a staged one, or at the peer.
+fn source(slot: Option<(Slot, Stretch)>, head: &Head, (here, there): (Place, Place), around: &Around<'_>) -> Result<Stretch> {
+    match (slot, around.staged.joins(here, there)) {
+        (Some((Slot { place, .. }, stretch)), true) if place == here => return Ok(stretch),
+        (Some(_), _) => bail!(Protocol, "a staged record for memory of {here:?}, which was not agreed"),
+        // Its addresses would be taken for some of this process.
+        (None, true) => bail!(Protocol, "a record for memory of {here:?} that is not staged"),
+        (None, false) => {}
+    }
     match (here.is_device(), head.export) {
         // Addresses of host memory are valid as they are.
         (false, 0) => Ok(Stretch { id: 0, base: 0, len: u64::MAX, addr: 0 }),
-        (true, id) if there.is_device() => match imports.look(id, here) {
+        (true, id) if there.is_device() => match around.imports.look(id, here) {
             Some(stretch) => Ok(stretch),
             None => bail!(Protocol, "a record of export {id}, which is not open for memory of {here:?}"),
         },

@@ -8,6 +8,7 @@ mod simulation;
 
 pub(crate) use nic::{Flow, Nic, Stuck};
 
+use std::cmp::Ordering;
 use std::time::{Duration, Instant};
 
 /// A channel's state as striping sees it.
@@ -149,6 +150,18 @@ struct Candidate {
     finish: f64,
 }
 
+impl Candidate {
+    fn by_finish(&self, other: &Candidate) -> Ordering {
+        self.finish.total_cmp(&other.finish)
+    }
+
+    /// Fast NICs first, then those that have moved most, then those that finish sooner.
+    fn by_merit(&self, other: &Candidate, nics: &[NicLoad]) -> Ordering {
+        let merit = |c: &Candidate| (c.share >= 1.0, nics[c.nic].moved);
+        merit(self).cmp(&merit(other)).then(other.by_finish(self))
+    }
+}
+
 fn pick_nic(loads: &Loads, want: Want) -> Option<Pick> {
     const MOST: usize = 64;
     let n = loads.nics.len().min(MOST);
@@ -185,7 +198,6 @@ fn pick_nic(loads: &Loads, want: Want) -> Option<Pick> {
     let within =
         |nic: usize, len: u64| pick_channel(&loads.channels, |load| load.nic == nic, len).map(|channel| Pick { channel, len });
     let candidates = || (0..n).map(|nic| (nic + loads.first) % n).filter(|&nic| free[nic]).map(candidate);
-    let by_finish = |a: &Candidate, b: &Candidate| a.finish.total_cmp(&b.finish);
     let probing = (0..n).any(|nic| loads.nics[nic].probing && share(nic) < LEFT_ALONE);
     let probe = |c: Candidate| {
         let probe =
@@ -198,18 +210,14 @@ fn pick_nic(loads: &Loads, want: Want) -> Option<Pick> {
     if let Some(pick) = candidates().find_map(probe) {
         return Some(pick);
     }
-    if let Some(pick) = candidates().filter(fits).min_by(by_finish).and_then(|c| within(c.nic, c.len)) {
+    if let Some(pick) = candidates().filter(fits).min_by(Candidate::by_finish).and_then(|c| within(c.nic, c.len)) {
         return Some(pick);
     }
     // With nothing in flight no later event would retry, so the NIC that has moved most continues.
     if loads.channels.iter().any(|load| load.queued > 0) {
         return None;
     }
-    let by_merit = |a: &Candidate, b: &Candidate| {
-        let merit = |c: &Candidate| (c.share >= 1.0, loads.nics[c.nic].moved);
-        merit(a).cmp(&merit(b)).then(by_finish(b, a))
-    };
-    candidates().max_by(by_merit).and_then(|c| within(c.nic, c.len))
+    candidates().max_by(|a, b| a.by_merit(b, &loads.nics)).and_then(|c| within(c.nic, c.len))
 }
 
 /// A NIC that has become too slow for what it holds, if others would deliver that in a fraction of the time. Not where the receiver holds
