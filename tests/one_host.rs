@@ -950,7 +950,9 @@ struct Shared(std::path::PathBuf);
 
 impl Shared {
     fn new() -> Shared {
-        let path = std::env::temp_dir().join(format!("uccl-one-host-{}", std::process::id()));
+        static NUMBER: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
+        let number = NUMBER.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("uccl-one-host-{}-{number}", std::process::id()));
         std::fs::create_dir_all(&path).unwrap();
         Shared(path)
     }
