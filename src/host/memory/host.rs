@@ -67,8 +67,10 @@ impl Peer {
     /// One system call. Pieces whose sources touch are one stretch there, and pieces whose destinations touch are one here. What lies
     /// between near sources is read and thrown away: another stretch costs more than some bytes. It is on the pages of the two.
     unsafe fn try_read(&self, pieces: impl Iterator<Item = Piece>) -> std::result::Result<(), Failed> {
-        let (mut here, mut there) = (Parts::new(), Parts::new());
-        let (mut witness, mut between) = ([0u8; WITNESS], [MaybeUninit::<u8>::uninit(); NEAR]);
+        let (mut here, mut there) = (Parts::room(), Parts::room());
+        let (mut here, mut there) = (Parts::of(&mut here), Parts::of(&mut there));
+        let mut witness = [0u8; WITNESS];
+        let mut between = [const { MaybeUninit::<u8>::uninit() }; NEAR];
         let mut sum = 0;
         let mut last: Option<Piece> = None;
         for piece in pieces {
@@ -183,17 +185,21 @@ fn by_source(pieces: &[Piece]) -> Cow<'_, [Piece]> {
     Cow::Owned(ordered)
 }
 
-/// A list for the kernel, without what it does not use: most have few entries.
-struct Parts {
-    parts: [MaybeUninit<libc::iovec>; PARTS],
+/// A list for the kernel, in memory of its caller: a short one touches little of it, and it is never moved.
+struct Parts<'a> {
+    parts: &'a mut [MaybeUninit<libc::iovec>; PARTS],
     len: usize,
     end: u64,
     full: bool,
 }
 
-impl Parts {
-    fn new() -> Parts {
-        Parts { parts: [const { MaybeUninit::uninit() }; PARTS], len: 0, end: 0, full: false }
+impl<'a> Parts<'a> {
+    fn room() -> [MaybeUninit<libc::iovec>; PARTS] {
+        [const { MaybeUninit::uninit() }; PARTS]
+    }
+
+    fn of(parts: &'a mut [MaybeUninit<libc::iovec>; PARTS]) -> Parts<'a> {
+        Parts { parts, len: 0, end: 0, full: false }
     }
 
     fn push(&mut self, addr: u64, len: u64) {
