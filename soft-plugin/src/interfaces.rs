@@ -156,29 +156,26 @@ pub fn select<'a>(all: &'a [Found], filter: Option<&NameFilter>) -> Selection<'a
     Selection { taken: taken.into_iter().filter_map(|f| Some((f, best_address(f)?))).collect(), refused, absent }
 }
 
-/// The interfaces that [`usable`] leaves out only because they are down, or have no carrier or address, at present.
-///
-/// # Errors
-/// The kernel cannot list its interfaces.
-pub fn absent(filter: Option<&str>) -> io::Result<Vec<String>> {
-    let filter = filter.map(NameFilter::parse);
-    Ok(select(&system::list()?, filter.as_ref()).absent.into_iter().map(str::to_owned).collect())
-}
-
 /// The interfaces of this host that can carry data now: those that `filter` (in the form of [`NameFilter`]) admits, else
 /// those that the rules select. Each call asks the kernel again and logs interfaces that the filter names and that cannot be used.
 ///
 /// # Errors
 /// The kernel cannot list its interfaces.
 pub fn usable(filter: Option<&str>) -> io::Result<Vec<Interface>> {
+    Ok(look(filter)?.0)
+}
+
+/// [`usable`], and the names of those that it leaves out only because they are down, or have no carrier or address, at present.
+pub(crate) fn look(filter: Option<&str>) -> io::Result<(Vec<Interface>, Vec<String>)> {
     static REFUSED: crate::logger::Limited = crate::logger::Limited::new();
     let filter = filter.map(NameFilter::parse);
     let all = system::list()?;
-    let Selection { taken, refused, .. } = select(&all, filter.as_ref());
+    let Selection { taken, refused, absent } = select(&all, filter.as_ref());
     for (name, why) in refused {
         REFUSED.warn(&format!("network interface {name} is left out: {why}"));
     }
-    Ok(taken.into_iter().map(|(found, address)| system::describe(found, address)).collect())
+    let absent = absent.into_iter().map(str::to_owned).collect();
+    Ok((taken.into_iter().map(|(found, address)| system::describe(found, address)).collect(), absent))
 }
 
 #[cfg(test)]

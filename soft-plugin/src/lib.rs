@@ -49,10 +49,18 @@ pub fn port_range() -> Option<std::ops::RangeInclusive<u16>> {
     config::Config::from_env().ok()?.ports
 }
 
-/// The interfaces that the environment asks for and that cannot carry data at present.
-pub fn absent_devices() -> Vec<String> {
-    let filter = config::Config::from_env().map(|config| config.interfaces);
-    filter.ok().and_then(|filter| interfaces::absent(filter.as_deref()).ok()).unwrap_or_default()
+/// The interfaces that would be devices, too, but cannot carry data at present; `listed`: as the last call of `devices` found them.
+pub fn absent_devices(listed: bool) -> Vec<String> {
+    let Ok(global) = state::get() else { return Vec::new() };
+    if !listed {
+        global.refresh();
+    }
+    global.devices.absent()
+}
+
+/// The device with an address; `None` if the plugin has not found one yet.
+pub fn device_of(ip: std::net::IpAddr) -> Option<String> {
+    state::get().ok()?.devices.name_of(ip)
 }
 
 /// Checks every variable of the software plugin. The error names the variable.

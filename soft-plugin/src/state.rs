@@ -2,6 +2,7 @@
 //! Built by the first `init` (or the first call that needs it) and kept until the process ends; a forked child builds its own.
 
 use std::ffi::CStr;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::Arc;
 
@@ -27,15 +28,21 @@ pub struct Global {
 
 /// The devices found so far. A device keeps its number: new ones are appended, and one whose address has changed is replaced.
 /// References stay valid: the old value of a changed device is never freed.
+#[derive(Default)]
 pub struct Devices {
     list: RwLock<Vec<&'static Interface>>,
+    absent: Mutex<Vec<String>>,
 }
 
 impl Devices {
-    fn new(found: Vec<Interface>) -> Devices {
-        let devices = Devices { list: RwLock::default() };
-        devices.merge(found);
-        devices
+    /// Names of the interfaces that could be devices but for their link or address, when the host's were last listed.
+    pub fn absent(&self) -> Vec<String> {
+        self.absent.lock().clone()
+    }
+
+    /// The name of the device with an address.
+    pub fn name_of(&self, ip: IpAddr) -> Option<String> {
+        self.list.read().iter().find(|device| device.address == ip).map(|device| device.name.to_string_lossy().into_owned())
     }
 
     /// Device number `dev`.
@@ -65,8 +72,9 @@ impl Devices {
 impl Global {
     /// Lists the host's interfaces again.
     pub fn refresh(&self) {
-        if let Ok(found) = interfaces::usable(self.config.interfaces.as_deref()) {
+        if let Ok((found, absent)) = interfaces::look(self.config.interfaces.as_deref()) {
             self.devices.merge(found);
+            *self.devices.absent.lock() = absent;
         }
     }
 }
@@ -98,9 +106,9 @@ pub fn get() -> Result<&'static Global, ncclResult_t> {
 fn build() -> Result<Global, String> {
     let config = Config::from_env()?;
     congestion::check(&config).map_err(|e| format!("UCCL_TCPX_SOFT_CONGESTION: {e}"))?;
-    let devices = interfaces::usable(config.interfaces.as_deref()).unwrap_or_else(|error| {
+    let (devices, absent) = interfaces::look(config.interfaces.as_deref()).unwrap_or_else(|error| {
         logger::warn(&format!("cannot list the network interfaces: {error}"));
-        Vec::new()
+        Default::default()
     });
     if devices.is_empty() {
         logger::warn(&format!("no usable network interface matches {:?}", config.interfaces.as_deref().unwrap_or("(default)")));
@@ -114,7 +122,9 @@ fn build() -> Result<Global, String> {
         config.message_limit,
         if device.is_some() { "yes" } else { "no" },
     ));
-    Ok(Global { config, devices: Devices::new(devices), device })
+    let known = Devices { list: RwLock::default(), absent: Mutex::new(absent) };
+    known.merge(devices);
+    Ok(Global { config, devices: known, device })
 }
 
 /// The state of a child: settings and device numbers are the parent's, because the parent's callers still use them in the child.
@@ -123,7 +133,7 @@ fn inherit(parent: &Global) -> Global {
     let config = parent.config.clone();
     // A thread of the parent may have held the lock at the fork.
     let known = parent.devices.list.try_read().map(|list| list.clone()).unwrap_or_default();
-    let child = Global { device: device_memory(&config), devices: Devices { list: RwLock::new(known) }, config };
+    let child = Global { device: device_memory(&config), devices: Devices { list: RwLock::new(known), ..Devices::default() }, config };
     child.refresh();
     child
 }
@@ -148,7 +158,8 @@ mod tests {
             address: address.parse().unwrap(),
             ..lo.clone()
         };
-        let devices = Devices::new(vec![named("eth0", "10.0.0.1"), named("eth1", "10.0.1.1")]);
+        let devices = Devices::default();
+        devices.merge(vec![named("eth0", "10.0.0.1"), named("eth1", "10.0.1.1")]);
         let first = devices.get(0).unwrap();
         devices.merge(vec![named("eth2", "10.0.2.1"), named("eth1", "10.0.1.9")]);
         assert_eq!(devices.len(), 3);

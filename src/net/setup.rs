@@ -715,7 +715,7 @@ pub(crate) fn nics_for(plugin: &Plugin, devices: &[Device], gpu_pci_path: Option
     }
     if plugin.traits.devices_change {
         // The software plugin leaves such NICs out by itself. Where some are too far from the GPU, an absent one may be, too.
-        let absent = if chosen.len() == devices.len() { soft_plugin::absent_devices() } else { Vec::new() };
+        let absent = if chosen.len() == devices.len() { soft_plugin::absent_devices(plugin.path.is_none()) } else { Vec::new() };
         let absent = absent.into_iter().filter(|nic| devices.iter().all(|device| device.name != *nic)).collect();
         return Nics { usable: chosen, absent };
     }

@@ -23,8 +23,8 @@ pub(crate) fn usable(filter: Option<&str>) -> std::io::Result<Vec<IpAddr>> {
 
 /// The interface that has an address, or the address itself.
 pub(crate) fn name_of(ip: IpAddr) -> String {
-    let found = interfaces::list().unwrap_or_default().into_iter().find(|i| i.addresses.iter().any(|address| address.ip == ip));
-    found.map_or_else(|| ip.to_string(), |interface| interface.name)
+    let listed = || interfaces::list().ok()?.into_iter().find(|i| i.addresses.iter().any(|address| address.ip == ip));
+    soft_plugin::device_of(ip).or_else(|| Some(listed()?.name)).unwrap_or_else(|| ip.to_string())
 }
 
 /// The interfaces that a filter could name, for an error text.

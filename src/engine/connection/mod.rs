@@ -58,7 +58,6 @@ pub struct Connection {
     table: Arc<ConnectionTable>,
     pulse: Pulse,
     channels: usize,
-    local: bool,
     /// Set by uccl_engine_start_listener; nothing depends on it.
     pub listener_started: AtomicBool,
 }
@@ -90,7 +89,6 @@ impl Connection {
         Connection {
             pulse,
             channels: (0..core.channels.count()).filter(|&channel| !machine.is_lost(channel as u16)).count(),
-            local: crate::net::topology::is_local(peer.ip),
             shared: Shared::new(table.connections.next_id(), &table.context, core, peer, slot, one_host),
             table,
             listener_started: AtomicBool::new(false),
@@ -125,7 +123,7 @@ impl Connection {
     }
     /// The peer runs on this host.
     pub fn is_local(&self) -> bool {
-        self.local
+        crate::net::topology::is_local(self.shared.peer.ip)
     }
     /// Data channels that came up.
     pub fn channels(&self) -> usize {
