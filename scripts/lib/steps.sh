@@ -37,9 +37,10 @@ nixl() { nixl_plugin && NIXL_TEST=$1 NIXL_JOBS=${2:-1} tests/nixl/run.sh "$relea
 nixl_matrix() { nixl_plugin && tests/nixl/matrix.sh "$release" "$work/nixl" 1.0.0 1.2.0 1.3.2 1.4.1; }
 # With NIXL_SOURCE, after the step with older versions, one of which it takes.
 nixl_upstream() { nixl_plugin && tests/nixl/upstream.sh "$release" "$work/nixl"; }
+# Every test in the newest NIXL with each Python, and briefly every NIXL with each Python.
 wheel() {
   rm -rf "$work/wheel"
-  CARGO_TARGET_DIR=$target scripts/build-wheel "$work/wheel" && tests/nixl/wheel.sh "$work"/wheel/*.whl
+  CARGO_TARGET_DIR=$target scripts/build-wheel "$work/wheel" && tests/nixl/wheel_matrix.sh "$work"/wheel/*.whl
 }
 
 installable() {

@@ -6,6 +6,7 @@
 #   overrides="A>=1 B<2"    (a variable of the caller's) overrides of version constraints between packages, for uv
 #   CLIENT_VENVS=DIR        where environments are kept; default .venv. Each takes up to 10 GB.
 #   NIXL_VERSION=1.5.1
+#   NIXL_PLUGIN_DIR=DIR     other plugins, such as those of `as-ucx --dir`
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
 client_python() {
@@ -29,7 +30,7 @@ client_python() {
     wheel=$("$repo/scripts/build-wheel")
     "$python" -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps "$wheel"
   fi
-  NIXL_PLUGIN_DIR=$("$python" -m nixl_tcpx plugin-dir)
+  NIXL_PLUGIN_DIR=${NIXL_PLUGIN_DIR:-$("$python" -m nixl_tcpx plugin-dir)}
   export NIXL_PLUGIN_DIR NIXL_LOG_LEVEL=${NIXL_LOG_LEVEL:-WARN}
   export UCCL_TCPX_PLUGIN=${UCCL_TCPX_PLUGIN:-soft} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo}
   export NCCL_GPUDIRECTTCPX_SOCKET_IFNAME=${NCCL_GPUDIRECTTCPX_SOCKET_IFNAME:-lo}

@@ -276,6 +276,240 @@ def notifications_of_writes_come_with_their_data():
         check_equal(process.exitcode, 0, "exit code")
 
 
+# ---- Prefill and decode with different tensor parallelism, as vLLM's connectors slice blocks ---------------------------------
+
+ROUNDS = 3
+
+
+class Split:
+    """A model's KV cache on the ranks of prefill and decode: each rank holds an equal share of the heads of every block."""
+
+    def __init__(self, prefill, decode, head, layers=4, blocks=192, heads=8):
+        self.prefill, self.decode, self.head, self.layers, self.blocks, self.heads = prefill, decode, head, layers, blocks, heads
+
+    def requests(self, turn):
+        """The block tables of a round, the same on all ranks: for each request its blocks at prefill and at decode."""
+        chance = random.Random(turn)
+        here, there = (chance.sample(range(self.blocks), self.blocks * 3 // 4) for _ in range(2))
+        tables = []
+        while here:
+            count = chance.choice([1, 2, 7, 24])
+            tables.append((here[:count], there[:count]))
+            here, there = here[count:], there[count:]
+        return tables
+
+    def content(self, turn, request, layer, count, first, heads):
+        """What the heads [first, first + heads) of the blocks of a request contain."""
+        block, head = np.arange(count, dtype=np.uint64)[:, None, None], np.arange(first, first + heads, dtype=np.uint64)[None, :, None]
+        base = np.uint64((turn << 48) ^ (request << 40) ^ (layer << 32)) ^ (block << np.uint64(16)) ^ head
+        words = np.arange(self.head // 8, dtype=np.uint64)[None, None, :] * np.uint64(0x9E3779B97F4A7C15) + base
+        return words.view(np.uint8).reshape(count, heads * self.head)
+
+
+class SplitRank:
+    """A rank: an agent, its share of the cache, each layer registered separately, and prepared lists for the ranks that it moves data with."""
+
+    def __init__(self, name, split, rank, ranks):
+        api = nixl_api()
+        self.split, self.rank, self.ranks = split, rank, ranks
+        self.heads = split.heads // ranks
+        self.block = self.heads * split.head
+        self.agent = api.nixl_agent(name, api.nixl_agent_config(backends=["TCPX"]))
+        self.layers = [np.zeros((split.blocks, self.block), dtype=np.uint8) for _ in range(split.layers)]
+        self.regions = self.agent.register_memory([(layer.ctypes.data, layer.nbytes, 0, "") for layer in self.layers], "DRAM")
+        self.bases = [layer.ctypes.data for layer in self.layers]
+        self.lists, self.counts = {}, {}
+
+    def content(self, turn, request, layer, count):
+        return self.split.content(turn, request, layer, count, self.rank * self.heads, self.heads)
+
+    def prepare(self, agent, bases, offset, length, stride):
+        """A list of a slice of every block of every layer: one strided descriptor a layer where NIXL has them."""
+        rows = [(base + offset, length, 0, stride, self.split.blocks) for base in bases]
+        if "strided" in (self.agent.prep_xfer_dlist.__doc__ or ""):
+            return self.agent.prep_xfer_dlist(agent, np.array(rows, dtype=np.uint64), "DRAM")
+        blocks = [(base + i * stride, size, 0) for base, size, _, stride, count in rows for i in range(count)]
+        return self.agent.prep_xfer_dlist(agent, blocks, "DRAM")
+
+    def meet(self, peers, ranks, moves):
+        """Loads the peer's ranks that share heads with this one. The rank that `moves` prepares a pair of lists for each."""
+        split = self.split
+        if ranks > self.ranks:
+            targets = range(self.rank * ranks // self.ranks, (self.rank + 1) * ranks // self.ranks)
+        else:
+            targets = [self.rank * ranks // self.ranks]
+        for position, target in enumerate(targets):
+            metadata, bases = peers[target]
+            name = self.agent.add_remote_agent(metadata)
+            name = name.decode() if isinstance(name, bytes) else name
+            theirs, slice_ = split.heads // ranks * split.head, self.block // len(targets)
+            if moves:
+                # The peer's whole block is a slice of this rank's, or the other way round.
+                offset = self.rank % (self.ranks // ranks) * self.block if ranks < self.ranks else 0
+                self.lists[name] = (self.prepare("NIXL_INIT_AGENT", self.bases, position * slice_, slice_, self.block),
+                                    self.prepare(name, bases, offset, slice_, theirs))
+            self.counts[name] = 0
+
+    def post(self, operation, layers, mine, theirs, message):
+        """One request for each peer rank, of these layers of some blocks."""
+        started = []
+        for name, (local, remote) in self.lists.items():
+            ids = [np.concatenate([np.array(blocks, dtype=np.int32) + layer * self.split.blocks for layer in layers]) for blocks in (mine, theirs)]
+            handle = self.agent.make_prepped_xfer(operation, local, ids[0], remote, ids[1], message)
+            started.append((handle, self.agent.transfer(handle)))
+        return started
+
+    def finish(self, started):
+        for handle, state in started:
+            while state == "PROC":
+                state = self.agent.check_xfer_state(handle)
+            check_equal(state, "DONE", "transfer")
+            self.agent.release_xfer_handle(handle)
+
+    def notes(self):
+        return [bytes(message) for messages in self.agent.get_new_notifs().values() for message in messages]
+
+    def compare(self, turn, poison):
+        """The whole cache of decode: every byte of every request, and no byte elsewhere."""
+        for layer, data in enumerate(self.layers):
+            expected = np.full_like(data, poison)
+            for request, (_, theirs) in enumerate(self.split.requests(turn)):
+                expected[theirs] = self.content(turn, request, layer, len(theirs))
+            check(np.array_equal(data, expected), f"round {turn}: layer {layer} differs")
+
+    # Each of the four below is a rank's part of a round.
+
+    def push(self, turn):
+        """Writes each layer once it is computed, while earlier ones are under way."""
+        started = []
+        for request, (mine, theirs) in enumerate(self.split.requests(turn)):
+            for layer, data in enumerate(self.layers):
+                data[mine] = self.content(turn, request, layer, len(mine))
+                started += self.post("WRITE", [layer], mine, theirs, b"%d:%d" % (request, layer))
+        self.finish(started)
+
+    def take_pushes(self, turn):
+        """Compares a layer of a request as soon as all the ranks that write it have said so."""
+        tables, seen, writers = self.split.requests(turn), {}, len(self.counts)
+        deadline = time.monotonic() + 60
+        while sum(seen.values()) < len(tables) * self.split.layers * writers:
+            check(time.monotonic() < deadline, f"notifications are lost: {sum(seen.values())}")
+            for message in self.notes():
+                request, layer = (int(part) for part in message.split(b":"))
+                seen[message] = seen.get(message, 0) + 1
+                if seen[message] == writers:
+                    theirs = tables[request][1]
+                    check(np.array_equal(self.layers[layer][theirs], self.content(turn, request, layer, len(theirs))), f"{message} came before its data")
+        check(set(seen.values()) == {writers}, "a notification came twice")
+
+    def pull(self, turn):
+        """Reads all layers of a request at once."""
+        started = []
+        for request, (theirs, mine) in enumerate(self.split.requests(turn)):
+            started += self.post("READ", range(self.split.layers), mine, theirs, b"%d" % request)
+        self.finish(started)
+
+    def give(self, turn):
+        """Fills the blocks of the round, and overwrites those of a request once all its readers have said that they have them."""
+        tables, readers, seen = self.split.requests(turn), len(self.counts), {}
+        deadline = time.monotonic() + 60
+        while sum(seen.values()) < len(tables) * readers:
+            check(time.monotonic() < deadline, f"notifications are lost: {sum(seen.values())}")
+            for message in self.notes():
+                seen[message] = seen.get(message, 0) + 1
+                if seen[message] == readers:
+                    for layer in self.layers:
+                        layer[tables[int(message)][0]] = 0xAA
+        check(set(seen.values()) == {readers}, "a notification came twice")
+
+
+def split_rank(pipe, role, split, rank, pushes):
+    """A process: `role` prefill or decode."""
+    ranks, others = (split.prefill, split.decode) if role == "prefill" else (split.decode, split.prefill)
+    node = SplitRank(f"{role}{rank}", split, rank, ranks)
+    pipe.send((node.agent.get_agent_metadata(), node.bases))
+    node.meet(pipe.recv(), others, moves=pushes == (role == "prefill"))
+    for turn in range(1, ROUNDS + 1):
+        # Decode's blocks hold something else before; what prefill gives is there before decode reads.
+        for number, layer in enumerate(node.layers):
+            layer[:] = turn if role == "decode" else 0
+            if role == "prefill" and not pushes:
+                for request, (mine, _) in enumerate(split.requests(turn)):
+                    layer[mine] = node.content(turn, request, number, len(mine))
+        pipe.send("ready")
+        pipe.recv()
+        try:
+            if role == "prefill":
+                (node.push if pushes else node.give)(turn)
+            else:
+                (node.take_pushes if pushes else node.pull)(turn)
+                node.compare(turn, turn)
+        except harness.Failure as failure:
+            pipe.send(f"{role}{rank}: {failure}")
+            return
+    pipe.send("well")
+    pipe.recv()
+
+
+def between(split, pushes):
+    pipes, processes = [], []
+    for role, ranks in (("prefill", split.prefill), ("decode", split.decode)):
+        for rank in range(ranks):
+            mine, theirs = SPAWN.Pipe()
+            process = SPAWN.Process(target=split_rank, args=(theirs, role, split, rank, pushes), daemon=True)
+            process.start()
+            theirs.close()
+            pipes.append(mine)
+            processes.append(process)
+
+    def answers(expected=None):
+        given = []
+        for pipe in pipes:
+            check(pipe.poll(90), "a rank did not answer")
+            given.append(pipe.recv())
+            check(expected is None or given[-1] == expected, f"{given[-1]}")
+        return given
+
+    hello = answers()
+    for number, pipe in enumerate(pipes):
+        pipe.send(hello[split.prefill :] if number < split.prefill else hello[: split.prefill])
+    for _ in range(ROUNDS):
+        answers("ready")
+        for pipe in pipes:
+            pipe.send("go")
+    answers("well")
+    for pipe, process in zip(pipes, processes):
+        pipe.send("end")
+        process.join(30)
+        check_equal(process.exitcode, 0, "exit code")
+
+
+@case(timeout=120)
+def layers_pushed_to_more_ranks_in_slices_of_512_bytes():
+    between(Split(1, 4, 256), pushes=True)
+
+
+@case(timeout=120)
+def layers_pushed_to_fewer_ranks_in_slices_of_512_bytes():
+    between(Split(4, 2, 256), pushes=True)
+
+
+@case(timeout=120)
+def blocks_read_from_fewer_ranks_in_slices_of_512_bytes():
+    between(Split(2, 8, 512), pushes=False)
+
+
+@case(timeout=120)
+def blocks_read_from_more_ranks_in_slices_of_512_bytes():
+    between(Split(4, 1, 256), pushes=False)
+
+
+@case(timeout=120)
+def layers_pushed_between_ranks_in_slices_of_16_kib():
+    between(Split(2, 4, 8192), pushes=True)
+    between(Split(4, 1, 8192), pushes=True)
+
+
 # ---- Requests ----------------------------------------------------------------------------------------------------------------
 
 @case()
