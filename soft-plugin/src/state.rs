@@ -133,7 +133,8 @@ fn inherit(parent: &Global) -> Global {
     let config = parent.config.clone();
     // A thread of the parent may have held the lock at the fork.
     let known = parent.devices.list.try_read().map(|list| list.clone()).unwrap_or_default();
-    let child = Global { device: device_memory(&config), devices: Devices { list: RwLock::new(known), ..Devices::default() }, config };
+    let child =
+        Global { device: device_memory(&config), devices: Devices { list: RwLock::new(known), ..Devices::default() }, config };
     child.refresh();
     child
 }
