@@ -48,7 +48,8 @@ def timed(once, seconds, other):
 
 def report(op, total, block, times, used, posts=()):
     median = percentile(times, 50)
-    row = {"op": op, "total_bytes": total, "block_bytes": block, "iters": len(times), "p50_us": median * 1e6, "p99_us": percentile(times, 99) * 1e6}
+    row = {"op": op, "total_bytes": total, "block_bytes": block, "iters": len(times), "avg_us": sum(times) / len(times) * 1e6, "p50_us": median * 1e6,
+           "p99_us": percentile(times, 99) * 1e6}
     if posts:
         row["post_p50_us"] = percentile(sorted(posts[WARMUP:]), 50) * 1e6
     if total:
