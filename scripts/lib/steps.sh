@@ -144,5 +144,6 @@ bench_tables() {
   scripts/bench --from docs/performance.d/dram-2cores.json --out "$work/bench" && scripts/gpu-report --from docs/performance.d/vram.json --out "$work/bench" ||
     return 1
   local file
-  for file in "$work"/bench/*; do cmp "$file" "docs/performance.d/${file##*/}" || return 1; done
+  # Without the line of an old page, which scripts/figures adds.
+  for file in "$work"/bench/*; do diff "$file" <(sed '/^\*\*Older than the present code/,+1d' "docs/performance.d/${file##*/}") || return 1; done
 }
