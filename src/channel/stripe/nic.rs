@@ -74,8 +74,8 @@ pub(crate) struct Flow {
     pub limited: Duration,
     /// Zero while unknown.
     pub round_trip: Duration,
-    /// The kernel's counters say so; otherwise a byte counts as acknowledged when its chunk is done.
-    pub measured: bool,
+    /// The kernel's counters say so, and this is their unit of time; without, a byte counts as acknowledged when its chunk is done.
+    pub tick: Option<Duration>,
 }
 
 impl Flow {
@@ -88,7 +88,7 @@ impl Flow {
             busy: self.busy + other.busy,
             limited: self.limited + other.limited,
             round_trip: self.round_trip.max(other.round_trip),
-            measured: self.measured && other.measured,
+            tick: self.tick.zip(other.tick).map(|(a, b)| a.max(b)),
         }
     }
 }
@@ -288,7 +288,7 @@ impl Nic {
             }
         }
         self.held = !held.is_zero();
-        let slow = flow.measured && !self.held && self.drain() >= STUCK;
+        let slow = flow.tick.is_some() && !self.held && self.drain() >= STUCK;
         self.slow = slow.then(|| self.slow.unwrap_or((now, flow.acknowledged)));
         self.judge_probe(busy, now);
     }
@@ -349,7 +349,8 @@ impl Nic {
             return;
         }
         let elapsed = now.saturating_duration_since(probe.since);
-        let time = if self.seen.measured { elapsed.min(probe.busy) } else { elapsed };
+        // At most: too short a time would show a speed that no NIC has.
+        let time = self.seen.tick.map_or(elapsed, |tick| elapsed.min(probe.busy + tick));
         let shown = Span { bytes: probe.len, time, held: Duration::ZERO };
         self.probes.in_flight = None;
         let long = time >= LONG.max(ROUND_TRIPS * self.seen.round_trip);
@@ -379,7 +380,7 @@ impl Nic {
     /// Its state for striping.
     pub(crate) fn load(&self, now: Instant) -> NicLoad {
         let shortest = ((PROBE_TIME * self.speed) as u64).clamp(PROBE_SHORTEST, SHORTEST);
-        let looks = if self.seen.measured { self.gap.min(SPAN / 2) } else { self.gap };
+        let looks = self.seen.tick.map_or(self.gap, |_| self.gap.min(SPAN / 2));
         let probe = ((PROBE_LOOKS * self.speed * looks.as_secs_f64()) as u64).max(shortest);
         NicLoad {
             backlog: self.backlog(),
@@ -415,7 +416,7 @@ mod tests {
     }
 
     fn flow(acknowledged: u64, backlog: u64) -> Flow {
-        Flow { acknowledged, backlog, in_flight: backlog, measured: true, ..Flow::default() }
+        Flow { acknowledged, backlog, in_flight: backlog, tick: Some(Duration::ZERO), ..Flow::default() }
     }
 
     /// A NIC that has moved 1 MB a second for 200 ms and always held bytes.
@@ -544,7 +545,7 @@ mod tests {
     fn what_is_not_measured_by_the_kernel_is_never_stuck() {
         let (start, mut nic) = (Instant::now(), Nic::default());
         for ms in 0..2000 {
-            nic.look(Flow { measured: false, ..flow(0, 1 << 30) }, Duration::ZERO, at(start, ms));
+            nic.look(Flow { tick: None, ..flow(0, 1 << 30) }, Duration::ZERO, at(start, ms));
         }
         assert!(nic.speed() > 0.0 && nic.stuck(at(start, 2000)).is_none());
     }
@@ -659,6 +660,21 @@ mod tests {
         nic.look(flow(310_000, 40_000), Duration::from_millis(10), at(start, 250));
         nic.look(flow(350_000, 0), Duration::from_millis(10), at(start, 260));
         assert!(!next(&nic, 260) && !next(&nic, 700) && next(&nic, 3000));
+    }
+
+    #[test]
+    fn a_probe_that_is_over_within_a_tick_shows_that_the_nic_is_fast_and_no_speed_that_it_may_lack() {
+        let tick = Duration::from_millis(4);
+        let (start, mut nic) = (Instant::now(), Nic { speed: SLOWEST, ..Nic::default() });
+        nic.look(Flow { tick: Some(tick), ..flow(0, 0) }, Duration::ZERO, start);
+        for n in 1..=200 {
+            // It is looked at late, and its kernel saw it idle at each tick.
+            nic.gave(16 << 10, at(start, 60 * n));
+            nic.look(Flow { tick: Some(tick), ..flow((16 << 10) * n, 0) }, Duration::ZERO, at(start, 60 * n + 50));
+            assert!(nic.load(at(start, 60 * n + 51)).probe.is_some_and(|probe| probe.at_any_cost) || nic.speed() > 1e6);
+            assert!(nic.speed() <= 16384.0 / 0.004);
+        }
+        assert!(nic.speed() > 1e6, "{}", nic.speed());
     }
 
     #[test]
