@@ -9,7 +9,7 @@
 #   --schedules   how many (200)
 #   --beside      how many side by side (four times the cores)
 #   --only        schedule K of the seed alone, with its log
-#   --control     the control connection runs over eth1, and faults touch it too
+#   --control     the control connection begins on eth1 and may move to the other NICs, and faults touch it too
 #   --foreign     over this plugin, with emulated GPU memory: the strict foreign plugin
 #   --keep        the logs of schedules that fail go there
 here=$0
@@ -165,6 +165,9 @@ if [ -z "$control" ]; then
   for host in $a $b; do timeout 10 bash -c "until ip -n $host link show dev ctl0 | grep -q LOWER_UP; do sleep 0.05; done"; done
   export UCCL_SOCKET_IFNAME=ctl0
   pattern='10\.79\.0\.2:[0-9]+'
+else
+  # With one address it could not move.
+  export UCCL_SOCKET_IFNAME=eth
 fi
 devices() { for i in $(seq $count); do printf '%s' "${2:-}eth$i@10.78.$i.$1" && set -- "$1" ,; done; }
 if [ -n "$foreign" ]; then

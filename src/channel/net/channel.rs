@@ -129,7 +129,9 @@ impl Channel {
         let under_way = (self.sending.outgoing.len(), self.receiving.under_way());
         let posted = self.receiving.posted.len();
         let control_silent = self.sending.comm.control_silent().max(self.receiving.comm.control_silent());
-        let outbound = Outbound { control_silent, ..self.sending.outbound(sent) };
+        let outbound = self.sending.outbound(sent);
+        // Without an answer on the plugin's own control connection its data does not move either, and may not even be sent.
+        let outbound = Outbound { control_silent, due: outbound.due || control_silent.is_some(), ..outbound };
         Ok(Line { nic: &self.nic, moved: sent.zip(received), outbound, under_way, posted, open: true })
     }
 
