@@ -603,12 +603,13 @@ impl Path for SimulatedPath {
             if end.failed.is_some() {
                 // Nothing is due there any more.
                 let outbound = Outbound { acknowledged: out.outbound().acknowledged, ..Outbound::default() };
-                each(Line { nic, moved, outbound, under_way: (0, 0), posted: 0, open: false });
+                each(Line { nic, moved, arrived: 0, outbound, under_way: (0, 0), posted: 0, open: false });
                 continue;
             }
             each(Line {
                 nic,
                 moved,
+                arrived: incoming.brought(),
                 outbound: out.outbound(),
                 under_way: (out.posted.len() + out.sent.len(), incoming.expected.len()),
                 posted: incoming.expected.len().min(WINDOW),
