@@ -562,7 +562,15 @@ mod tests {
         fn network(&mut self, each: &mut dyn FnMut(Line<'_>)) -> Result<()> {
             for channel in 0..self.channels {
                 let moved = self.bytes.map(|bytes| if channel == 0 { bytes } else { (0, 0) });
-                each(Line { nic: "stub", moved, arrived: 0, outbound: Outbound::default(), under_way: (1, 1), posted: 1, open: true });
+                each(Line {
+                    nic: "stub",
+                    moved,
+                    arrived: 0,
+                    outbound: Outbound::default(),
+                    under_way: (1, 1),
+                    posted: 1,
+                    open: true,
+                });
             }
             Ok(())
         }

@@ -262,7 +262,11 @@ mod tests {
                 let (acknowledged, due) = if channel == 0 { (second * 1000, true) } else { acknowledged(second) };
                 let outbound = Outbound { acknowledged, due, waiting: u64::from(due), ..Outbound::default() };
                 let moved = reports.then_some((acknowledged, 0));
-                stillness.note(channel, &Line { nic, moved, arrived: 0, outbound, under_way: (1, 0), posted: 0, open: true }, now);
+                stillness.note(
+                    channel,
+                    &Line { nic, moved, arrived: 0, outbound, under_way: (1, 0), posted: 0, open: true },
+                    now,
+                );
             }
         }
         (stillness, now)

@@ -33,7 +33,17 @@ struct Ends {
 
 impl Default for Ends {
     fn default() -> Ends {
-        Ends { ours: None, theirs: None, our_generation: 0, their_generation: 0, begun: 0, live: true, waits: None, lost: None, carried: false }
+        Ends {
+            ours: None,
+            theirs: None,
+            our_generation: 0,
+            their_generation: 0,
+            begun: 0,
+            live: true,
+            waits: None,
+            lost: None,
+            carried: false,
+        }
     }
 }
 

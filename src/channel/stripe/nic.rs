@@ -13,6 +13,8 @@ const SPAN: Duration = Duration::from_millis(20);
 const VOLUME: u64 = 64 << 10;
 const LONG: Duration = Duration::from_millis(50);
 const SPAN_ROUND_TRIPS: u32 = 2;
+/// Where only whole chunks count, nothing may move between two of them for this long.
+const CHUNK_LONG: Duration = Duration::from_millis(500);
 /// A NIC that ran empty between two samples shows its speed, too, if it was busy for so long: then neither round trips nor the
 /// kernel's coarse clock count.
 const DRAINED: Duration = Duration::from_millis(10);
@@ -303,7 +305,8 @@ impl Nic {
 
     fn sample(&mut self, round_trip: Duration, now: Instant) {
         let Span { bytes, time, held } = self.busy;
-        let long = time >= LONG.max(SPAN_ROUND_TRIPS * round_trip);
+        let longest = if self.seen.tick.is_some() { LONG } else { CHUNK_LONG };
+        let long = time >= longest.max(SPAN_ROUND_TRIPS * round_trip);
         if !long && (time < SPAN || bytes < VOLUME) {
             return;
         }
@@ -548,6 +551,19 @@ mod tests {
             nic.look(Flow { tick: None, ..flow(0, 1 << 30) }, Duration::ZERO, at(start, ms));
         }
         assert!(nic.speed() > 0.0 && nic.stuck(at(start, 2000)).is_none());
+    }
+
+    #[test]
+    fn the_time_between_two_chunks_is_no_standstill_where_only_whole_ones_count() {
+        let (start, mut nic) = (Instant::now(), Nic::default());
+        for ms in 0..2000 {
+            nic.look(Flow { tick: None, ..flow(512_000 * (ms / 100), 2_000_000) }, Duration::ZERO, at(start, ms));
+            assert!(ms < 300 || (4e6..7e6).contains(&nic.speed()), "{ms} ms: {}", nic.speed());
+        }
+        for ms in 2000..4000 {
+            nic.look(Flow { tick: None, ..flow(512_000 * 20, 2_000_000) }, Duration::ZERO, at(start, ms));
+        }
+        assert!(nic.speed() < 1e6, "{}", nic.speed());
     }
 
     #[test]
