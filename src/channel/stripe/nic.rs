@@ -170,6 +170,11 @@ impl Probes {
         (self.tried, self.stopped) = (Some(now), Some(now));
     }
 
+    /// A probe is in flight that has not taken long yet.
+    fn has_just_begun(&self, now: Instant) -> bool {
+        self.in_flight.is_some_and(|probe| now.saturating_duration_since(probe.since) < LONG)
+    }
+
     /// It nearly stopped so shortly ago that what follows says nothing.
     fn distrusted(&self, now: Instant) -> bool {
         self.stopped.is_some_and(|stopped| now.saturating_duration_since(stopped) < self.pause)
@@ -277,7 +282,10 @@ impl Nic {
         }
         let limited = flow.limited.saturating_sub(seen.limited).min(gap);
         let held = if flow.in_flight <= HELD_UP { limited } else { Duration::ZERO };
-        if seen.backlog.saturating_sub(moved) >= TAIL {
+        if self.probes.has_just_begun(now) {
+            // It is judged at its end: what of it stands still first would count, and what moves then would not.
+            self.busy = Span::default();
+        } else if seen.backlog.saturating_sub(moved) >= TAIL {
             self.busy.add(moved, gap, held);
             self.sample(flow.round_trip, now);
         } else if moved > 0 {
@@ -292,7 +300,7 @@ impl Nic {
         self.held = !held.is_zero();
         let slow = flow.tick.is_some() && !self.held && self.drain() >= STUCK;
         self.slow = slow.then(|| self.slow.unwrap_or((now, flow.acknowledged)));
-        self.judge_probe(busy, now);
+        self.judge_probe(busy, gap, now);
     }
 
     /// The seconds that it needs for what it holds, as far as known.
@@ -344,8 +352,8 @@ impl Nic {
     }
 
     /// A probe that is acknowledged soon is followed by others at once, until their volume shows the speed. One that takes long is no burst and shows
-    /// the speed alone. `busy`: since the last sample.
-    fn judge_probe(&mut self, busy: Duration, now: Instant) {
+    /// the speed alone. `busy`: since the last sample, which was `gap` ago.
+    fn judge_probe(&mut self, busy: Duration, gap: Duration, now: Instant) {
         let Some(probe) = &mut self.probes.in_flight else { return };
         probe.busy += busy;
         if self.seen.backlog > 0 {
@@ -356,8 +364,10 @@ impl Nic {
         let time = self.seen.tick.map_or(elapsed, |tick| elapsed.min(probe.busy + tick));
         let shown = Span { bytes: probe.len, time, held: Duration::ZERO };
         self.probes.in_flight = None;
-        let long = time >= LONG.max(ROUND_TRIPS * self.seen.round_trip);
-        if long || shown.rate() < 2.0 * self.speed {
+        // Without the kernel's counters it may have been over right after the last look.
+        let least = if self.seen.tick.is_some() { time } else { elapsed.saturating_sub(gap) };
+        let long = least >= LONG.max(ROUND_TRIPS * self.seen.round_trip);
+        if long || (Span { time: least, ..shown }).rate() < 2.0 * self.speed {
             if long {
                 self.speed = self.speed.max(shown.rate());
             }
@@ -638,6 +648,25 @@ mod tests {
     }
 
     #[test]
+    fn probes_that_stand_still_at_first_do_not_make_the_speed_forgotten() {
+        let (start, mut nic) = (Instant::now(), Nic { speed: 600e3, ..Nic::default() });
+        nic.look(flow(0, 0), Duration::ZERO, start);
+        let (mut ms, mut all) = (1000, 0);
+        for _ in 0..20 {
+            // Its shaper lets the packets pass at the end.
+            nic.gave(17_000, at(start, ms));
+            nic.look(flow(all, 17_000), Duration::from_millis(1), at(start, ms + 1));
+            nic.look(flow(all, 17_000), Duration::from_millis(19), at(start, ms + 20));
+            all += 17_000;
+            nic.look(flow(all, 0), Duration::from_millis(7), at(start, ms + 27));
+            assert!(nic.speed() >= 500e3, "{}", nic.speed());
+            let next = due(&nic, start, ms + 27);
+            assert!(next - ms >= 500, "the next after {} ms", next - ms);
+            ms = next;
+        }
+    }
+
+    #[test]
     fn a_nic_that_stops_again_and_again_is_not_believed_for_a_while() {
         // It holds bytes, stops for 200 ms, and moves them then.
         let believed = |stops: u64| {
@@ -691,6 +720,20 @@ mod tests {
             assert!(nic.speed() <= 16384.0 / 0.004);
         }
         assert!(nic.speed() > 1e6, "{}", nic.speed());
+    }
+
+    #[test]
+    fn a_probe_that_is_looked_at_late_is_slow_only_if_it_was_so_before_where_only_whole_chunks_count() {
+        let (start, chunks) = (Instant::now(), |bytes, backlog| Flow { tick: None, ..flow(bytes, backlog) });
+        for (first, quick) in [(1, true), (60, false)] {
+            let mut nic = Nic { speed: SLOWEST, ..Nic::default() };
+            nic.look(chunks(0, 0), Duration::ZERO, start);
+            nic.gave(16 << 10, start);
+            nic.look(chunks(0, 16 << 10), Duration::ZERO, at(start, first));
+            nic.look(chunks(16 << 10, 0), Duration::ZERO, at(start, first + 60));
+            let next = nic.load(at(start, first + 61)).probe.is_some_and(|probe| probe.at_any_cost);
+            assert_eq!(next, quick, "{first} ms");
+        }
     }
 
     #[test]
