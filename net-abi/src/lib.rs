@@ -142,8 +142,9 @@ pub struct ucclFlow {
     pub retries: u32,
     /// Bytes of the largest packet that the kernel sends.
     pub packet: u32,
-    /// 0.
-    pub reserved: u32,
+    /// The kernel's unit of `busy_us` and `limited_us`, microseconds: shorter times may count as nothing, or as a whole unit. 0: the
+    /// kernel does not report them.
+    pub tick_us: u32,
     /// Time in which it had bytes to send or to be acknowledged, microseconds, and the part of it in which the peer's receive window
     /// held them up.
     pub busy_us: u64,

@@ -76,6 +76,15 @@ pub fn limit_unsent(fd: i32, bytes: u32) {
     };
 }
 
+/// The unit in which the kernel counts a connection's times, microseconds: the interval of its timer interrupt, 1 to 10 ms.
+fn tick_us() -> u32 {
+    // SAFETY: plain data for which zeros are valid.
+    let mut tick: libc::timespec = unsafe { std::mem::zeroed() };
+    // SAFETY: a timespec.
+    unsafe { libc::clock_getres(libc::CLOCK_MONOTONIC_COARSE, &mut tick) };
+    (tick.tv_nsec / 1000).clamp(1000, 10_000) as u32
+}
+
 /// Progress of a socket's bytes; 0 for values that an old kernel lacks.
 pub fn flow(fd: i32) -> Option<ucclFlow> {
     let info = Info::read(fd)?;
@@ -91,7 +100,7 @@ pub fn flow(fd: i32) -> Option<ucclFlow> {
         unanswered: info.field(UNANSWERED).map_or(0, u32::from_ne_bytes),
         retries: info.field(RETRIES).map_or(0, u8::from_ne_bytes).into(),
         packet: info.field(PACKET).map_or(0, u32::from_ne_bytes),
-        reserved: 0,
+        tick_us: info.field::<8>(WINDOW_LIMITED).map_or(0, |_| tick_us()),
         busy_us: info.field(BUSY).map_or(0, u64::from_ne_bytes),
         limited_us: info.field(WINDOW_LIMITED).map_or(0, u64::from_ne_bytes),
         begun: 0,
@@ -132,4 +141,23 @@ pub fn limit_silence(socket: &Socket, limit: Duration) -> io::Result<()> {
         return Ok(());
     }
     socket.set_tcp_user_timeout(Some(limit))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsRawFd;
+
+    #[test]
+    fn a_connection_that_was_busy_for_a_moment_is_timed() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut here = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut there, _) = listener.accept().unwrap();
+        here.write_all(&[7; 1000]).unwrap();
+        there.read_exact(&mut [0; 1000]).unwrap();
+        let flow = flow(here.as_raw_fd()).unwrap();
+        assert!(flow.acknowledged >= 1000 && (1000..=10_000).contains(&flow.tick_us), "{flow:?}");
+    }
 }

@@ -77,6 +77,8 @@ pub(crate) struct Line<'a> {
     pub nic: &'a str,
     /// Bytes sent and received, including partial chunks; `None` if the plugin does not report them.
     pub moved: Option<(u64, u64)>,
+    /// Bytes of whole chunks that have come in.
+    pub arrived: u64,
     pub outbound: Outbound,
     /// Chunks in flight, sent and received.
     pub under_way: (usize, usize),

@@ -55,6 +55,18 @@ pub(crate) struct Silent<'a> {
     pub too_large: Option<u32>,
 }
 
+impl Seen {
+    /// The directions in which the network owes something: where no bytes are reported, a send may be over before its bytes have left, and
+    /// only the receiver knows that a chunk is missing.
+    fn owed(&self) -> impl Iterator<Item = &Half> {
+        [Some(&self.answers), (!self.reports_moved).then_some(&self.incoming)].into_iter().flatten()
+    }
+
+    fn still(&self, now: Instant) -> Duration {
+        self.owed().map(|half| half.still(now)).max().unwrap_or_default()
+    }
+}
+
 /// All channels of a connection, in the order of their numbers.
 #[derive(Debug, Default)]
 pub(crate) struct Stillness(Vec<Seen>);
@@ -69,7 +81,7 @@ impl Stillness {
             self.0.push(Seen { nic, out: half, incoming: half, answers: half, outbound, reports_moved, open });
         }
         let Some(seen) = self.0.get_mut(channel) else { return };
-        let (taken, brought) = line.moved.unwrap_or((seen.out.bytes, seen.incoming.bytes));
+        let (taken, brought) = line.moved.unwrap_or((seen.out.bytes, line.arrived));
         let (out, incoming) = line.under_way;
         // Bytes that are in this host's kernel alone have not left.
         seen.out.note(taken, out, out > 0 || line.outbound.waiting > 0, now);
@@ -121,25 +133,26 @@ impl Stillness {
 
     /// Whether another NIC than this has open channels and waits for no answer.
     pub(crate) fn is_free_beside(&self, nic: &str) -> bool {
-        let waits = |nic: &str| self.0.iter().any(|seen| seen.nic == nic && seen.answers.since.is_some());
+        let waits = |nic: &str| self.0.iter().any(|seen| seen.nic == nic && seen.owed().any(|half| half.since.is_some()));
         self.0.iter().any(|seen| seen.nic != nic && seen.open && !waits(&seen.nic))
     }
 
     /// A NIC on which the peer has acknowledged nothing for longer than `timeout` although an acknowledgement was due all the time; for
-    /// a plugin that does not report bytes, no chunk for longer than `chunk_timeout`. The receiver's slowness is no such case: its kernel
+    /// a plugin that does not report bytes, on which no chunk has been finished for longer than `chunk_timeout`, in either direction. The receiver's slowness is no such case: its kernel
     /// acknowledges what it has room for, and then none is due.
     pub(crate) fn silent_nic(&self, timeout: Duration, chunk_timeout: Duration, now: Instant) -> Option<Silent<'_>> {
         let limit = |seen: &Seen| if seen.reports_moved { timeout } else { chunk_timeout };
-        let answered = |nic: &str| self.0.iter().filter(|seen| seen.nic == nic).map(|seen| seen.answers.moved).max();
+        let moved = |seen: &Seen| seen.owed().map(|half| half.moved).max();
+        let answered = |nic: &str| self.0.iter().filter(|seen| seen.nic == nic).filter_map(moved).max();
         let silent = |seen: &&Seen| {
             let limit = limit(seen);
             let last = || answered(&seen.nic).is_some_and(|last| now.saturating_duration_since(last) > limit);
-            seen.answers.still(now) > limit && last()
+            seen.still(now) > limit && last()
         };
-        let seen = self.0.iter().filter(silent).max_by_key(|seen| seen.answers.still(now))?;
+        let seen = self.0.iter().filter(silent).max_by_key(|seen| seen.still(now))?;
         Some(Silent {
             nic: &seen.nic,
-            still: seen.answers.still(now),
+            still: seen.still(now),
             reports_moved: seen.reports_moved,
             too_large: seen.outbound.too_large,
         })
@@ -183,7 +196,7 @@ mod tests {
                 let waiting = if channel == 3 { 0 } else { 2 };
                 let moved = reports_moved.then_some((0, bytes[channel]));
                 let (under_way, outbound) = ((1, waiting), Outbound::default());
-                stillness.note(channel, &Line { nic, moved, outbound, under_way, posted: waiting, open: true }, now);
+                stillness.note(channel, &Line { nic, moved, arrived: 0, outbound, under_way, posted: waiting, open: true }, now);
             }
         }
         (stillness, now)
@@ -195,7 +208,7 @@ mod tests {
         assert_eq!(stillness.silent_control(), None);
         for (channel, millis) in [None, Some(999), Some(4000), Some(2000)].into_iter().enumerate() {
             let outbound = Outbound { control_silent: millis.map(Duration::from_millis), ..Outbound::default() };
-            let line = Line { nic: "eth1", moved: None, outbound, under_way: (0, 0), posted: 0, open: true };
+            let line = Line { nic: "eth1", moved: None, arrived: 0, outbound, under_way: (0, 0), posted: 0, open: true };
             stillness.note(channel, &line, now);
             let longest = (channel >= 2).then_some((2, Duration::from_secs(4)));
             assert_eq!(stillness.silent_control(), longest);
@@ -233,7 +246,7 @@ mod tests {
         let (mut stillness, start) = (Stillness::default(), Instant::now());
         for second in 0..100 {
             let (moved, outbound) = (Some((0, 0)), Outbound::default());
-            let line = Line { nic: "eth1", moved, outbound, under_way: (0, 3), posted: 0, open: true };
+            let line = Line { nic: "eth1", moved, arrived: 0, outbound, under_way: (0, 3), posted: 0, open: true };
             stillness.note(0, &line, start + Duration::from_secs(second));
         }
         assert_eq!(stillness.dead_nic(T, start + 10 * T), None);
@@ -249,7 +262,11 @@ mod tests {
                 let (acknowledged, due) = if channel == 0 { (second * 1000, true) } else { acknowledged(second) };
                 let outbound = Outbound { acknowledged, due, waiting: u64::from(due), ..Outbound::default() };
                 let moved = reports.then_some((acknowledged, 0));
-                stillness.note(channel, &Line { nic, moved, outbound, under_way: (1, 0), posted: 0, open: true }, now);
+                stillness.note(
+                    channel,
+                    &Line { nic, moved, arrived: 0, outbound, under_way: (1, 0), posted: 0, open: true },
+                    now,
+                );
             }
         }
         (stillness, now)
@@ -270,10 +287,31 @@ mod tests {
     }
 
     #[test]
+    fn without_reports_the_receiver_notices_too() {
+        // The receiver's view: nothing is sent here, and receives are posted on the second NIC all the time.
+        let waits = |seconds: u64, arrived: fn(u64) -> u64| {
+            let (mut stillness, start) = (Stillness::default(), Instant::now());
+            for second in 0..=seconds {
+                for (channel, nic) in ["eth1", "eth2"].into_iter().enumerate() {
+                    let (arrived, posted) = if channel == 0 { (0, 0) } else { (arrived(second), 3) };
+                    let (outbound, under_way) = (Outbound::default(), (0, posted));
+                    let line = Line { nic, moved: None, arrived, outbound, under_way, posted, open: true };
+                    stillness.note(channel, &line, start + Duration::from_secs(second));
+                }
+            }
+            let silent = stillness.silent_nic(T / 5, T, start + Duration::from_secs(seconds)).map(|silent| silent.nic.to_owned());
+            (silent, stillness.is_free_beside("eth2"), stillness.is_free_beside("eth1"))
+        };
+        assert_eq!(waits(12, |_| 7), (Some("eth2".to_owned()), true, false));
+        assert_eq!(waits(9, |_| 7).0, None, "chunks take a while");
+        assert_eq!(waits(50, |second| second), (None, true, false));
+    }
+
+    #[test]
     fn what_a_socket_buffer_has_is_in_flight() {
         let (mut stillness, start) = (Stillness::default(), Instant::now());
         let outbound = Outbound { acknowledged: 5, waiting: 300, due: true, ..Outbound::default() };
-        let line = Line { nic: "eth1", moved: Some((5, 0)), outbound, under_way: (0, 0), posted: 0, open: true };
+        let line = Line { nic: "eth1", moved: Some((5, 0)), arrived: 0, outbound, under_way: (0, 0), posted: 0, open: true };
         stillness.note(0, &line, start);
         stillness.note(0, &line, start + T);
         assert_eq!(stillness.stillest(Way::Out, start + T), [0]);

@@ -27,11 +27,23 @@ struct Ends {
     waits: Option<Instant>,
     /// When it was lost.
     lost: Option<Instant>,
+    /// A chunk has arrived between the ends that were opened last.
+    carried: bool,
 }
 
 impl Default for Ends {
     fn default() -> Ends {
-        Ends { ours: None, theirs: None, our_generation: 0, their_generation: 0, begun: 0, live: true, waits: None, lost: None }
+        Ends {
+            ours: None,
+            theirs: None,
+            our_generation: 0,
+            their_generation: 0,
+            begun: 0,
+            live: true,
+            waits: None,
+            lost: None,
+            carried: false,
+        }
     }
 }
 
@@ -155,11 +167,12 @@ impl Losses {
         self.news = true;
     }
 
-    /// This engine has closed its end of a channel.
-    pub(super) fn ours(&mut self, channel: u16, why: Error) {
+    /// This engine has closed its end of a channel, over which so many chunks have arrived here.
+    pub(super) fn ours(&mut self, channel: u16, chunks: u64, why: Error) {
         let ends = self.of(channel);
         ends.ours.get_or_insert(why);
         ends.waits = None;
+        ends.carried |= chunks > 0;
         // An end that the peer's never joined may come back at once.
         self.news |= self.is_lost(channel);
     }
@@ -173,6 +186,7 @@ impl Losses {
         if ends.theirs.replace((chunks, why)).is_some() {
             bail!(Protocol, "channel {channel} is lost twice");
         }
+        ends.carried |= chunks > 0 && ends.same();
         Ok(if ends.ours.is_none() && ends.same() { Next::Close } else { Next::Recover })
     }
 
@@ -229,6 +243,11 @@ impl Losses {
         self.look(channel).is_some_and(|ends| ends.ours.is_some() && ends.theirs.is_some())
     }
 
+    /// Whether a lost channel has worked since it came up: a chunk has arrived over it, at either engine.
+    pub(super) fn has_carried(&self, channel: u16) -> bool {
+        self.look(channel).is_some_and(|ends| ends.carried)
+    }
+
     /// Whether a channel can be set up again that could not before; says so once.
     pub(super) fn take_news(&mut self) -> bool {
         std::mem::take(&mut self.news)
@@ -260,7 +279,7 @@ impl Losses {
         if ends.ours.is_none() || ends.begun != generation || ends.our_generation >= generation {
             bail!(Internal, "channel {channel} was not being set up");
         }
-        (ends.ours, ends.our_generation, ends.waits) = (None, generation, Some(now));
+        (ends.ours, ends.our_generation, ends.waits, ends.carried) = (None, generation, Some(now), false);
         Ok(self.joined(channel, now))
     }
 
@@ -315,7 +334,7 @@ mod tests {
 
     fn lost() -> Losses {
         let mut losses = Losses::default();
-        losses.ours(0, why());
+        losses.ours(0, 0, why());
         assert_eq!(losses.theirs(0, 0, String::new()).unwrap(), Next::Recover);
         assert!(losses.recover(0, Instant::now()).unwrap().said.is_some());
         losses
@@ -335,6 +354,24 @@ mod tests {
             assert!(second.unwrap() && losses.open(3) == 3 && losses.may_announce(0) && losses.delivers(0));
             assert_eq!(losses.take_back().unwrap().channels, [0]);
             losses.theirs(0, 0, String::new()).unwrap();
+        }
+    }
+
+    #[test]
+    fn whether_a_channel_has_carried_a_chunk_is_known_for_the_ends_that_were_opened_last() {
+        let now = Instant::now();
+        for (here, there) in [(1, 0), (0, 1), (0, 0)] {
+            let mut losses = Losses::default();
+            losses.ours(0, 1, why());
+            losses.theirs(0, 1, String::new()).unwrap();
+            losses.recover(0, now);
+            assert!(losses.has_carried(0) && !losses.has_carried(1));
+            losses.begin(&[0], None).unwrap();
+            losses.up_there(0, 1, now).unwrap();
+            losses.up_here(0, 1, now).unwrap();
+            losses.ours(0, here, why());
+            losses.theirs(0, there, String::new()).unwrap();
+            assert_eq!(losses.has_carried(0), here + there > 0);
         }
     }
 
@@ -365,7 +402,7 @@ mod tests {
         losses.up_here(0, 1, now).unwrap();
         assert_eq!(losses.overdue(now + PATIENCE).count(), 0);
         assert_eq!(losses.overdue(now + 2 * PATIENCE).collect::<Vec<_>>(), [0]);
-        losses.ours(0, why());
+        losses.ours(0, 0, why());
         assert!(losses.is_lost(0), "the next attempt may follow");
         losses.begin(&[0], None).unwrap();
         losses.up_here(0, 2, now).unwrap();

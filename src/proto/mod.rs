@@ -258,6 +258,11 @@ impl Machine {
         self.dead.is_none() && self.state.losses.is_lost(channel)
     }
 
+    /// Whether a lost channel has worked since it came up: a chunk has arrived over it, at either engine.
+    pub(crate) fn has_carried(&self, channel: u16) -> bool {
+        self.state.losses.has_carried(channel)
+    }
+
     /// Whether [`Machine::is_lost`] has come to hold for a channel; says so once.
     pub(crate) fn has_lost(&mut self) -> bool {
         self.dead.is_none() && self.state.losses.take_news()

@@ -254,7 +254,7 @@ impl State {
             false => (0, 0),
         };
         channels.lose(unsent + missing);
-        self.losses.ours(channel, why.clone());
+        self.losses.ours(channel, chunks, why.clone());
         if self.losses.left(channels.count()) == 0 {
             self.losses.end(why, now);
             self.liveness.look_soon(now);

@@ -2,7 +2,7 @@
 # One of two NICs is lost in the middle of a transfer: packets dropped, link down, address removed, device deleted, connections reset; or from
 # the start packets of full size are dropped (mtu); writes, reads and messages; default settings. The log names the NIC and the cause. The transfer ends in OK over the other NIC with every byte right, and without a long pause: a loss that
 # the kernel announces costs a moment, silence the time after which a NIC is given up. A NIC at a tenth of its rate is not taken for a silent one.
-# Exit status 77: skipped.
+# Of four NICs all but one fall silent at once (all), or go down one after the other (turns). Exit status 77: skipped.
 #
 # usage: lost_nic.sh TCPX_PERF [FAULT OP]
 here=$0
@@ -12,7 +12,7 @@ command -v ss >/dev/null || skip "$name needs ss"
 
 if [ $# -eq 1 ]; then
   status=0
-  for fault in drop down address delete reset mtu rate; do
+  for fault in drop down address delete reset mtu rate all turns; do
     pids=()
     for op in write read send; do
       "$here" "$perf" $fault $op >"$scratch/$fault-$op" 2>&1 &
@@ -29,7 +29,10 @@ fi
 fault=$2 op=$3
 export UCCL_P2P_LOG_LEVEL=info
 hosts
-nics 100 100
+case $fault in
+all | turns) nics 50 50 50 50 ;;
+*) nics 100 100 ;;
+esac
 serve
 
 client() { timeout 60 ip netns exec $a "$perf" client "$address" --op "$op" --verify --warmup 0 "$@" >"$scratch/client" 2>&1; }
@@ -58,6 +61,12 @@ address) ip -n $b addr flush dev eth2 ;;
 delete) ip -n $b link del eth2 ;;
 reset) ip netns exec $b ss -K -t state established src 10.78.2.2 >"$scratch/ss" 2>&1 ;;
 rate) for host in $a $b; do tc -n $host qdisc change dev eth2 root tbf rate 10mbit burst 128k latency 20ms; done ;;
+all) for host in $a $b; do for nic in eth2 eth3 eth4; do ip netns exec $host iptables -A INPUT -i $nic -j DROP; done; done ;;
+turns)
+  {
+    for nic in eth2 eth3 eth4; do ip -n $b link set $nic down && sleep 0.5; done
+  } &
+  ;;
 esac
 # The longest time in which less than 100 KB moved, in steps of 50 ms.
 pause=0 longest=0 before=$(moved)
@@ -76,7 +85,7 @@ wait $running || rc=$?
 [ $rc = 0 ] && verdict=OK || { failed=1 verdict="FAILED: $(grep -aE 'ERROR|error' "$scratch/client" | head -1)"; }
 # A step takes longer than 50 ms on a busy machine, so limits are generous; without recovery the pause is 10 s.
 case $fault in
-drop | mtu) limit=70 ;;
+drop | mtu | all) limit=70 ;;
 rate) limit=40 ;;
 *) limit=20 ;;
 esac
@@ -91,9 +100,9 @@ rate-*) if grep -a ' is lost: ' "$scratch/client" "$scratch/server" | grep -av '
 esac
 # At both engines, in the words of the one that knows.
 case $fault in
-drop) cause='eth2 is silent: the peer has acknowledged nothing for' ;;
+drop | all) cause='eth2 is silent: the peer has acknowledged nothing for' ;;
 mtu) cause='no packet of [0-9]* bytes has passed yet: MTU?' ;;
-down) cause='eth2 is down on this host' ;;
+down | turns) cause='eth2 is down on this host' ;;
 address) cause='eth2 has no address on this host' ;;
 delete) cause='eth2 was removed on this host' ;;
 # The host whose sockets were destroyed says "connection abort", the other one "reset": the first to notice tells both.

@@ -127,10 +127,12 @@ impl Channel {
         let sent = self.sending.comm.network_bytes().map_err(|e| self.blame(Way::Out, &e))?;
         let received = self.receiving.comm.network_bytes().map_err(|e| self.blame(Way::In, &e))?;
         let under_way = (self.sending.outgoing.len(), self.receiving.under_way());
-        let posted = self.receiving.posted.len();
+        let (posted, arrived) = (self.receiving.posted.len(), self.receiving.counts.bytes);
         let control_silent = self.sending.comm.control_silent().max(self.receiving.comm.control_silent());
-        let outbound = Outbound { control_silent, ..self.sending.outbound(sent) };
-        Ok(Line { nic: &self.nic, moved: sent.zip(received), outbound, under_way, posted, open: true })
+        let outbound = self.sending.outbound(sent);
+        // Without an answer on the plugin's own control connection its data does not move either, and may not even be sent.
+        let outbound = Outbound { control_silent, due: outbound.due || control_silent.is_some(), ..outbound };
+        Ok(Line { nic: &self.nic, moved: sent.zip(received), arrived, outbound, under_way, posted, open: true })
     }
 
     /// Its statistics. `kernel`: including the kernel's, which takes a system call.

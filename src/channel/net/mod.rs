@@ -21,7 +21,7 @@ use crate::types::Place;
 use slot::Slot;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use usage::Resources;
 
 /// Channels over one plugin.
@@ -74,7 +74,7 @@ impl NetPath {
     fn look(&mut self, now: Instant) {
         for (number, nic) in self.nics.iter_mut().enumerate().filter(|(_, nic)| nic.due(now)) {
             let mine = |slot: &&mut Slot| slot.nic == number && slot.is_open();
-            let (mut flows, none) = (self.slots.iter_mut().filter(mine), Flow { measured: true, ..Flow::default() });
+            let (mut flows, none) = (self.slots.iter_mut().filter(mine), Flow { tick: Some(Duration::ZERO), ..Flow::default() });
             let Some(flow) = flows.try_fold(none, |sum, slot| Some(sum.and(slot.flow()?))) else {
                 nic.postpone(now);
                 continue;

@@ -122,7 +122,7 @@ impl Sending {
                 busy: Duration::from_micros(flow.busy_us),
                 limited: Duration::from_micros(flow.limited_us),
                 round_trip: Duration::from_micros(flow.min_rtt_us.into()),
-                measured: flow.busy_us > 0 || flow.acknowledged == 0,
+                tick: (flow.tick_us > 0).then(|| Duration::from_micros(flow.tick_us.into())),
             }),
             None => Some(Flow { acknowledged: self.counts.bytes, backlog: self.queued, ..Flow::default() }),
         }

@@ -13,6 +13,8 @@ const SPAN: Duration = Duration::from_millis(20);
 const VOLUME: u64 = 64 << 10;
 const LONG: Duration = Duration::from_millis(50);
 const SPAN_ROUND_TRIPS: u32 = 2;
+/// Where only whole chunks count, nothing may move between two of them for this long.
+const CHUNK_LONG: Duration = Duration::from_millis(500);
 /// A NIC that ran empty between two samples shows its speed, too, if it was busy for so long: then neither round trips nor the
 /// kernel's coarse clock count.
 const DRAINED: Duration = Duration::from_millis(10);
@@ -74,8 +76,8 @@ pub(crate) struct Flow {
     pub limited: Duration,
     /// Zero while unknown.
     pub round_trip: Duration,
-    /// The kernel's counters say so; otherwise a byte counts as acknowledged when its chunk is done.
-    pub measured: bool,
+    /// The kernel's counters say so, and this is their unit of time; without, a byte counts as acknowledged when its chunk is done.
+    pub tick: Option<Duration>,
 }
 
 impl Flow {
@@ -88,7 +90,7 @@ impl Flow {
             busy: self.busy + other.busy,
             limited: self.limited + other.limited,
             round_trip: self.round_trip.max(other.round_trip),
-            measured: self.measured && other.measured,
+            tick: self.tick.zip(other.tick).map(|(a, b)| a.max(b)),
         }
     }
 }
@@ -166,6 +168,11 @@ impl Probes {
         let again = since.is_some_and(|since| since < SEVERAL * PROBE_MOST);
         self.pause = if again { (2 * self.pause).clamp(PROBE_LEAST, PROBE_MOST) } else { Duration::ZERO };
         (self.tried, self.stopped) = (Some(now), Some(now));
+    }
+
+    /// A probe is in flight that has not taken long yet.
+    fn has_just_begun(&self, now: Instant) -> bool {
+        self.in_flight.is_some_and(|probe| now.saturating_duration_since(probe.since) < LONG)
     }
 
     /// It nearly stopped so shortly ago that what follows says nothing.
@@ -275,7 +282,10 @@ impl Nic {
         }
         let limited = flow.limited.saturating_sub(seen.limited).min(gap);
         let held = if flow.in_flight <= HELD_UP { limited } else { Duration::ZERO };
-        if seen.backlog.saturating_sub(moved) >= TAIL {
+        if self.probes.has_just_begun(now) {
+            // It is judged at its end: what of it stands still first would count, and what moves then would not.
+            self.busy = Span::default();
+        } else if seen.backlog.saturating_sub(moved) >= TAIL {
             self.busy.add(moved, gap, held);
             self.sample(flow.round_trip, now);
         } else if moved > 0 {
@@ -288,9 +298,9 @@ impl Nic {
             }
         }
         self.held = !held.is_zero();
-        let slow = flow.measured && !self.held && self.drain() >= STUCK;
+        let slow = flow.tick.is_some() && !self.held && self.drain() >= STUCK;
         self.slow = slow.then(|| self.slow.unwrap_or((now, flow.acknowledged)));
-        self.judge_probe(busy, now);
+        self.judge_probe(busy, gap, now);
     }
 
     /// The seconds that it needs for what it holds, as far as known.
@@ -303,7 +313,8 @@ impl Nic {
 
     fn sample(&mut self, round_trip: Duration, now: Instant) {
         let Span { bytes, time, held } = self.busy;
-        let long = time >= LONG.max(SPAN_ROUND_TRIPS * round_trip);
+        let longest = if self.seen.tick.is_some() { LONG } else { CHUNK_LONG };
+        let long = time >= longest.max(SPAN_ROUND_TRIPS * round_trip);
         if !long && (time < SPAN || bytes < VOLUME) {
             return;
         }
@@ -341,19 +352,22 @@ impl Nic {
     }
 
     /// A probe that is acknowledged soon is followed by others at once, until their volume shows the speed. One that takes long is no burst and shows
-    /// the speed alone. `busy`: since the last sample.
-    fn judge_probe(&mut self, busy: Duration, now: Instant) {
+    /// the speed alone. `busy`: since the last sample, which was `gap` ago.
+    fn judge_probe(&mut self, busy: Duration, gap: Duration, now: Instant) {
         let Some(probe) = &mut self.probes.in_flight else { return };
         probe.busy += busy;
         if self.seen.backlog > 0 {
             return;
         }
         let elapsed = now.saturating_duration_since(probe.since);
-        let time = if self.seen.measured { elapsed.min(probe.busy) } else { elapsed };
+        // At most: too short a time would show a speed that no NIC has.
+        let time = self.seen.tick.map_or(elapsed, |tick| elapsed.min(probe.busy + tick));
         let shown = Span { bytes: probe.len, time, held: Duration::ZERO };
         self.probes.in_flight = None;
-        let long = time >= LONG.max(ROUND_TRIPS * self.seen.round_trip);
-        if long || shown.rate() < 2.0 * self.speed {
+        // Without the kernel's counters it may have been over right after the last look.
+        let least = if self.seen.tick.is_some() { time } else { elapsed.saturating_sub(gap) };
+        let long = least >= LONG.max(ROUND_TRIPS * self.seen.round_trip);
+        if long || (Span { time: least, ..shown }).rate() < 2.0 * self.speed {
             if long {
                 self.speed = self.speed.max(shown.rate());
             }
@@ -379,7 +393,7 @@ impl Nic {
     /// Its state for striping.
     pub(crate) fn load(&self, now: Instant) -> NicLoad {
         let shortest = ((PROBE_TIME * self.speed) as u64).clamp(PROBE_SHORTEST, SHORTEST);
-        let looks = if self.seen.measured { self.gap.min(SPAN / 2) } else { self.gap };
+        let looks = self.seen.tick.map_or(self.gap, |_| self.gap.min(SPAN / 2));
         let probe = ((PROBE_LOOKS * self.speed * looks.as_secs_f64()) as u64).max(shortest);
         NicLoad {
             backlog: self.backlog(),
@@ -415,7 +429,7 @@ mod tests {
     }
 
     fn flow(acknowledged: u64, backlog: u64) -> Flow {
-        Flow { acknowledged, backlog, in_flight: backlog, measured: true, ..Flow::default() }
+        Flow { acknowledged, backlog, in_flight: backlog, tick: Some(Duration::ZERO), ..Flow::default() }
     }
 
     /// A NIC that has moved 1 MB a second for 200 ms and always held bytes.
@@ -544,9 +558,22 @@ mod tests {
     fn what_is_not_measured_by_the_kernel_is_never_stuck() {
         let (start, mut nic) = (Instant::now(), Nic::default());
         for ms in 0..2000 {
-            nic.look(Flow { measured: false, ..flow(0, 1 << 30) }, Duration::ZERO, at(start, ms));
+            nic.look(Flow { tick: None, ..flow(0, 1 << 30) }, Duration::ZERO, at(start, ms));
         }
         assert!(nic.speed() > 0.0 && nic.stuck(at(start, 2000)).is_none());
+    }
+
+    #[test]
+    fn the_time_between_two_chunks_is_no_standstill_where_only_whole_ones_count() {
+        let (start, mut nic) = (Instant::now(), Nic::default());
+        for ms in 0..2000 {
+            nic.look(Flow { tick: None, ..flow(512_000 * (ms / 100), 2_000_000) }, Duration::ZERO, at(start, ms));
+            assert!(ms < 300 || (4e6..7e6).contains(&nic.speed()), "{ms} ms: {}", nic.speed());
+        }
+        for ms in 2000..4000 {
+            nic.look(Flow { tick: None, ..flow(512_000 * 20, 2_000_000) }, Duration::ZERO, at(start, ms));
+        }
+        assert!(nic.speed() < 1e6, "{}", nic.speed());
     }
 
     #[test]
@@ -621,6 +648,25 @@ mod tests {
     }
 
     #[test]
+    fn probes_that_stand_still_at_first_do_not_make_the_speed_forgotten() {
+        let (start, mut nic) = (Instant::now(), Nic { speed: 600e3, ..Nic::default() });
+        nic.look(flow(0, 0), Duration::ZERO, start);
+        let (mut ms, mut all) = (1000, 0);
+        for _ in 0..20 {
+            // Its shaper lets the packets pass at the end.
+            nic.gave(17_000, at(start, ms));
+            nic.look(flow(all, 17_000), Duration::from_millis(1), at(start, ms + 1));
+            nic.look(flow(all, 17_000), Duration::from_millis(19), at(start, ms + 20));
+            all += 17_000;
+            nic.look(flow(all, 0), Duration::from_millis(7), at(start, ms + 27));
+            assert!(nic.speed() >= 500e3, "{}", nic.speed());
+            let next = due(&nic, start, ms + 27);
+            assert!(next - ms >= 500, "the next after {} ms", next - ms);
+            ms = next;
+        }
+    }
+
+    #[test]
     fn a_nic_that_stops_again_and_again_is_not_believed_for_a_while() {
         // It holds bytes, stops for 200 ms, and moves them then.
         let believed = |stops: u64| {
@@ -659,6 +705,35 @@ mod tests {
         nic.look(flow(310_000, 40_000), Duration::from_millis(10), at(start, 250));
         nic.look(flow(350_000, 0), Duration::from_millis(10), at(start, 260));
         assert!(!next(&nic, 260) && !next(&nic, 700) && next(&nic, 3000));
+    }
+
+    #[test]
+    fn a_probe_that_is_over_within_a_tick_shows_that_the_nic_is_fast_and_no_speed_that_it_may_lack() {
+        let tick = Duration::from_millis(4);
+        let (start, mut nic) = (Instant::now(), Nic { speed: SLOWEST, ..Nic::default() });
+        nic.look(Flow { tick: Some(tick), ..flow(0, 0) }, Duration::ZERO, start);
+        for n in 1..=200 {
+            // It is looked at late, and its kernel saw it idle at each tick.
+            nic.gave(16 << 10, at(start, 60 * n));
+            nic.look(Flow { tick: Some(tick), ..flow((16 << 10) * n, 0) }, Duration::ZERO, at(start, 60 * n + 50));
+            assert!(nic.load(at(start, 60 * n + 51)).probe.is_some_and(|probe| probe.at_any_cost) || nic.speed() > 1e6);
+            assert!(nic.speed() <= 16384.0 / 0.004);
+        }
+        assert!(nic.speed() > 1e6, "{}", nic.speed());
+    }
+
+    #[test]
+    fn a_probe_that_is_looked_at_late_is_slow_only_if_it_was_so_before_where_only_whole_chunks_count() {
+        let (start, chunks) = (Instant::now(), |bytes, backlog| Flow { tick: None, ..flow(bytes, backlog) });
+        for (first, quick) in [(1, true), (60, false)] {
+            let mut nic = Nic { speed: SLOWEST, ..Nic::default() };
+            nic.look(chunks(0, 0), Duration::ZERO, start);
+            nic.gave(16 << 10, start);
+            nic.look(chunks(0, 16 << 10), Duration::ZERO, at(start, first));
+            nic.look(chunks(16 << 10, 0), Duration::ZERO, at(start, first + 60));
+            let next = nic.load(at(start, first + 61)).probe.is_some_and(|probe| probe.at_any_cost);
+            assert_eq!(next, quick, "{first} ms");
+        }
     }
 
     #[test]

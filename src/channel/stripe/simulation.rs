@@ -13,6 +13,8 @@ const BULK_BYTES: u64 = 2 << 20;
 /// How often a machine looks for NICs that are stuck.
 const TICK_US: u64 = 50_000;
 const MIB: u64 = 1 << 20;
+/// The kernel counts busy time in ticks.
+const KERNEL_TICK_US: u64 = 4000;
 /// The shortest retransmission timeout.
 const TIMEOUT_US: u64 = 200_000;
 
@@ -99,7 +101,8 @@ impl World {
                 let backlog = self.channels.iter().filter(|c| c.nic == n).map(|c| c.queued + c.buffer).sum();
                 let busy =
                     self.channels.iter_mut().filter(|c| c.nic == n).map(|c| std::mem::take(&mut c.busy_us)).max().unwrap_or(0);
-                let flow = Flow { acknowledged: self.nics[n].sent, backlog, measured: true, ..Flow::default() };
+                let tick = Some(Duration::from_micros(KERNEL_TICK_US));
+                let flow = Flow { acknowledged: self.nics[n].sent, backlog, tick, ..Flow::default() };
                 learned.look(flow, Duration::from_micros(busy), now);
             }
         }
@@ -148,7 +151,9 @@ impl World {
     /// Advances the time by one step; returns whether a chunk was sent.
     fn step(&mut self) -> bool {
         self.us += STEP_US;
-        self.channels.iter_mut().filter(|channel| channel.buffer > 0).for_each(|channel| channel.busy_us += STEP_US);
+        if self.us % KERNEL_TICK_US == 0 {
+            self.channels.iter_mut().filter(|channel| channel.buffer > 0).for_each(|channel| channel.busy_us += KERNEL_TICK_US);
+        }
         for (n, nic) in self.nics.iter_mut().enumerate() {
             nic.tokens = (nic.tokens + nic.rate * STEP_US).min(nic.bucket.max(nic.rate * STEP_US / 1_000_000 + 1) * 1_000_000);
             let mut mine: Vec<&mut SimulatedChannel> = self.channels.iter_mut().filter(|c| c.nic == n).collect();

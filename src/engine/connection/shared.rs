@@ -5,6 +5,7 @@ use super::core::{Core, FLUSH};
 use crate::engine::progress::context::DriveContext;
 use crate::engine::progress::doorbell::DoorbellSlot;
 use crate::engine::progress::pacing::Polls;
+use crate::engine::progress::restoring::LostChannel;
 use crate::engine::setup::lineage::Lineage;
 use crate::engine::setup::quota::Counted;
 use crate::host::Watched;
@@ -194,8 +195,10 @@ impl Shared {
         self.note_suspended(core);
         if core.machine.has_lost() {
             let dials = self.peer.lineage.as_ref().filter(|lineage| lineage.agreed.connecting);
-            let lost =
-                |lineage: &Arc<Lineage>| lineage.seats().map(|seat| seat.channel).filter(|&c| core.machine.is_lost(c)).collect();
+            let lost = |lineage: &Arc<Lineage>| {
+                let lost = lineage.seats().map(|seat| seat.channel).filter(|&channel| core.machine.is_lost(channel));
+                lost.map(|channel| LostChannel { channel, carried: core.machine.has_carried(channel) }).collect()
+            };
             dials.map(lost).into_iter().for_each(|lost| self.context.restoring.ask(self.id, lost));
         }
         any

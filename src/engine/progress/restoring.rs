@@ -7,11 +7,19 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::fd::RawFd;
 use std::sync::OnceLock;
 
+/// A channel that is lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct LostChannel {
+    pub channel: u16,
+    /// It has worked since it came up.
+    pub carried: bool,
+}
+
 /// What the thread is asked for.
 #[derive(Debug, Default)]
 pub(crate) struct Asked {
     /// Connections that have lost channels: those that are lost now.
-    pub connections: BTreeMap<u64, Vec<u16>>,
+    pub connections: BTreeMap<u64, Vec<LostChannel>>,
     /// Connections whose control connection has failed.
     pub urgent: BTreeSet<u64>,
     /// An interface of this host has come back: attempts need not wait.
@@ -37,7 +45,7 @@ impl Restoring {
     }
 
     /// A connection has lost channels: those that are lost now.
-    pub(crate) fn ask(&self, id: u64, channels: Vec<u16>) {
+    pub(crate) fn ask(&self, id: u64, channels: Vec<LostChannel>) {
         self.asked.lock().connections.insert(id, channels);
         self.wake();
     }

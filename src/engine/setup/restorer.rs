@@ -6,6 +6,7 @@ use super::dial;
 use super::driver::SetupDriver;
 use super::machine::{Setup, JOINED};
 use crate::engine::connection::Begun;
+use crate::engine::progress::restoring::LostChannel;
 use crate::net::topology::has_carrier;
 use crate::status::{bail, err, Result};
 use socket2::Socket;
@@ -18,9 +19,10 @@ use std::time::{Duration, Instant};
 /// The pause before the first attempt, and the longest while attempts fail.
 const FIRST: Duration = Duration::from_millis(200);
 const LONGEST: Duration = Duration::from_secs(2);
-/// A channel that is lost again so soon after it came back costs transfers each time: pauses grow, up to this.
+/// A channel that is lost again so soon after it came back costs transfers each time: pauses grow, up to the longest above if it has
+/// carried something, and up to this if not: its NIC lets set-ups pass and nothing else.
 const SHORT_LIFE: Duration = Duration::from_secs(10);
-const LONGEST_OF_SHORT: Duration = Duration::from_secs(60);
+const LONGEST_OF_USELESS: Duration = Duration::from_secs(60);
 /// How soon an attempt follows the return of an interface: addresses come a little after the link.
 const SOON: Duration = Duration::from_millis(50);
 /// How long a dial may take, and one for a control connection, which has other addresses.
@@ -48,14 +50,14 @@ struct Backoff {
 impl Backoff {
     /// These channels are lost now. The pause before an attempt for those that were not before: the shortest, since a channel that does not
     /// stay must not keep another one waiting.
-    fn lost(&mut self, channels: &[u16], now: Instant) -> Option<Duration> {
+    fn lost(&mut self, channels: &[LostChannel], now: Instant) -> Option<Duration> {
         let before = std::mem::take(&mut self.lost);
         let mut shortest: Option<Duration> = None;
-        for &channel in channels {
+        for &LostChannel { channel, carried } in channels {
             let pause = before.get(&channel).copied().unwrap_or_else(|| {
                 let pause = match self.back.remove(&channel) {
                     Some((at, last)) if now.saturating_duration_since(at) < SHORT_LIFE.max(2 * last) => {
-                        (4 * last).clamp(5 * FIRST, LONGEST_OF_SHORT)
+                        (2 * last).min(if carried { LONGEST } else { LONGEST_OF_USELESS })
                     }
                     _ => FIRST,
                 };
@@ -118,8 +120,8 @@ impl Restorer {
     }
 
     /// A connection has lost channels: those that are lost now.
-    pub(super) fn lost(&mut self, id: u64, channels: &[u16], now: Instant) {
-        let young = |(at, _): &(Instant, Duration)| now.saturating_duration_since(*at) < LONGEST_OF_SHORT;
+    pub(super) fn lost(&mut self, id: u64, channels: &[LostChannel], now: Instant) {
+        let young = |(at, _): &(Instant, Duration)| now.saturating_duration_since(*at) < LONGEST_OF_USELESS;
         self.connections.retain(|_, b| b.due.is_some() || b.trying || b.back.values().any(young));
         let backoff = self.connections.entry(id).or_default();
         let pause = backoff.lost(channels, now);
@@ -341,6 +343,11 @@ mod tests {
     use crate::status::ErrorKind;
     use std::net::TcpListener;
 
+    /// Channels that were lost without having carried anything.
+    fn useless(channels: &[u16]) -> Vec<LostChannel> {
+        channels.iter().map(|&channel| LostChannel { channel, carried: false }).collect()
+    }
+
     /// The time until the next attempt.
     fn pause(restorer: &Restorer, now: Instant) -> Duration {
         restorer.wake_at().unwrap().saturating_duration_since(now)
@@ -349,7 +356,7 @@ mod tests {
     #[test]
     fn attempts_follow_soon_then_less_often_and_at_once_when_an_interface_is_back() {
         let (mut restorer, mut now) = (Restorer::default(), Instant::now());
-        restorer.lost(1, &[0], now);
+        restorer.lost(1, &useless(&[0]), now);
         let mut pauses = Vec::new();
         for _ in 0..8 {
             pauses.push(pause(&restorer, now));
@@ -369,8 +376,8 @@ mod tests {
     fn a_channel_that_does_not_stay_comes_back_less_and_less_often() {
         let (mut restorer, mut now) = (Restorer::default(), Instant::now());
         let mut last = Duration::ZERO;
-        for _ in 0..12 {
-            restorer.lost(1, &[0], now);
+        for _ in 0..14 {
+            restorer.lost(1, &useless(&[0]), now);
             last = pause(&restorer, now);
             now = restorer.wake_at().unwrap();
             restorer.next(now);
@@ -378,24 +385,40 @@ mod tests {
             assert!(restorer.wake_at().is_none());
             now += Duration::from_secs(2);
         }
-        assert!(last >= LONGEST_OF_SHORT / 2, "{last:?}");
-        now += 4 * LONGEST_OF_SHORT;
-        restorer.lost(1, &[0], now);
+        assert!(last >= LONGEST_OF_USELESS / 2, "{last:?}");
+        now += 4 * LONGEST_OF_USELESS;
+        restorer.lost(1, &useless(&[0]), now);
         assert!(pause(&restorer, now) <= FIRST * 5 / 4, "it has stayed");
+    }
+
+    #[test]
+    fn a_channel_that_carried_data_comes_back_soon_however_often_it_was_lost() {
+        let (mut restorer, mut now) = (Restorer::default(), Instant::now());
+        let mut pauses = Vec::new();
+        for _ in 0..12 {
+            restorer.lost(1, &[LostChannel { channel: 0, carried: true }], now);
+            pauses.push(pause(&restorer, now));
+            now = restorer.wake_at().unwrap();
+            restorer.next(now);
+            restorer.restored(1, &[], now);
+            now += Duration::from_secs(2);
+        }
+        assert!(pauses[0] <= FIRST * 5 / 4 && pauses[11] >= LONGEST * 3 / 4, "{pauses:?}");
+        assert!(pauses.iter().all(|&pause| pause <= LONGEST * 5 / 4), "{pauses:?}");
     }
 
     #[test]
     fn only_the_channel_that_does_not_stay_waits() {
         let (mut restorer, mut now) = (Restorer::default(), Instant::now());
         for _ in 0..6 {
-            restorer.lost(1, &[0], now);
+            restorer.lost(1, &useless(&[0]), now);
             now = restorer.wake_at().unwrap();
             restorer.next(now);
             restorer.restored(1, &[], now);
         }
-        restorer.lost(1, &[0], now);
+        restorer.lost(1, &useless(&[0]), now);
         assert!(pause(&restorer, now) >= 10 * FIRST);
-        restorer.lost(1, &[0, 1], now);
+        restorer.lost(1, &useless(&[0, 1]), now);
         assert!(pause(&restorer, now) <= FIRST * 5 / 4, "another channel is lost for the first time");
         now = restorer.wake_at().unwrap();
         restorer.next(now);
@@ -403,19 +426,19 @@ mod tests {
         now = restorer.wake_at().unwrap();
         restorer.next(now);
         restorer.restored(1, &[], now);
-        restorer.lost(1, &[2], now);
+        restorer.lost(1, &useless(&[2]), now);
         assert!(pause(&restorer, now) <= FIRST * 5 / 4, "others came back a moment ago");
         now = restorer.wake_at().unwrap();
         restorer.next(now);
         restorer.restored(1, &[], now);
-        restorer.lost(1, &[2], now);
+        restorer.lost(1, &useless(&[2]), now);
         assert!(pause(&restorer, now) <= 5 * FIRST * 5 / 4, "how often others did not stay does not count");
     }
 
     #[test]
     fn attempts_that_failed_do_not_count_once_a_channel_is_back() {
         let (mut restorer, mut now) = (Restorer::default(), Instant::now());
-        restorer.lost(1, &[0], now);
+        restorer.lost(1, &useless(&[0]), now);
         for _ in 0..6 {
             now = restorer.wake_at().unwrap();
             restorer.next(now);
@@ -424,14 +447,14 @@ mod tests {
         now = restorer.wake_at().unwrap();
         restorer.next(now);
         restorer.restored(1, &[], now);
-        restorer.lost(1, &[0], now);
+        restorer.lost(1, &useless(&[0]), now);
         assert!(pause(&restorer, now) <= 5 * FIRST * 5 / 4, "it was lost once more");
     }
 
     #[test]
     fn a_connection_that_has_ended_is_forgotten() {
         let (mut restorer, now) = (Restorer::default(), Instant::now());
-        restorer.lost(1, &[0], now);
+        restorer.lost(1, &useless(&[0]), now);
         restorer.next(now + FIRST * 2);
         restorer.rests(1);
         assert!(restorer.connections.is_empty() && restorer.wake_at().is_none());

@@ -176,7 +176,7 @@ impl Wire {
             busy: Duration::from_nanos(sender.busy(now)),
             limited: Duration::ZERO,
             round_trip: Duration::from_nanos(sender.round_trip()),
-            measured: true,
+            tick: Some(Duration::ZERO),
         })
     }
 }
@@ -420,7 +420,7 @@ impl SimulatedPath {
     fn look(&mut self, now: Instant) {
         let net = self.net.lock();
         for (number, nic) in self.nics.iter_mut().enumerate().filter(|(_, nic)| nic.due(now)) {
-            let (mut flow, mut busy) = (Flow { measured: true, ..Flow::default() }, Duration::ZERO);
+            let (mut flow, mut busy) = (Flow { tick: Some(Duration::ZERO), ..Flow::default() }, Duration::ZERO);
             for channel in (0..self.channels).filter(|channel| (self.first + channel) % net.nics == number) {
                 let end = &net.ends[self.first + channel][self.side];
                 let Some(more) = net.wires[end.wire][self.side].flow(net.ns(now)).filter(|_| end.sends()) else { continue };
@@ -603,12 +603,13 @@ impl Path for SimulatedPath {
             if end.failed.is_some() {
                 // Nothing is due there any more.
                 let outbound = Outbound { acknowledged: out.outbound().acknowledged, ..Outbound::default() };
-                each(Line { nic, moved, outbound, under_way: (0, 0), posted: 0, open: false });
+                each(Line { nic, moved, arrived: 0, outbound, under_way: (0, 0), posted: 0, open: false });
                 continue;
             }
             each(Line {
                 nic,
                 moved,
+                arrived: incoming.brought(),
                 outbound: out.outbound(),
                 under_way: (out.posted.len() + out.sent.len(), incoming.expected.len()),
                 posted: incoming.expected.len().min(WINDOW),
