@@ -245,18 +245,18 @@ impl<'a> Driving<'a> {
         let mut hot = 0;
         let mut resting = Vec::new();
         for (&id, active) in &mut self.active {
+            if let Some(waits) = active.waits.as_ref().filter(|waits| now < waits.due) {
+                count(&mut round, &waits.found, table.context.doorbells);
+                continue;
+            }
+            active.waits = None;
             let driven = active.connection.driven_by_application();
             active.driven = driven.is_some();
             if let Some(since) = driven {
                 round.driven = Some(round.driven.map_or(since, |other| other.min(since)));
                 round.active = true;
-                active.waits = None;
                 active.arm(false);
                 watch(table, active, ELSEWHERE);
-                continue;
-            }
-            if let Some(waits) = active.waits.as_ref().filter(|waits| now < waits.due) {
-                count(&mut round, &waits.found, table.context.doorbells);
                 continue;
             }
             // Events before the arming ring no doorbell: it is armed before the drive that decides whether the connection waits.
@@ -285,7 +285,6 @@ impl<'a> Driving<'a> {
             let stays = warm > 0 && active.moved.is_some_and(|at| now - at < self.spin);
             round.active |= active.rang;
             warm -= usize::from(stays);
-            active.waits = None;
             match found.next_tick {
                 Some(next) if idle && !stays => resting.push((id, Some(next))),
                 Some(next) if may_wait && !idle && !active.rang && found.may_wait(table.context.doorbells) => {
