@@ -1,8 +1,8 @@
 //! What the engine costs beside moving bytes: CPU while idle, time to connect, memory of connections and channels, the round trip of a
-//! notification, the rate over many connections, a small operation beside a thousand idle connections, and one beside a large transfer. Two
+//! notification, the rate over many connections, the shares of many senders, a small operation beside a thousand idle connections, and one beside a large transfer. Two
 //! or three processes; this program starts itself again as the passive side.
 //!
-//! usage: cargo bench --bench cost -- [idle] [connect] [memory] [notify] [connections] [crowd] [line] [reads] [neighbour] [--seconds S]
+//! usage: cargo bench --bench cost -- [idle] [connect] [memory] [notify] [connections] [senders] [crowd] [line] [reads] [neighbour] [--seconds S]
 //!        [--connections N,N] [--loads cut,small,large]
 //!
 //! Default: all of them, over channels; UCCL_P2P_DISABLE_IPC=0 measures direct transfers.
@@ -39,6 +39,10 @@ fn main() -> ExitCode {
     match words.make_contiguous() {
         [what, rest @ ..] if what == "serve" => return server::serve(rest.first().and_then(|w| w.parse().ok())),
         [what, address, seconds] if what == "flood" => return fairness::flood(address, seconds.parse().expect("seconds")),
+        [what, address, size, windows] if what == "stream" => {
+            let number = |word: &String| word.parse().expect("a number");
+            return peers::stream(address, number(size), number(windows));
+        }
         _ => {}
     }
     let mut seconds = 1.0;
@@ -79,6 +83,9 @@ fn main() -> ExitCode {
     }
     if wanted("neighbour") {
         fairness::neighbour(seconds);
+    }
+    if wanted("senders") {
+        peers::senders(seconds);
     }
     if wanted("crowd") {
         crowd(seconds);

@@ -1,9 +1,13 @@
-//! Many connections of one process to one peer: the rate over all of them, CPU, descriptors and memory.
+//! Many connections of one process to one peer: the rate over all of them, CPU, descriptors and memory. And many processes that send to one.
 
+use crate::fairness::Initiator;
 use crate::figures::{cpu_seconds, descriptors, percentile, resident};
 use crate::server::{config, Server, TOTAL};
+use std::collections::VecDeque;
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, ChildStdout, Command, ExitCode, Stdio};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use uccl_p2p::engine::{Connection, Direction, Engine, FifoItem, LocalSegment};
 
 /// What an iteration moves.
@@ -114,4 +118,109 @@ fn row(seconds: f64, crew: &Crew, (name, operation, direction): (&str, (usize, u
         percentile(&times, 99.0) * 1e6,
         used * (1u64 << 30) as f64 / (bytes * times.len()) as f64
     );
+}
+
+/// Processes that send to one, and the sizes of their writes in turn. Each has so many bytes in flight.
+const SENDERS: usize = 16;
+const SIZES: [usize; 4] = [256 << 10, 1 << 20, 4 << 20, 16 << 20];
+const IN_FLIGHT: usize = 32 << 20;
+/// Time after the start that does not count, and the time over which shares are compared.
+const WARM_UP: Duration = Duration::from_millis(500);
+const WINDOW: Duration = Duration::from_secs(1);
+
+/// A process that sends.
+struct Sender {
+    child: Child,
+    output: BufReader<ChildStdout>,
+}
+
+impl Sender {
+    fn start(address: &str, size: usize, windows: usize) -> Sender {
+        let mut command = Command::new(std::env::current_exe().expect("own path"));
+        command.args(["stream", address, &size.to_string(), &windows.to_string()]);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("a sender");
+        let output = BufReader::new(child.stdout.take().expect("piped"));
+        let mut sender = Sender { child, output };
+        assert_eq!(sender.line(), "ready");
+        sender
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.output.read_line(&mut line).expect("the sender speaks");
+        line.trim().to_owned()
+    }
+
+    fn go(&mut self) {
+        writeln!(self.child.stdin.as_mut().expect("piped"), "go").expect("the sender reads");
+    }
+}
+
+/// Jain's index: 1 where all get the same, 1/n where one gets everything.
+fn jain(shares: &[f64]) -> f64 {
+    let (sum, squares) = (shares.iter().sum::<f64>(), shares.iter().map(|x| x * x).sum::<f64>());
+    sum * sum / (shares.len() as f64 * squares)
+}
+
+/// Sixteen processes write to one, with mixed sizes: how equal their shares are each second, and a 4 KiB write of this process beside them.
+pub fn senders(seconds: f64) {
+    let windows = (seconds.ceil() as usize).max(3);
+    let server = Server::start(None);
+    let initiator = Initiator::new(&server.address);
+    let small = (Direction::Write, 4096, Duration::from_millis(1));
+    let alone = initiator.alone(seconds / 2.0, small);
+    let sizes = SIZES.iter().cycle().take(SENDERS);
+    let mut senders: Vec<Sender> = sizes.map(|&size| Sender::start(&server.address, size, windows)).collect();
+    senders.iter_mut().for_each(Sender::go);
+    let mut beside = Vec::new();
+    let until = Instant::now() + WARM_UP + WINDOW * windows as u32;
+    initiator.until(small, usize::MAX, &mut beside, || Instant::now() >= until);
+    beside.sort_by(f64::total_cmp);
+    let number = |word: &str| word.parse::<f64>().expect("bytes of a window");
+    let shares: Vec<Vec<f64>> = senders.iter_mut().map(|sender| sender.line().split(' ').map(number).collect()).collect();
+    senders.iter_mut().for_each(|sender| assert!(sender.child.wait().expect("a sender").success()));
+    let each = |window: usize| shares.iter().map(|of| of[window]).collect::<Vec<f64>>();
+    let mut indices: Vec<f64> = (0..windows).map(|window| jain(&each(window))).collect();
+    indices.sort_by(f64::total_cmp);
+    let total: f64 = shares.iter().flatten().sum();
+    println!(
+        "{{\"row\": \"senders\", \"senders\": {SENDERS}, \"gbytes_per_s\": {:.3}, \"jain_p50\": {:.3}, \"jain_worst\": {:.3}, \
+         \"alone_p50_us\": {:.1}, \"alone_p99_us\": {:.1}, \"beside_p50_us\": {:.1}, \"beside_p99_us\": {:.1}, \"samples\": {}}}",
+        total / (WINDOW.as_secs_f64() * windows as f64) / 1e9,
+        percentile(&indices, 50.0),
+        indices[0],
+        percentile(&alone, 50.0),
+        percentile(&alone, 99.0),
+        percentile(&beside, 50.0),
+        percentile(&beside, 99.0),
+        beside.len()
+    );
+}
+
+/// One of the senders: writes of so many bytes, one after another, until told to begin and for so many windows; prints the bytes of each.
+pub fn stream(address: &str, size: usize, windows: usize) -> ExitCode {
+    let initiator = Initiator::new(address);
+    initiator.wait(initiator.start(Direction::Write, size, 1));
+    println!("ready");
+    std::io::stdin().lock().read_line(&mut String::new()).expect("go");
+    let began = Instant::now();
+    let (mut flying, mut done, mut marks) = (VecDeque::new(), 0u64, Vec::new());
+    while marks.len() <= windows {
+        while flying.len() < IN_FLIGHT / size {
+            flying.push_back(initiator.start(Direction::Write, size, 1));
+        }
+        if let Some(&oldest) = flying.front() {
+            if initiator.waits(oldest, Duration::from_millis(5)) {
+                flying.pop_front();
+                done += size as u64;
+            }
+        }
+        if began.elapsed() >= WARM_UP + WINDOW * marks.len() as u32 {
+            // What is in flight counts as far as it has come.
+            marks.push(done + flying.iter().map(|&id| initiator.bytes_done(id)).sum::<u64>());
+        }
+    }
+    let moved: Vec<String> = marks.windows(2).map(|pair| (pair[1] - pair[0]).to_string()).collect();
+    println!("{}", moved.join(" "));
+    ExitCode::SUCCESS
 }

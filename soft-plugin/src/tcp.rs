@@ -76,6 +76,21 @@ pub fn limit_unsent(fd: i32, bytes: u32) {
     };
 }
 
+/// Limits the bytes that the kernel takes before the peer has acknowledged them. It matters little, so failure is ignored.
+pub fn limit_buffer(fd: i32, bytes: usize) {
+    let bytes = bytes as libc::c_int;
+    // SAFETY: an int and its size.
+    unsafe {
+        libc::setsockopt(
+            fd,
+            libc::SOL_SOCKET,
+            libc::SO_SNDBUF,
+            (&raw const bytes).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+}
+
 /// Progress of a socket's bytes; 0 for values that an old kernel lacks.
 pub fn flow(fd: i32) -> Option<ucclFlow> {
     let info = Info::read(fd)?;
