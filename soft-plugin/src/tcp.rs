@@ -91,6 +91,23 @@ pub fn limit_buffer(fd: i32, bytes: usize) {
     };
 }
 
+/// Limits the rate of a socket. The kernel's TCP paces the packets itself where the queue of the NIC does not.
+pub fn pace(fd: i32, bytes_a_second: u64) -> io::Result<()> {
+    // SAFETY: a buffer and its length.
+    match unsafe {
+        libc::setsockopt(
+            fd,
+            libc::SOL_SOCKET,
+            libc::SO_MAX_PACING_RATE,
+            (&raw const bytes_a_second).cast(),
+            size_of::<u64>() as libc::socklen_t,
+        )
+    } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Progress of a socket's bytes; 0 for values that an old kernel lacks.
 pub fn flow(fd: i32) -> Option<ucclFlow> {
     let info = Info::read(fd)?;
