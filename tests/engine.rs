@@ -158,7 +158,10 @@ fn a_rate_limits_what_an_engine_sends_to_a_peer() {
     let (slow, fast) = (rates(RATE), rates(4 * RATE));
     assert!(slow[..2].iter().all(|&rate| rate < 1.25 * RATE as f64), "{slow:?} bytes a second, limited to {RATE}");
     // The limit is the reason: what it does not limit is faster, and so is a higher limit.
-    assert!(slow[2] > 2.0 * slow[0] && fast[0] > 2.0 * slow[0] && fast[1] > 2.0 * slow[1], "{slow:?} and {fast:?} bytes a second");
+    assert!(
+        slow[2] > 2.0 * slow[0] && fast[0] > 2.0 * slow[0] && fast[1] > 2.0 * slow[1],
+        "{slow:?} and {fast:?} bytes a second"
+    );
 }
 
 #[test]

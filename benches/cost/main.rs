@@ -1,9 +1,9 @@
 //! What the engine costs beside moving bytes: CPU while idle, time to connect, memory of connections and channels, the round trip of a
-//! notification, the rate over many connections, the shares of many senders, a small operation beside a thousand idle connections, and one beside a large transfer. Two
-//! or three processes; this program starts itself again as the passive side.
+//! notification, the rate over many connections, the shares of many senders, a small operation beside a thousand idle connections, and one
+//! beside a large transfer. Several processes; this program starts itself again as the passive side and as further senders.
 //!
-//! usage: cargo bench --bench cost -- [idle] [connect] [memory] [notify] [connections] [senders] [crowd] [line] [reads] [neighbour] [--seconds S]
-//!        [--connections N,N] [--loads cut,small,large]
+//! usage: cargo bench --bench cost -- [idle] [connect] [memory] [notify] [connections] [senders] [crowd] [line] [reads] [neighbour]
+//!        [--seconds S] [--connections N,N] [--loads cut,small,large] [--ops write,read]
 //!
 //! Default: all of them, over channels; UCCL_P2P_DISABLE_IPC=0 measures direct transfers.
 //!
@@ -47,7 +47,7 @@ fn main() -> ExitCode {
     }
     let mut seconds = 1.0;
     let mut counts = vec![1, 8, 64];
-    let mut loads = "cut,small,large".to_owned();
+    let (mut loads, mut operations) = ("cut,small,large".to_owned(), "write,read".to_owned());
     let mut parts = Vec::new();
     while let Some(word) = words.pop_front() {
         if word == "--seconds" {
@@ -57,6 +57,8 @@ fn main() -> ExitCode {
             counts = words.split(',').map(|n| n.parse().expect("a number of connections")).collect();
         } else if word == "--loads" {
             loads = words.pop_front().expect("--loads cut,small,large");
+        } else if word == "--ops" {
+            operations = words.pop_front().expect("--ops write,read");
         } else {
             parts.push(word);
         }
@@ -73,7 +75,7 @@ fn main() -> ExitCode {
         notify(seconds);
     }
     if wanted("connections") {
-        peers::connections(seconds, &counts, &loads);
+        peers::connections(seconds, &counts, &loads, &operations);
     }
     if wanted("line") {
         fairness::line(seconds);

@@ -62,7 +62,7 @@ impl Crew<'_> {
 }
 
 /// The rate of one process over so many connections to another, for each load.
-pub fn connections(seconds: f64, counts: &[usize], loads: &str) {
+pub fn connections(seconds: f64, counts: &[usize], loads: &str, operations: &str) {
     let server = Server::start(None);
     let engine = Engine::new(config(None)).expect("engine");
     let mut buffer = vec![4u8; TOTAL];
@@ -78,7 +78,7 @@ pub fn connections(seconds: f64, counts: &[usize], loads: &str) {
         let crew = Crew { connections: &connections[..count], mr, base, item: server.item };
         for load in LOADS.iter().filter(|load| loads.contains(load.name)) {
             let operation = (load.operation)(count);
-            for direction in [Direction::Write, Direction::Read] {
+            for direction in [Direction::Write, Direction::Read].into_iter().filter(|&d| operations.contains(name(d))) {
                 row(seconds, &crew, (load.name, operation, direction), processes);
             }
         }
@@ -94,7 +94,14 @@ pub fn connections(seconds: f64, counts: &[usize], loads: &str) {
     }
 }
 
-fn row(seconds: f64, crew: &Crew, (name, operation, direction): (&str, (usize, usize), Direction), processes: [u32; 2]) {
+fn name(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Write => "write",
+        Direction::Read => "read",
+    }
+}
+
+fn row(seconds: f64, crew: &Crew, (load, operation, direction): (&str, (usize, usize), Direction), processes: [u32; 2]) {
     let bytes = operation.0 * operation.1 * crew.connections.len();
     let cpu = || processes.map(cpu_seconds).iter().sum::<f64>();
     (0..2).for_each(|_| crew.once(direction, operation));
@@ -109,9 +116,9 @@ fn row(seconds: f64, crew: &Crew, (name, operation, direction): (&str, (usize, u
     let used = cpu() - used;
     times.sort_by(f64::total_cmp);
     println!(
-        "{{\"row\": \"connections\", \"load\": \"{name}\", \"op\": \"{}\", \"connections\": {}, \"channels\": {}, \"gbytes_per_s\": {:.3}, \"p99_us\": {:.0}, \
+        "{{\"row\": \"connections\", \"load\": \"{load}\", \"op\": \"{}\", \"connections\": {}, \"channels\": {}, \"gbytes_per_s\": {:.3}, \"p99_us\": {:.0}, \
          \"cpu_s_per_gib\": {:.4}}}",
-        if direction == Direction::Write { "write" } else { "read" },
+        name(direction),
         crew.connections.len(),
         crew.connections[0].channels(),
         bytes as f64 / percentile(&times, 50.0) / 1e9,

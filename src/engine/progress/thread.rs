@@ -146,7 +146,16 @@ impl<'a> Driving<'a> {
                 let interest = Interest::READ;
                 // While it rested its doorbell was armed.
                 let (armed, waits) = (true, None);
-                Some(vacant.insert(Active { connection, interest, sockets, driven: false, rang: false, moved: None, armed, waits }))
+                Some(vacant.insert(Active {
+                    connection,
+                    interest,
+                    sockets,
+                    driven: false,
+                    rang: false,
+                    moved: None,
+                    armed,
+                    waits,
+                }))
             }
         }
     }
