@@ -14,10 +14,10 @@ use crate::tcp;
 const MOMENT: f64 = 0.25;
 const LEAST: u64 = 64 << 10;
 const MOST: u64 = 16 << 20;
-/// A path with a shorter round trip is so short, and the buffer that it gets. The kernel doubles that for its own overhead: about 350 KiB in
+/// A path with a shorter round trip is so short, and the buffer that it gets. The kernel doubles that for its own overhead: about 700 KiB in
 /// each round trip are more than one connection moves.
 const NEAR_US: u32 = 50;
-const NEAR_BUFFER: usize = 256 << 10;
+const NEAR_BUFFER: usize = 512 << 10;
 /// How often the rate is read, while the buffer is full.
 const PAUSE: Duration = Duration::from_millis(100);
 
