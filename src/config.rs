@@ -94,6 +94,8 @@ pub struct Config {
     pub socket_ifname: Option<String>,
     pub auth_key_file: Option<PathBuf>,
     pub protect: Protect,
+    /// Bytes a second that a connection sends on its channels.
+    pub peer_rate: Option<u64>,
     pub emulate_device: bool,
     /// Number of simulated GPUs.
     pub emulate_devices: u8,
@@ -273,6 +275,7 @@ impl Config {
             socket_ifname,
             auth_key_file: source.get(&table::AUTH_KEY_FILE)?.map(PathBuf::from),
             protect: protect(source)?,
+            peer_rate: source.number(&table::PEER_RATE)?.filter(|&rate| rate > 0),
             emulate_device: source.flag(&table::EMULATE_DEVICE)?,
             emulate_devices: source.number_or_default(&table::EMULATE_DEVICES)? as u8,
             stage_sends: source.flag(&table::STAGE_SENDS)?,

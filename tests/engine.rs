@@ -135,6 +135,36 @@ fn fifo_items_of_another_engine_are_refused() {
 }
 
 #[test]
+fn a_rate_limits_what_an_engine_sends_to_a_peer() {
+    const RATE: u64 = 40_000_000;
+    let limited = |peer_rate| Config { peer_rate, disable_ipc: true, num_channels: Some(2), ..config() };
+    // Bytes a second of the same bytes: written by the limited engine, read from it, and written to it.
+    let rates = |rate| {
+        let (a, b) = (Engine::new(limited(Some(rate))).unwrap(), Engine::new(limited(None)).unwrap());
+        let (out, inc) = pair(&a, &b);
+        let (here, there) = (Buffer::new(&a, 20 << 20, |i| i as u8), Buffer::new(&b, 20 << 20, |_| 0));
+        let timed = |connection: &Connection, direction, from: &Buffer, to: &Buffer| {
+            let started = Instant::now();
+            let id = connection.transfer(direction, std::iter::once((from.whole(), to.item))).unwrap();
+            assert!(connection.wait(id, None).unwrap().complete);
+            (from.len() as f64 / started.elapsed().as_secs_f64(), here.bytes() == there.bytes())
+        };
+        let written = timed(&out, Direction::Write, &here, &there);
+        let read = timed(&inc, Direction::Read, &there, &here);
+        let back = timed(&inc, Direction::Write, &there, &here);
+        assert!(written.1 && read.1 && back.1);
+        [written.0, read.0, back.0]
+    };
+    let (slow, fast) = (rates(RATE), rates(4 * RATE));
+    assert!(slow[..2].iter().all(|&rate| rate < 1.25 * RATE as f64), "{slow:?} bytes a second, limited to {RATE}");
+    // The limit is the reason: what it does not limit is faster, and so is a higher limit.
+    assert!(
+        slow[2] > 2.0 * slow[0] && fast[0] > 2.0 * slow[0] && fast[1] > 2.0 * slow[1],
+        "{slow:?} and {fast:?} bytes a second"
+    );
+}
+
+#[test]
 fn a_transfer_may_mix_regions_and_sizes() {
     let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
     let (out, _inc) = pair(&a, &b);

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use uccl_p2p::engine::{Connection, Direction, Engine, FifoItem, LocalSegment};
 
 /// A connection, and memory to move over it.
-struct Initiator {
+pub struct Initiator {
     _engine: Arc<Engine>,
     connection: Arc<Connection>,
     buffer: Vec<u8>,
@@ -18,7 +18,7 @@ struct Initiator {
 }
 
 impl Initiator {
-    fn new(address: &str) -> Initiator {
+    pub fn new(address: &str) -> Initiator {
         let (port, item) = parse_address(address);
         let engine = Engine::new(config(None)).expect("engine");
         let connection = engine.connect("127.0.0.1", "", port).expect("connect");
@@ -28,7 +28,7 @@ impl Initiator {
     }
 
     /// Starts a transfer of `times` blocks of `len` bytes, all of them the same memory.
-    fn start(&self, direction: Direction, len: usize, times: usize) -> u64 {
+    pub fn start(&self, direction: Direction, len: usize, times: usize) -> u64 {
         let local = LocalSegment { mr: self.mr, addr: self.buffer.as_ptr() as usize, len };
         self.connection.transfer(direction, std::iter::repeat_n((local, self.item), times)).expect("transfer")
     }
@@ -37,8 +37,18 @@ impl Initiator {
         self.connection.poll(id).expect("poll").complete
     }
 
-    fn wait(&self, id: u64) {
+    pub fn wait(&self, id: u64) {
         assert!(self.connection.wait(id, None).expect("wait").complete);
+    }
+
+    /// Whether a transfer ends within so much time.
+    pub fn waits(&self, id: u64, time: Duration) -> bool {
+        self.connection.wait(id, Some(time)).expect("wait").complete
+    }
+
+    /// Bytes of a transfer that are in place.
+    pub fn bytes_done(&self, id: u64) -> u64 {
+        self.connection.poll(id).map_or(0, |state| state.bytes_done)
     }
 
     /// One small operation, polled to its end.
@@ -48,12 +58,12 @@ impl Initiator {
     }
 
     /// Sorted durations of small operations in microseconds, for `seconds` at least.
-    fn alone(&self, seconds: f64, small: Small) -> Vec<f64> {
+    pub fn alone(&self, seconds: f64, small: Small) -> Vec<f64> {
         time_all(seconds, small.2, || self.once(small))
     }
 
     /// At most `most` small operations until something has ended.
-    fn until(&self, small: Small, most: usize, times: &mut Vec<f64>, mut has_ended: impl FnMut() -> bool) {
+    pub fn until(&self, small: Small, most: usize, times: &mut Vec<f64>, mut has_ended: impl FnMut() -> bool) {
         for n in 0.. {
             if n < most {
                 let posted = Instant::now();
@@ -69,7 +79,7 @@ impl Initiator {
 }
 
 /// A small operation: what, its bytes, and the pause after it.
-type Small = (Direction, usize, Duration);
+pub type Small = (Direction, usize, Duration);
 
 fn print(row: &str, len: usize, alone: &[f64], mut behind: Vec<f64>, large_ms: f64) {
     behind.sort_by(f64::total_cmp);

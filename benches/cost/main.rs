@@ -1,8 +1,9 @@
 //! What the engine costs beside moving bytes: CPU while idle, time to connect, memory of connections and channels, the round trip of a
-//! notification, the rate over many connections, a small operation beside a thousand idle connections, and one beside a large transfer. Two
-//! or three processes; this program starts itself again as the passive side.
+//! notification, the rate over many connections, the shares of many senders, a small operation beside a thousand idle connections, and one
+//! beside a large transfer. Several processes; this program starts itself again as the passive side and as further senders.
 //!
-//! usage: cargo bench --bench cost -- [idle] [connect] [memory] [notify] [connections] [crowd] [line] [reads] [neighbour] [--seconds S]
+//! usage: cargo bench --bench cost -- [idle] [connect] [memory] [notify] [connections] [senders] [crowd] [line] [reads] [neighbour]
+//!        [--seconds S] [--connections N,N] [--loads cut,small,large] [--ops write,read]
 //!
 //! Default: all of them, over channels; UCCL_P2P_DISABLE_IPC=0 measures direct transfers.
 //!
@@ -10,10 +11,11 @@
 
 mod fairness;
 mod figures;
+mod peers;
 mod server;
 
 use figures::{cpu_seconds, percentile, resident, time_all};
-use server::{config, Server, STOP, TOTAL};
+use server::{config, Server, STOP};
 use std::collections::VecDeque;
 use std::io::BufRead;
 use std::process::ExitCode;
@@ -37,13 +39,26 @@ fn main() -> ExitCode {
     match words.make_contiguous() {
         [what, rest @ ..] if what == "serve" => return server::serve(rest.first().and_then(|w| w.parse().ok())),
         [what, address, seconds] if what == "flood" => return fairness::flood(address, seconds.parse().expect("seconds")),
+        [what, address, size, windows] if what == "stream" => {
+            let number = |word: &String| word.parse().expect("a number");
+            return peers::stream(address, number(size), number(windows));
+        }
         _ => {}
     }
     let mut seconds = 1.0;
+    let mut counts = vec![1, 8, 64];
+    let (mut loads, mut operations) = ("cut,small,large".to_owned(), "write,read".to_owned());
     let mut parts = Vec::new();
     while let Some(word) = words.pop_front() {
         if word == "--seconds" {
             seconds = words.pop_front().and_then(|w| w.parse().ok()).expect("--seconds S");
+        } else if word == "--connections" {
+            let words = words.pop_front().expect("--connections N,N");
+            counts = words.split(',').map(|n| n.parse().expect("a number of connections")).collect();
+        } else if word == "--loads" {
+            loads = words.pop_front().expect("--loads cut,small,large");
+        } else if word == "--ops" {
+            operations = words.pop_front().expect("--ops write,read");
         } else {
             parts.push(word);
         }
@@ -60,7 +75,7 @@ fn main() -> ExitCode {
         notify(seconds);
     }
     if wanted("connections") {
-        many_connections(seconds);
+        peers::connections(seconds, &counts, &loads, &operations);
     }
     if wanted("line") {
         fairness::line(seconds);
@@ -70,6 +85,9 @@ fn main() -> ExitCode {
     }
     if wanted("neighbour") {
         fairness::neighbour(seconds);
+    }
+    if wanted("senders") {
+        peers::senders(seconds);
     }
     if wanted("crowd") {
         crowd(seconds);
@@ -219,58 +237,6 @@ fn notify(seconds: f64) {
 fn move_slice(connection: &Connection, direction: Direction, local: LocalSegment, remote: FifoItem) {
     let id = connection.transfer(direction, std::iter::once((local, remote))).expect("transfer");
     assert!(connection.wait(id, None).expect("wait").complete);
-}
-
-/// 64 MiB in each iteration, cut over the connections of one client process to one server process.
-fn many_connections(seconds: f64) {
-    let server = Server::start(None);
-    let engine = Engine::new(config(None)).expect("engine");
-    let mut buffer = vec![4u8; TOTAL];
-    let mr = engine.register(buffer.as_mut_ptr() as usize, TOTAL).expect("register");
-    let base = buffer.as_mut_ptr() as usize;
-    let mut connections = Vec::new();
-    for count in [1, 8, 64] {
-        while connections.len() < count {
-            connections.push(server.connect(&engine));
-        }
-        for direction in [Direction::Write, Direction::Read] {
-            let len = TOTAL / count;
-            let mut ids = Vec::with_capacity(count);
-            let mut once = || {
-                ids.clear();
-                for (k, connection) in connections.iter().enumerate() {
-                    let local = LocalSegment { mr, addr: base + k * len, len };
-                    let remote = FifoItem { addr: server.item.addr + (k * len) as u64, ..server.item };
-                    ids.push(connection.transfer(direction, std::iter::once((local, remote))).expect("transfer"));
-                }
-                for (connection, &id) in connections.iter().zip(&ids) {
-                    assert!(connection.wait(id, None).expect("wait").complete);
-                }
-            };
-            (0..3).for_each(|_| once());
-            let processes = [std::process::id(), server.pid()];
-            let cpu = || processes.map(cpu_seconds).iter().sum::<f64>();
-            let used = cpu();
-            let mut times = Vec::new();
-            let began = Instant::now();
-            while times.len() < 5 || began.elapsed().as_secs_f64() < seconds {
-                let started = Instant::now();
-                once();
-                times.push(started.elapsed().as_secs_f64());
-            }
-            let used = cpu() - used;
-            times.sort_by(f64::total_cmp);
-            println!(
-                "{{\"row\": \"connections\", \"op\": \"{}\", \"connections\": {count}, \"channels\": {}, \"gbytes_per_s\": {:.3}, \"p99_us\": {:.0}, \
-                 \"cpu_s_per_gib\": {:.4}}}",
-                if direction == Direction::Write { "write" } else { "read" },
-                connections[0].channels(),
-                TOTAL as f64 / percentile(&times, 50.0) / 1e9,
-                percentile(&times, 99.0) * 1e6,
-                used * (1u64 << 30) as f64 / (TOTAL * times.len()) as f64
-            );
-        }
-    }
 }
 
 /// A 4 KiB write that is polled, and a look for notifications that finds none, on one connection: alone, and beside 1,000 idle ones of

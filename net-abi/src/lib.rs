@@ -120,6 +120,8 @@ pub struct ucclNetExt_v2 {
     /// The kernel's progress with a send comm's bytes. The caller sets `size` of the structure. Never waits: while the
     /// comm is busy it returns the last known values.
     pub flow: Option<unsafe extern "C" fn(comm: Opaque, flow: *mut ucclFlow) -> ncclResult_t>,
+    /// Limits a send comm to so many bytes a second; the kernel paces its packets.
+    pub pace: Option<unsafe extern "C" fn(comm: Opaque, bytes_a_second: u64) -> ncclResult_t>,
 }
 
 /// Progress of a send comm's bytes.
@@ -205,12 +207,13 @@ const _: () = {
     assert!(offset_of!(netUnpackMeta, cnt) == MAX_REQUESTS * MAX_SLOT_ENTRIES * 16);
     assert!(size_of::<unpackNetDeviceHandle>() == 24);
     assert!(size_of::<ucclIoVec>() == 16);
-    assert!(size_of::<ucclNetExt_v2>() == 16 * 8);
+    assert!(size_of::<ucclNetExt_v2>() == 17 * 8);
     assert!(offset_of!(ucclNetExt_v2, progress) == 4 * 8);
     assert!(offset_of!(ucclNetExt_v2, describe) == 6 * 8);
     assert!(offset_of!(ucclNetExt_v2, info) == 7 * 8);
     assert!(offset_of!(ucclNetExt_v2, protect) == 10 * 8);
     assert!(offset_of!(ucclNetExt_v2, connectRecv) == 14 * 8);
+    assert!(offset_of!(ucclNetExt_v2, pace) == 16 * 8);
     assert!(size_of::<ucclFlow>() == 72);
     assert!(size_of::<ucclCommInfo>() == 56);
 };

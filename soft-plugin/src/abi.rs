@@ -384,6 +384,15 @@ pub unsafe extern "C" fn flow(handle: Opaque, flow: *mut ucclFlow) -> ncclResult
     })
 }
 
+pub unsafe extern "C" fn pace(handle: Opaque, bytes_a_second: u64) -> ncclResult_t {
+    guard(|| {
+        // SAFETY: the caller's comm.
+        let comm = unsafe { comm(handle, false)? };
+        check(bytes_a_second > 0)?;
+        comm.pace(bytes_a_second)
+    })
+}
+
 pub unsafe extern "C" fn reg_mr_v7(comm: Opaque, data: Opaque, size: c_int, kind: c_int, mhandle: *mut Opaque) -> ncclResult_t {
     match usize::try_from(size) {
         // SAFETY: passed on.

@@ -327,6 +327,17 @@ impl Comm {
         }
     }
 
+    /// Limits what it sends to so many bytes a second.
+    pub fn pace(&self, rate: u64) -> Result<(), ncclResult_t> {
+        let io = self.io.lock();
+        let socket = io.socket.as_ref().ok_or(NCCL_INVALID_ARGUMENT)?;
+        tcp::pace(socket.as_raw_fd(), rate).map_err(|e| {
+            static LINE: Limited = Limited::new();
+            LINE.warn(&format!("cannot limit the rate of {}: {e}", self.path));
+            NCCL_SYSTEM_ERROR
+        })
+    }
+
     /// Protects the messages, starting with the first.
     pub fn protect(&self, guard: Guard) -> Result<(), ncclResult_t> {
         let mut io = self.io.lock();

@@ -121,6 +121,7 @@ pub const EXT_V2: ucclNetExt_v2 = ucclNetExt_v2 {
     acceptSend: Some(abi::accept_send),
     connectRecv: Some(abi::connect_recv),
     flow: Some(abi::flow),
+    pace: Some(abi::pace),
 };
 
 /// The plugin's v7 table.

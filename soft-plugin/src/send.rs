@@ -38,7 +38,7 @@ unsafe impl Send for SendIo {}
 impl SendIo {
     /// The state of a new comm.
     pub fn new(config: &Config) -> SendIo {
-        SendIo { congestion: Rule::new(config), ..SendIo::default() }
+        SendIo { congestion: Rule::new(config), unsent: Unsent::new(config), ..SendIo::default() }
     }
 
     /// Protects all messages; none has been posted.

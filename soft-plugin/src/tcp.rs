@@ -85,6 +85,38 @@ fn tick_us() -> u32 {
     (tick.tv_nsec / 1000).clamp(1000, 10_000) as u32
 }
 
+/// Limits the bytes that the kernel takes before the peer has acknowledged them. It matters little, so failure is ignored.
+pub fn limit_buffer(fd: i32, bytes: usize) {
+    let bytes = bytes as libc::c_int;
+    // SAFETY: an int and its size.
+    unsafe {
+        libc::setsockopt(
+            fd,
+            libc::SOL_SOCKET,
+            libc::SO_SNDBUF,
+            (&raw const bytes).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+}
+
+/// Limits the rate of a socket. The kernel's TCP paces the packets itself where the queue of the NIC does not.
+pub fn pace(fd: i32, bytes_a_second: u64) -> io::Result<()> {
+    // SAFETY: a buffer and its length.
+    match unsafe {
+        libc::setsockopt(
+            fd,
+            libc::SOL_SOCKET,
+            libc::SO_MAX_PACING_RATE,
+            (&raw const bytes_a_second).cast(),
+            size_of::<u64>() as libc::socklen_t,
+        )
+    } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Progress of a socket's bytes; 0 for values that an old kernel lacks.
 pub fn flow(fd: i32) -> Option<ucclFlow> {
     let info = Info::read(fd)?;

@@ -1,15 +1,23 @@
 //! How much of a data socket's bytes the kernel keeps unsent: no more than the connection delivers in a moment. What is in a socket buffer
 //! cannot go another way, and a small message behind it waits. A fast connection fills its buffer in less than that moment, so nothing
 //! changes for it.
+//!
+//! On a path of tens of microseconds a large buffer gains nothing, and the bytes of many connections in theirs exceed the caches: the
+//! receiver then reads from memory what the sender wrote there. So the buffer stays small.
 
 use std::time::{Duration, Instant};
 
+use crate::config::Config;
 use crate::tcp;
 
 /// So much time of the delivery rate may lie unsent, but at least so many bytes, and up to so many it is not worth a limit.
 const MOMENT: f64 = 0.25;
 const LEAST: u64 = 64 << 10;
 const MOST: u64 = 16 << 20;
+/// A path with a shorter round trip is so short, and the buffer that it gets. The kernel doubles that for its own overhead: about 700 KiB in
+/// each round trip are more than one connection moves.
+const NEAR_US: u32 = 50;
+const NEAR_BUFFER: usize = 512 << 10;
 /// How often the rate is read, while the buffer is full.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -18,15 +26,26 @@ const PAUSE: Duration = Duration::from_millis(100);
 pub struct Unsent {
     looked: Option<Instant>,
     limit: u64,
+    /// The kernel tunes the buffer.
+    tuned: bool,
 }
 
 impl Unsent {
+    /// The limit of a new socket.
+    pub fn new(config: &Config) -> Unsent {
+        Unsent { tuned: config.socket_buffer == 0, ..Unsent::default() }
+    }
+
     /// The socket takes no more bytes now.
     pub fn full(&mut self, fd: i32, now: Instant) {
         if self.looked.is_some_and(|looked| now.saturating_duration_since(looked) < PAUSE) {
             return;
         }
         self.looked = Some(now);
+        if self.tuned && tcp::min_rtt(fd).is_some_and(|us| us < NEAR_US) {
+            self.tuned = false;
+            tcp::limit_buffer(fd, NEAR_BUFFER);
+        }
         let Some(limit) = tcp::delivery_rate(fd).map(limit) else { return };
         // Rates waver; a system call each time would not pay.
         if limit != self.limit && (limit == 0 || self.limit == 0 || limit >= 2 * self.limit || limit <= self.limit / 2) {

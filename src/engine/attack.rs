@@ -81,7 +81,7 @@ impl Liar {
         let mut driver = SetupDriver::new(sock, address, Setup::new(context.link(Some(""))?, now, deadline, deadline), now);
         connect::drive(context, &mut driver)?;
         let up = driver.parts()?;
-        let lineage = Arc::new(build::lineage(&up)?.0);
+        let lineage = Arc::new(build::lineage(context, &up)?.0);
         let (victim, chunk_bytes) = (up.agreed.peer.engine, up.agreed.terms.chunk_bytes as usize);
         Ok(Liar {
             channels: up.sets.into_iter().flat_map(|set| set.pairs).map(Pair::new).collect(),

@@ -597,6 +597,11 @@ impl SendComm {
     pub(crate) fn set_doorbell(&self, doorbell: &Doorbell) -> Result<bool> {
         self.raw.set_doorbell(doorbell)
     }
+    /// Limits the bytes that it sends a second, if the plugin can.
+    pub(crate) fn pace(&self, rate: u64) -> Result<()> {
+        // SAFETY: the comm is live.
+        unsafe { self.raw.plugin.pace(self.raw.comm, rate) }
+    }
     /// The guard that the plugin's calls need, if any: hold it over many calls to pay once.
     pub(crate) fn quiet(&self) -> Option<Quiet> {
         self.raw.plugin.traits.raises_sigpipe.then(Quiet::begin)

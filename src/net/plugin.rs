@@ -482,7 +482,7 @@ impl Plugin {
     /// As [`Plugin::isend`], for every segment.
     pub(super) unsafe fn isendv(&self, comm: *mut c_void, iov: &[ucclIoVec], tag: c_int) -> Result<*mut c_void> {
         let mut request = std::ptr::null_mut();
-        let call = self.ext.and_then(|e| e.isendv);
+        let call = self.ext.and_then(|e| e.vectored).map(|(send, _)| send);
         // SAFETY: by the caller's contract; the array is copied by the call.
         self.request("isend", || call.map(|call| unsafe { call(comm, iov.len() as c_int, iov.as_ptr(), tag, &mut request) }))?;
         Ok(request)
@@ -508,7 +508,7 @@ impl Plugin {
     /// As [`Plugin::irecv`], for every segment.
     pub(super) unsafe fn irecvv(&self, comm: *mut c_void, iov: &[ucclIoVec], tag: c_int) -> Result<*mut c_void> {
         let mut request = std::ptr::null_mut();
-        let call = self.ext.and_then(|e| e.irecvv);
+        let call = self.ext.and_then(|e| e.vectored).map(|(_, receive)| receive);
         // SAFETY: by the caller's contract; the array is copied by the call.
         self.request("irecv", || call.map(|call| unsafe { call(comm, iov.len() as c_int, iov.as_ptr(), tag, &mut request) }))?;
         Ok(request)
@@ -557,6 +557,16 @@ impl Plugin {
         // SAFETY: by the caller's contract.
         self.request("setDoorbell", || Some(unsafe { call(comm, armed, fd) }))?;
         Ok(true)
+    }
+
+    /// Limits the bytes a second of a send comm. A plugin that cannot does not.
+    ///
+    /// # Safety
+    /// `comm` is live.
+    pub(super) unsafe fn pace(&self, comm: *mut c_void, rate: u64) -> Result<()> {
+        let Some(call) = self.ext.and_then(|e| e.pace) else { return Ok(()) };
+        // SAFETY: by the caller's contract.
+        self.request("pace", || Some(unsafe { call(comm, rate) }))
     }
 
     /// Bytes of the comm that the peer has acknowledged (send) or that were delivered (receive); `None` if the plugin does not

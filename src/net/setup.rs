@@ -67,9 +67,11 @@ pub(crate) struct Pair {
 }
 
 impl Pair {
-    /// Sets a doorbell; `false` if the plugin has none and must be polled.
-    pub(crate) fn set_doorbell(&self, doorbell: &Doorbell) -> Result<bool> {
-        Ok(self.send.set_doorbell(doorbell)? && self.recv.set_doorbell(doorbell)?)
+    /// Makes it part of a connection: sets its doorbell, and limits the bytes that it sends a second.
+    pub(crate) fn join(&self, doorbell: &Doorbell, pace: Option<u64>) -> Result<()> {
+        self.send.set_doorbell(doorbell)?;
+        self.recv.set_doorbell(doorbell)?;
+        pace.map_or(Ok(()), |rate| self.send.pace(rate))
     }
 }
 

@@ -79,7 +79,7 @@ impl Traits {
         Traits {
             host_memory: soft,
             device_memory: ptr_support & NCCL_PTR_CUDA != 0,
-            vectored: ext.is_some_and(|e| e.isendv.is_some() && e.irecvv.is_some()),
+            vectored: ext.is_some_and(|e| e.vectored.is_some()),
             doorbell: ext.is_some_and(|e| e.set_doorbell.is_some()),
             polled: ext.is_none_or(|e| e.set_doorbell.is_none()),
             progress_bytes: ext.is_some_and(|e| e.progress.is_some()),

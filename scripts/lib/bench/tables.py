@@ -107,9 +107,11 @@ def cost_table(rows):
             f"| resident memory of the {r['side']}, {r['state']} | {r['kib_per_connection_1_channel']:.0f} KiB a connection with 1 channel, "
             f"{r['kib_per_connection_8_channels']:.0f} KiB with 8: {r['kib_per_channel']:.0f} KiB a channel |"
         )
-    lines += ["", "| connections of one client process | op | GB/s, 64 MiB over all | p99 us | CPU s/GiB |", "|---|---|---|---|---|"]
+    for r in by("connection"):
+        lines.append(f"| one of many connections, at the {r['side']} | {r['descriptors_per_connection']:.1f} descriptors, {r['kib_per_connection']:.0f} KiB after use |")
+    lines += ["", "| connections of one client process | load | op | GB/s over all | p99 us | CPU s/GiB |", "|---|---|---|---|---|---|"]
     for r in by("connections"):
-        lines.append(f"| {r['connections']} | {r['op'].upper()} | {r['gbytes_per_s']:.2f} | {r['p99_us']:.0f} | {r['cpu_s_per_gib']:.2f} |")
+        lines.append(f"| {r['connections']} | {r['load']} | {r['op'].upper()} | {r['gbytes_per_s']:.2f} | {r['p99_us']:.0f} | {r['cpu_s_per_gib']:.2f} |")
     if by("crowd"):
         lines += ["", "| idle connections beside | 4 KiB WRITE, us | p99 | a look for notifications, us | idle: initiator, target, % of a core |", "|---|---|---|---|---|"]
     for r in by("crowd"):

@@ -42,6 +42,13 @@ impl Progress {
             next_tick: None,
         }
     }
+
+    /// Whether the next thing to do has an event. `doorbells`: channels ring when a request ends. The end of a device copy rings none, and
+    /// the thread that drives the connection elsewhere says nothing.
+    pub(crate) fn may_wait(&self, doorbells: bool) -> bool {
+        let known = self.next_tick.is_some();
+        known && !self.any && !self.copying && (doorbells || !self.channels_busy)
+    }
 }
 
 /// A connection as the progress thread drives it.

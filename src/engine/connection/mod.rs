@@ -11,7 +11,7 @@ mod shared;
 mod submit;
 
 pub(crate) use core::Core;
-pub(crate) use drive::Driver;
+pub(crate) use drive::{Driver, Progress};
 pub(crate) use restore::{ends, Begun, Counts, Restorer, Socket};
 pub(crate) use shared::Peer;
 

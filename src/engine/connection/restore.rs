@@ -171,8 +171,9 @@ impl Restorer<'_> {
         if !begun.joining.holds() {
             bail!(Canceled, "another set-up has taken the place of this one");
         }
-        for (_, pair) in &pairs {
-            pair.set_doorbell(&self.0.slot.doorbell())?;
+        for (set, pair) in &pairs {
+            let members = self.0.peer.lineage.as_ref().and_then(|lineage| lineage.sets.get(*set));
+            pair.join(&self.0.slot.doorbell(), members.and_then(|members| members.pace))?;
         }
         let Core { machine, channels, .. } = &mut *core;
         let restored = pairs.into_iter().try_for_each(|(set, pair)| {

@@ -14,6 +14,8 @@ const WINDOW: Duration = Duration::from_millis(50);
 /// A window is contended if other threads ran for more than 1 / SHARE of it. A thread alone on its core lost 1 %, one that shared
 /// it 10 %: the thread yields only every few rounds, and a yield often returns at once although another thread could run.
 const SHARE: u32 = 20;
+/// What one yield counts at most: a thread that computed until its tick and left says nothing about the next milliseconds.
+const MOST: Duration = Duration::from_millis(1);
 /// How long the thread sleeps instead of spinning after a contended window: at first, and at most.
 const PAUSE: [Duration; 2] = [Duration::from_millis(200), Duration::from_millis(3200)];
 
@@ -42,7 +44,7 @@ impl Contention {
     pub(crate) fn yielded(&mut self, before: Instant, after: Instant) {
         let took = after - before;
         if took > YIELDED {
-            self.lost += took;
+            self.lost += took.min(MOST);
         }
         let elapsed = after - self.began;
         if elapsed < WINDOW {
@@ -107,6 +109,19 @@ mod tests {
         let stopped = yields(&mut contention, now, 2 * WINDOW, 50 * US, 10 * US);
         assert!(!contention.may_spin(stopped));
         assert!(contention.may_spin(stopped + PAUSE[0]));
+    }
+
+    #[test]
+    fn one_long_yield_does_not_stop_the_spinning_and_one_after_another_does() {
+        let start = Instant::now();
+        let mut contention = Contention::new(start);
+        let mut now = start;
+        for _ in 0..100 {
+            contention.yielded(now, now + 8000 * US);
+            now = yields(&mut contention, now + 8000 * US, WINDOW, US, US);
+            assert!(contention.may_spin(now));
+        }
+        assert!(yields(&mut contention, now, 3 * WINDOW, 4000 * US, 10 * US) < now + 3 * WINDOW);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use super::contention::Contention;
 use super::doorbell::{named, DoorbellSlot, Named};
 use super::pacing::{step, Round, Step};
 use super::table::Driven;
-use crate::engine::connection::{Connection, ConnectionTable};
+use crate::engine::connection::{Connection, ConnectionTable, Progress};
 use crate::hash::Map;
 use crate::net::links::{LinkWatch, Links};
 use process::thread::ask_for_short_turns;
@@ -22,6 +22,8 @@ const GRIDS: [Duration; 2] = [Duration::from_millis(250), Duration::from_millis(
 
 /// Recently active connections that are driven in each round while this thread spins; the others are left to epoll.
 const WARM: usize = 4;
+/// A connection that waits for an event is driven after this time nevertheless: what it waits for besides has no events.
+const CHECK: Duration = Duration::from_millis(50);
 /// The events that wake this thread while another thread is responsible for the connection: its end, once.
 const ELSEWHERE: Interest = Interest::ONCE;
 /// Rounds over warm connections between two checks of epoll, and the longest time between those: busy connections must not starve
@@ -52,6 +54,26 @@ struct Active {
     /// When something last moved. While this thread spins it drives such a connection without asking epoll, which is quicker:
     /// small requests often come one after another.
     moved: Option<Instant>,
+    /// Its doorbell is armed.
+    armed: bool,
+    /// Nothing moved after the doorbell was armed: until an event names the connection, or it is due, there is nothing to do.
+    waits: Option<Waits>,
+}
+
+/// What a connection was found to wait for.
+struct Waits {
+    found: Progress,
+    due: Instant,
+}
+
+impl Active {
+    /// Arms or disarms the doorbell.
+    fn arm(&mut self, on: bool) {
+        if on || std::mem::replace(&mut self.armed, on) {
+            self.connection.arm(on);
+        }
+        self.armed = on;
+    }
 }
 
 /// A connection that this thread has seen.
@@ -108,7 +130,11 @@ impl<'a> Driving<'a> {
             self.forget(id);
         }
         match self.active.entry(id) {
-            Entry::Occupied(active) => Some(active.into_mut()),
+            Entry::Occupied(active) => {
+                let active = active.into_mut();
+                active.waits = None;
+                Some(active)
+            }
             Entry::Vacant(vacant) => {
                 let connection = fresh?;
                 if let Entry::Vacant(unknown) = self.known.entry(id) {
@@ -118,7 +144,18 @@ impl<'a> Driving<'a> {
                 }
                 let sockets = connection.sockets();
                 let interest = Interest::READ;
-                Some(vacant.insert(Active { connection, interest, sockets, driven: false, rang: false, moved: None }))
+                // While it rested its doorbell was armed.
+                let (armed, waits) = (true, None);
+                Some(vacant.insert(Active {
+                    connection,
+                    interest,
+                    sockets,
+                    driven: false,
+                    rang: false,
+                    moved: None,
+                    armed,
+                    waits,
+                }))
             }
         }
     }
@@ -196,46 +233,52 @@ impl<'a> Driving<'a> {
         }
     }
 
-    /// Activates the connections of a group whose channels have rung. `armed`: active connections have their doorbells armed,
-    /// too.
-    fn listen(&mut self, group: usize, armed: bool) {
+    /// Activates the connections of a group whose channels have rung.
+    fn listen(&mut self, group: usize) {
         let rang = |id: &u64| self.known.get(id).is_some_and(|known| known.slot.rang());
         let rung: Vec<u64> = self.groups.get(&group).into_iter().flatten().copied().filter(rang).collect();
         for id in rung {
             let idle = !self.active.contains_key(&id);
             if let Some(active) = self.activate(id) {
-                active.rang |= idle || (armed && !active.driven);
+                active.rang |= idle || active.armed;
             }
         }
     }
 
-    /// One round over the active connections, except those that an application thread drives. `must`: waits for their locks, and
-    /// deactivates those without work.
+    /// One round over the active connections, except those that an application thread drives and those that wait for an event. `must`:
+    /// waits for their locks, and deactivates those without work.
     fn round(&mut self, must: bool, now: Instant) -> Round {
         let mut round = Round { watched: !self.known.is_empty(), ..Round::default() };
         let table = self.table;
         let mut warm = if must { 0 } else { WARM };
+        let mut hot = 0;
         let mut resting = Vec::new();
         for (&id, active) in &mut self.active {
+            if let Some(waits) = active.waits.as_ref().filter(|waits| now < waits.due) {
+                count(&mut round, &waits.found, table.context.doorbells);
+                continue;
+            }
+            active.waits = None;
             let driven = active.connection.driven_by_application();
             active.driven = driven.is_some();
             if let Some(since) = driven {
                 round.driven = Some(round.driven.map_or(since, |other| other.min(since)));
                 round.active = true;
+                active.arm(false);
                 watch(table, active, ELSEWHERE);
                 continue;
             }
+            // Events before the arming ring no doorbell: it is armed before the drive that decides whether the connection waits.
+            hot += 1;
+            let may_wait = must || hot > WARM;
+            active.arm(may_wait);
             let found = active.connection.driver().progress(must);
             if found.preparing {
                 // The thread that prepares the connection requests a drive when it is done.
                 watch(table, active, ELSEWHERE);
                 continue;
             }
-            round.any |= found.any;
-            round.channels_busy |= found.channels_busy;
-            round.polled |= found.channels_busy && !table.context.doorbells;
-            round.large |= found.large;
-            round.copying |= found.copying;
+            count(&mut round, &found, table.context.doorbells);
             if active.rang && !found.any {
                 active.rang = !active.connection.driver().look_for_failure();
             }
@@ -249,10 +292,14 @@ impl<'a> Driving<'a> {
             }
             let idle = !(found.busy || found.backlog || found.any || active.rang);
             let stays = warm > 0 && active.moved.is_some_and(|at| now - at < self.spin);
-            round.active |= !idle;
+            round.active |= active.rang;
             warm -= usize::from(stays);
-            if let (true, false, Some(next)) = (idle, stays, found.next_tick) {
-                resting.push((id, Some(next)));
+            match found.next_tick {
+                Some(next) if idle && !stays => resting.push((id, Some(next))),
+                Some(next) if may_wait && !idle && !active.rang && found.may_wait(table.context.doorbells) => {
+                    active.waits = Some(Waits { found, due: next.min(now + CHECK) });
+                }
+                _ => {}
             }
         }
         for (id, next) in resting {
@@ -268,10 +315,10 @@ impl<'a> Driving<'a> {
 
     /// Deactivates a connection until a socket, doorbell or timer names it; without a time it has ended.
     fn rest(&mut self, id: u64, next: Option<Instant>) {
-        let Some(active) = self.active.remove(&id) else { return };
+        let Some(mut active) = self.active.remove(&id) else { return };
         match (next, self.known.contains_key(&id)) {
             (Some(at), true) => {
-                active.connection.arm(true);
+                active.arm(true);
                 if active.connection.driver().settle() {
                     // Work was added after the last round; events before the arming, and failures, rang no doorbell.
                     self.active.insert(id, active);
@@ -291,26 +338,18 @@ impl<'a> Driving<'a> {
         self.start + Duration::from_millis((since / grid.as_millis() as u64 + 1) * grid.as_millis() as u64)
     }
 
-    /// Arms or disarms the doorbells of the active connections that this thread is responsible for.
-    fn arm(&self, on: bool) {
-        for active in self.active.values() {
-            active.connection.arm(on && !active.driven);
-        }
-        self.table.context.queue.bell.arm(on);
-    }
-
     /// Time until the next timer.
     fn until_timer(&self, now: Instant) -> Duration {
         self.timers.peek().map_or(Duration::MAX, |Reverse((at, _))| at.saturating_duration_since(now))
     }
 
     /// Activates the connections that have events.
-    fn notice(&mut self, tokens: &[u64], armed: bool) {
+    fn notice(&mut self, tokens: &[u64]) {
         for &token in tokens {
             match named(token) {
                 // The connections to drive are in `DriveQueue::asked`.
                 Named::Bell => {}
-                Named::Group(group) => self.listen(group, armed),
+                Named::Group(group) => self.listen(group),
                 Named::Connection(id) => {
                     self.activate(id);
                 }
@@ -323,6 +362,16 @@ impl<'a> Driving<'a> {
             }
         }
     }
+}
+
+/// Adds what a connection was found to do to a round.
+fn count(round: &mut Round, found: &Progress, doorbells: bool) {
+    round.any |= found.any;
+    round.channels_busy |= found.channels_busy;
+    round.polled |= found.channels_busy && !doorbells;
+    round.large |= found.large;
+    round.copying |= found.copying;
+    round.active |= found.busy || found.backlog || found.any;
 }
 
 /// Gives up what a connection has on NICs with a fault; see [`crate::engine::connection::Driver::close_faulty`].
@@ -403,14 +452,13 @@ fn drive(table: &ConnectionTable, spin: Duration) {
                 }
                 looked = now;
                 table.context.queue.bell.wait(Duration::ZERO, &mut tokens);
-                driving.notice(&tokens, false);
+                driving.notice(&tokens);
             }
             Step::Sleep(limit) => {
-                driving.arm(true);
-                // Events before the arming rang no doorbell.
+                table.context.queue.bell.arm(true);
                 let again = driving.round(true, now);
                 if again.any || table.context.queue.has_asked() {
-                    driving.arm(false);
+                    table.context.queue.bell.arm(false);
                     last_activity = Instant::now();
                     continue;
                 }
@@ -420,8 +468,8 @@ fn drive(table: &ConnectionTable, spin: Duration) {
                     _ => Duration::ZERO,
                 };
                 table.context.queue.bell.wait(limit.min(driving.until_timer(Instant::now())), &mut tokens);
-                driving.notice(&tokens, true);
-                driving.arm(false);
+                driving.notice(&tokens);
+                table.context.queue.bell.arm(false);
             }
         }
     }

@@ -54,13 +54,19 @@ fn copier(context: &SetupContext) -> Copier {
     }
 }
 
+/// The share of one of so many channels in the rate of a connection.
+fn pace(context: &SetupContext, channels: usize) -> Option<u64> {
+    context.config.peer_rate.map(|rate| (rate / channels.max(1) as u64).max(1))
+}
+
 /// A path over the channels of each set that has any, up or not.
 fn paths(context: &SetupContext, sets: Vec<Raised>, chunk_bytes: usize, doorbell: &Doorbell) -> Result<Vec<Box<dyn Path>>> {
     let config = &context.config;
     let path = |set: Raised| -> Result<Box<dyn Path>> {
+        let pace = pace(context, set.names.len());
         let mut seats: Vec<Seat> = set.names.into_iter().map(|(here, there)| Seat::Lost(here, there)).collect();
         for pair in set.pairs {
-            pair.set_doorbell(doorbell)?;
+            pair.join(doorbell, pace)?;
             if let Some(seat) = seats.get_mut(pair.index) {
                 *seat = Seat::Up(Box::new(pair));
             }
@@ -108,8 +114,9 @@ fn describe(sets: &[Raised]) -> String {
 }
 
 /// What the connection keeps of its set-up, and the channels that did not come up.
-pub(crate) fn lineage(up: &Up) -> Result<(Lineage, Vec<u16>)> {
-    let members = |set: &Raised| Members { plan: set.plan.clone(), nics: set.names.clone() };
+pub(crate) fn lineage(context: &SetupContext, up: &Up) -> Result<(Lineage, Vec<u16>)> {
+    let pace = |set: &Raised| pace(context, set.names.len());
+    let members = |set: &Raised| Members { plan: set.plan.clone(), nics: set.names.clone(), pace: pace(set) };
     let ticket = Ticket::new(&up.sealed.session)?;
     let lineage =
         Lineage::new(ticket, up.address, up.addresses.clone(), up.agreed.clone(), up.sets.iter().map(members).collect());
@@ -185,7 +192,7 @@ pub(crate) fn connection(context: &SetupContext, up: Up, counted: Option<Counted
     let (terms, theirs) = (&up.agreed.terms, &up.agreed.peer);
     let chunk_bytes = terms.chunk_bytes as usize;
     let carried = describe(&up.sets);
-    let (lineage, missing) = lineage(&up)?;
+    let (lineage, missing) = lineage(context, &up)?;
     let slot = table.context.queue.bell.slot()?;
     let paths = paths(context, up.sets, chunk_bytes, &slot.doorbell())?;
     let found = up.local.describe();

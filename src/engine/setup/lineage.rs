@@ -17,6 +17,8 @@ pub(crate) struct Members {
     pub plan: Plan,
     /// The NICs of each channel, here and at the peer.
     pub nics: Vec<(String, String)>,
+    /// Bytes a second that each channel may send.
+    pub pace: Option<u64>,
 }
 
 /// Where a connection comes from.
@@ -181,6 +183,7 @@ mod tests {
         let set = |n| Members {
             plan: Plan { plugin: Plugin::soft().unwrap(), gpus: None, channels: n, spare: false },
             nics: vec![("eth1".to_owned(), "eth2".to_owned()); n],
+            pace: None,
         };
         let address = ([127, 0, 0, 1], 1).into();
         let addresses = vec!["10.0.0.1:1".parse().unwrap(), "10.0.0.2:1".parse().unwrap()];

@@ -12,8 +12,8 @@ type ConnectRecvFn =
 /// The software plugin's extension of the NCCL contract.
 #[derive(Clone, Copy)]
 pub(in crate::net) struct Ext {
-    pub isendv: Option<VectoredFn>,
-    pub irecvv: Option<VectoredFn>,
+    /// Sends and receives with several segments.
+    pub vectored: Option<(VectoredFn, VectoredFn)>,
     pub set_doorbell: Option<unsafe extern "C" fn(*mut c_void, *mut u32, c_int) -> ncclResult_t>,
     /// Bytes of a comm that were acknowledged or delivered.
     pub progress: Option<unsafe extern "C" fn(*mut c_void, *mut u64) -> ncclResult_t>,
@@ -38,13 +38,14 @@ pub(in crate::net) struct Ext {
     pub connect_recv: Option<ConnectRecvFn>,
     /// Progress of a send comm's bytes.
     pub flow: Option<unsafe extern "C" fn(*mut c_void, *mut abi::ucclFlow) -> ncclResult_t>,
+    /// Limits the rate of a send comm.
+    pub pace: Option<unsafe extern "C" fn(*mut c_void, u64) -> ncclResult_t>,
 }
 
 impl From<&ucclNetExt_v2> for Ext {
     fn from(t: &ucclNetExt_v2) -> Ext {
         Ext {
-            isendv: t.isendv,
-            irecvv: t.irecvv,
+            vectored: t.isendv.zip(t.irecvv),
             set_doorbell: t.setDoorbell,
             progress: t.progress,
             abandon_connect: t.abandonConnect,
@@ -58,6 +59,7 @@ impl From<&ucclNetExt_v2> for Ext {
             accept_send: t.acceptSend,
             connect_recv: t.connectRecv,
             flow: t.flow,
+            pace: t.pace,
         }
     }
 }
