@@ -2,8 +2,8 @@
 //! memory registered on other GPUs. Both engines compute the same list. Pure.
 
 use crate::net::plugin::Plugin;
-use crate::types::Place;
-use crate::wire::hello::Hello;
+use crate::types::{Place, Protect};
+use crate::wire::hello::{Hello, Terms};
 use crate::wire::setup::MAX_SETS;
 use std::sync::Arc;
 
@@ -52,15 +52,22 @@ pub(crate) fn plans(
     own: &Hello,
     peer: &Hello,
     connecting: bool,
-    channels: usize,
+    terms: &Terms,
 ) -> Vec<Plan> {
+    let channels = terms.channels.into();
+    // Data that the NIC writes into GPU memory cannot be protected.
+    let (with, optional) = (own.plugin == peer.plugin && terms.protect == Protect::Off, device.traits.optional);
     let follows = device.traits.follows_gpu;
     let plan = |plugin: &Arc<Plugin>, gpus: Option<(u8, u8)>, channels, spare| {
         let gpus = gpus.map(|(here, there)| (Place::gpu(here), Place::gpu(there)));
         Plan { plugin: plugin.clone(), gpus, channels, spare }
     };
-    let mut all = vec![plan(device, follows.then(|| (own_gpu(own), own_gpu(peer))), channels, false)];
-    if follows {
+    let own_pair = || (own_gpu(own), own_gpu(peer));
+    let mut all = Vec::new();
+    if with || !optional {
+        all.push(plan(device, follows.then(own_pair), channels, optional));
+    }
+    if follows && !all.is_empty() {
         let further = further(own, peer, connecting, MAX_SETS - 1 - usize::from(host.is_some()));
         all.extend(further.into_iter().map(|pair| plan(device, Some(pair), channels.min(FURTHER_CHANNELS), true)));
     }

@@ -1,0 +1,86 @@
+//! What takes privileges: binding an area to a queue, and steering connections to it. A process with CAP_NET_ADMIN does it itself;
+//! others ask the agent.
+
+use std::io;
+use std::net::{SocketAddr, SocketAddrV4};
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use devmem::{Binding, Flow, Nic};
+use socket2::SockRef;
+
+/// An area that is bound to a queue, as long as this lives.
+pub struct Bound {
+    /// The number of the binding, which fragments carry.
+    pub id: u32,
+    /// The queue.
+    pub queue: u32,
+    _kept: Box<dyn Send + Sync>,
+}
+
+/// A rule, as long as this lives.
+pub type Steered = Box<dyn Send + Sync>;
+
+/// Who has the privileges.
+pub trait Host: Send + Sync {
+    /// Binds a dma-buf to a queue that no ordinary connection uses.
+    fn bind(&self, nic: &Nic, dmabuf: BorrowedFd<'_>) -> Result<Bound, String>;
+    /// Steers a connection to a queue.
+    fn steer(&self, nic: &Nic, queue: u32, connection: BorrowedFd<'_>) -> io::Result<Steered>;
+}
+
+/// This process.
+pub struct Own;
+
+impl Host for Own {
+    fn bind(&self, nic: &Nic, dmabuf: BorrowedFd<'_>) -> Result<Bound, String> {
+        let spare = nic.spare_queues().map_err(|e| format!("which queues ordinary connections use is not known: {e}"))?;
+        let mut last = "ordinary connections use every queue (`ethtool -X NIC equal N` keeps some free)".to_owned();
+        for queue in spare {
+            match Binding::receiving(nic.interface(), queue, dmabuf) {
+                Ok(binding) => return Ok(Bound { id: binding.id(), queue, _kept: Box::new(binding) }),
+                Err(refused) => last = format!("queue {queue}: {refused}"),
+            }
+        }
+        Err(last)
+    }
+
+    fn steer(&self, nic: &Nic, queue: u32, connection: BorrowedFd<'_>) -> io::Result<Steered> {
+        Ok(Box::new(nic.steer(&flow_of(connection)?, queue)?))
+    }
+}
+
+/// The packets that a connection receives.
+pub fn flow_of(connection: BorrowedFd<'_>) -> io::Result<Flow> {
+    let socket = SockRef::from(&connection);
+    let ends = (socket.peer_addr()?.as_socket().and_then(v4), socket.local_addr()?.as_socket().and_then(v4));
+    match ends {
+        (Some(from), Some(to)) => Ok(Flow { from, to }),
+        _ => Err(io::Error::new(io::ErrorKind::Unsupported, "steering needs IPv4")),
+    }
+}
+
+fn v4(address: SocketAddr) -> Option<SocketAddrV4> {
+    match address {
+        SocketAddr::V4(address) => Some(address),
+        SocketAddr::V6(address) => Some(SocketAddrV4::new(address.ip().to_ipv4_mapped()?, address.port())),
+    }
+}
+
+/// Allows sends that the kernel takes from the dma-buf.
+pub fn allow_zerocopy(connection: BorrowedFd<'_>) -> io::Result<()> {
+    let yes: libc::c_int = 1;
+    // SAFETY: an int of that size.
+    let set = unsafe {
+        libc::setsockopt(
+            connection.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ZEROCOPY,
+            (&raw const yes).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if set < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
