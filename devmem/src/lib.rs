@@ -4,6 +4,7 @@
 //!
 //! `netlink`, `control`, `tokens` and `rules` read and write the bytes of the interface without any system call.
 
+pub mod agent;
 mod binding;
 mod control;
 mod netlink;

@@ -1,11 +1,11 @@
 //! A NIC as ethtool sees it: rings, queues, the table that spreads connections, and rules that steer one connection.
 
-use crate::binding::{Family, Refused};
+use crate::binding::{Binding, Family, Refused};
 use crate::rules::{self, Flow, RULE_BYTES};
 use crate::socket::returned;
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 const HEADER: u16 = 1;
 const HEADER_INTERFACE: u16 = 1;
@@ -119,14 +119,68 @@ impl Nic {
     /// # Errors
     /// Those of the driver: no room, no such rules, steering is off.
     pub fn steer(&self, flow: &Flow, queue: u32) -> io::Result<Rule> {
-        let (mut counted, socket) = (rules::count(), socket()?);
-        self.request(&socket, &mut counted)?;
-        let mut all = rules::all(rules::counted(&counted));
-        self.request(&socket, &mut all)?;
+        let socket = socket()?;
+        let (counted, all) = self.list_rules(&socket)?;
         let place = rules::free(&counted, &all).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOSPC))?;
         let mut rule = rules::insert(flow, queue, place);
         self.request(&socket, &mut rule)?;
         Ok(Rule { nic: self.clone(), place: rules::place(&rule) })
+    }
+
+    fn list_rules(&self, socket: &OwnedFd) -> io::Result<([u8; RULE_BYTES], Vec<u8>)> {
+        let mut counted = rules::count();
+        self.request(socket, &mut counted)?;
+        let mut all = rules::all(rules::counted(&counted));
+        self.request(socket, &mut all)?;
+        Ok((counted, all))
+    }
+
+    /// Its steering rules, and for how many there is room; 0 if the driver does not say.
+    ///
+    /// # Errors
+    /// It has none.
+    pub fn rules(&self) -> io::Result<(u32, u32)> {
+        let (counted, all) = self.list_rules(&socket()?)?;
+        Ok((rules::counted(&counted), rules::room(&counted, &all)))
+    }
+
+    /// Binds a dma-buf to the first of these queues that can be bound; without queues, to a spare one. Deletes the rules that a process
+    /// which was killed has left for it: they would bring other connections here.
+    ///
+    /// # Errors
+    /// The kernel's words about the last queue.
+    pub fn bind_spare(&self, queues: &[u32], dmabuf: BorrowedFd<'_>) -> Result<(u32, Binding), Refused> {
+        let spare = self.spare_queues()?;
+        let queues: Vec<u32> = spare.into_iter().filter(|queue| queues.is_empty() || queues.contains(queue)).collect();
+        let text = "ordinary connections use every queue (`ethtool -X NIC equal N` keeps some free)".to_owned();
+        let mut last = Refused { error: io::Error::from_raw_os_error(libc::EBUSY), text: Some(text) };
+        for queue in queues {
+            match Binding::receiving(self.interface, queue, dmabuf) {
+                Ok(binding) => {
+                    self.clear(queue)?;
+                    return Ok((queue, binding));
+                }
+                Err(refused) => {
+                    let text = refused.text.map(|text| format!("queue {queue}: {text}"));
+                    last = Refused { error: refused.error, text };
+                }
+            }
+        }
+        Err(last)
+    }
+
+    /// Deletes the rules for a queue.
+    fn clear(&self, queue: u32) -> io::Result<()> {
+        let socket = socket()?;
+        let (_, all) = self.list_rules(&socket)?;
+        for place in rules::places(&all) {
+            let mut rule = rules::get_rule(place);
+            self.request(&socket, &mut rule)?;
+            if rules::queue_of(&rule) == u64::from(queue) {
+                self.request(&socket, &mut rules::delete(place))?;
+            }
+        }
+        Ok(())
     }
 
     fn request(&self, socket: &OwnedFd, bytes: &mut [u8]) -> io::Result<()> {

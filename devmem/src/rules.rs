@@ -5,6 +5,7 @@ use std::net::SocketAddrV4;
 const INSERT: u32 = 0x32;
 const DELETE: u32 = 0x31;
 const COUNT: u32 = 0x2e;
+const GET: u32 = 0x2f;
 const ALL: u32 = 0x30;
 const TCP_V4: u32 = 1;
 /// The driver chooses a place.
@@ -68,6 +69,33 @@ pub(crate) fn delete(place: u32) -> [u8; RULE_BYTES] {
     bytes
 }
 
+/// Asks for the rule in this place.
+pub(crate) fn get_rule(place: u32) -> [u8; RULE_BYTES] {
+    let mut bytes = delete(place);
+    put(&mut bytes, 0, &GET.to_ne_bytes());
+    bytes
+}
+
+/// The queue of a rule in an answer to `get_rule`.
+pub(crate) fn queue_of(answer: &[u8]) -> u64 {
+    u64::from(get(answer, QUEUE)) | u64::from(get(answer, QUEUE + 4)) << 32
+}
+
+/// The places of rules in an answer to `all`.
+pub(crate) fn places(all: &[u8]) -> Vec<u32> {
+    (0..get(all, RULES) as usize).map(|i| PLACES + i * 4).take_while(|at| at + 4 <= all.len()).map(|at| get(all, at)).collect()
+}
+
+/// For how many rules there is room, if the driver says so; 0 otherwise.
+pub(crate) fn room(counted: &[u8], all: &[u8]) -> u32 {
+    let size = get(counted, DATA) & !CAN_CHOOSE;
+    if size == 0 {
+        get(all, DATA)
+    } else {
+        size
+    }
+}
+
 /// Asks how many rules there are, and for how many there is room.
 pub(crate) fn count() -> [u8; RULE_BYTES] {
     let mut bytes = [0; RULE_BYTES];
@@ -90,13 +118,11 @@ pub(crate) fn counted(answer: &[u8]) -> u32 {
 
 /// The place for a new rule: any, if the driver chooses; otherwise the last free one.
 pub(crate) fn free(counted: &[u8], all: &[u8]) -> Option<u32> {
-    let size = get(counted, DATA);
-    if size & CAN_CHOOSE != 0 {
+    if get(counted, DATA) & CAN_CHOOSE != 0 {
         return Some(ANYWHERE);
     }
-    let size = if size == 0 { get(all, DATA) } else { size };
-    let taken: Vec<u32> = (0..get(all, RULES) as usize).map(|i| get(all, PLACES + i * 4)).collect();
-    (0..size.min(1 << 16)).rev().find(|place| !taken.contains(place))
+    let taken = places(all);
+    (0..room(counted, all).min(1 << 16)).rev().find(|place| !taken.contains(place))
 }
 
 #[cfg(test)]
@@ -113,6 +139,8 @@ mod tests {
         assert_eq!(bytes[92..104], [0xff; 12]);
         assert_eq!((bytes[32..92].iter().all(|b| *b == 0), bytes[104..168].iter().all(|b| *b == 0)), (true, true));
         assert_eq!((bytes[168], place(&bytes), get(&delete(31), PLACE)), (3, 31, 31));
+        assert_eq!((queue_of(&bytes), queue_of(&insert(&flow, u32::MAX, 0))), (3, u64::from(u32::MAX)));
+        assert_eq!(get_rule(9)[4..], delete(9)[4..]);
     }
 
     fn counted_of(rules: u32, size: u32) -> Vec<u8> {

@@ -112,6 +112,13 @@ const DEVMEM_BYTES: Variable = var(
     "Device memory TCP: GPU memory of each NIC and GPU that the NIC writes received payload to, bytes. It limits the receiving connections, 12 with the default.",
 );
 
+const DEVMEM_AGENT: Variable = var(
+    "UCCL_TCPX_SOFT_DEVMEM_AGENT",
+    Kind::Text,
+    "by its socket",
+    "Device memory TCP: the socket of uccl-devmem-agent. Default: /run/uccl-devmem/agent.sock where it exists; otherwise the process binds and steers itself, which takes CAP_NET_ADMIN.",
+);
+
 /// Variables that the library declares and this plugin reads too.
 const MESSAGE: Variable = var("NCCL_DYNAMIC_CHUNK_SIZE", Kind::Number(0, i32::MAX as u64), "0", "");
 const EMULATE: Variable = var("UCCL_TCPX_EMULATE_DEVICE", Kind::Flag, "0", "");
@@ -119,7 +126,7 @@ const EMULATE: Variable = var("UCCL_TCPX_EMULATE_DEVICE", Kind::Flag, "0", "");
 /// Every variable of the software plugin's own. It also reads `NCCL_GPUDIRECTTCPX_SOCKET_IFNAME`, `NCCL_SOCKET_IFNAME`,
 /// `NCCL_DYNAMIC_CHUNK_SIZE`, `UCCL_TCPX_CHUNK_BYTES`, `UCCL_TCPX_PORT_RANGE` and `UCCL_TCPX_EMULATE_DEVICE`.
 pub const VARIABLES: &[Variable] =
-    &[STRICT, THREADS, SPIN_US, INLINE, CONGESTION, SOCKBUF, KEEPALIVE_S, USER_TIMEOUT_MS, FRAGMENT, DEVMEM_BYTES];
+    &[STRICT, THREADS, SPIN_US, INLINE, CONGESTION, SOCKBUF, KEEPALIVE_S, USER_TIMEOUT_MS, FRAGMENT, DEVMEM_BYTES, DEVMEM_AGENT];
 
 /// The settings of a process.
 #[derive(Clone, Debug)]
@@ -151,6 +158,8 @@ pub struct Config {
     pub fragmentation: Fragmentation,
     /// `UCCL_TCPX_SOFT_DEVMEM_BYTES`.
     pub devmem_bytes: usize,
+    /// `UCCL_TCPX_SOFT_DEVMEM_AGENT`.
+    pub devmem_agent: Option<String>,
     /// `UCCL_TCPX_EMULATE_DEVICE=1`: host memory serves as device memory.
     pub emulate_device: bool,
 }
@@ -235,6 +244,7 @@ impl Reader<'_> {
             user_timeout_ms: self.number(&USER_TIMEOUT_MS)?.unwrap_or(0),
             fragmentation: self.fragmentation()?,
             devmem_bytes: self.size(&DEVMEM_BYTES, 0)?,
+            devmem_agent: self.text(DEVMEM_AGENT.name),
             emulate_device: self.flag(&EMULATE)?,
         })
     }

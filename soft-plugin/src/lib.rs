@@ -57,6 +57,11 @@ pub fn port_range() -> Option<std::ops::RangeInclusive<u16>> {
     config::Config::from_env().ok()?.ports
 }
 
+/// The socket of the agent for device memory TCP, if there is one.
+pub fn device_memory_agent() -> Option<std::path::PathBuf> {
+    devmem::agent(&config::Config::from_env().ok()?)
+}
+
 /// The interfaces that would be devices, too, but cannot carry data at present; `listed`: as the last call of `devices` found them.
 pub fn absent_devices(listed: bool) -> Vec<String> {
     let Ok(global) = state::get() else { return Vec::new() };

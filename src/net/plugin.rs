@@ -26,6 +26,11 @@ use std::sync::{Arc, Once};
 /// Folders and file names searched for GPUDirect-TCPX and GPUDirect-TCPXO, in order; LD_LIBRARY_PATH follows.
 pub const PLACES: [(&[&str], &[&str]); 2] = [(search::TCPX.dirs, search::TCPX.files), (search::TCPXO.dirs, search::TCPXO.files)];
 
+/// The socket of the agent for device memory TCP, if there is one.
+pub fn device_memory_agent() -> Option<String> {
+    soft_plugin::device_memory_agent().map(|path| path.display().to_string())
+}
+
 /// Largest message of a foreign plugin. A larger one could need more fragments than TCPX has room for, and TCPX would end the
 /// process.
 const FOREIGN_CHUNK: usize = 512 << 10;

@@ -2,13 +2,15 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 
+use devmem::agent::SOCKET;
 use devmem::Nic;
 use process::Mutex;
 
 use super::area::Area;
-use super::host::{Host, Own};
+use super::host::{Asked, Host, Own};
 use crate::config::Config;
 use crate::device::DeviceMemory;
 use crate::interfaces::Interface;
@@ -58,9 +60,22 @@ fn open(nic: &Interface, name: &str, device: &dyn DeviceMemory, config: &Config)
         return Err(format!("its address is {address}; steering needs IPv4"));
     }
     let nic = Nic::named(name).map_err(|e| e.to_string())?;
-    Area::open(device, nic, host(config), config.devmem_bytes, limit(config))
+    Area::open(device, nic, host(config)?, config.devmem_bytes, limit(config))
 }
 
-fn host(_config: &Config) -> Box<dyn Host> {
-    Box::new(Own)
+/// The agent, where there is one; otherwise this process does it itself, and the kernel says whether it may.
+fn host(config: &Config) -> Result<Box<dyn Host>, String> {
+    match agent(config) {
+        None => Ok(Box::new(Own)),
+        Some(path) => match Asked::connect(&path) {
+            Ok(asked) => Ok(Box::new(asked)),
+            Err(e) => Err(format!("the agent at {}: {e}", path.display())),
+        },
+    }
+}
+
+/// The agent's socket, if a setting names it or it is in its usual place.
+pub fn agent(config: &Config) -> Option<PathBuf> {
+    let usual = || Some(PathBuf::from(SOCKET)).filter(|path| path.exists());
+    config.devmem_agent.as_ref().map(PathBuf::from).or_else(usual)
 }

@@ -4,8 +4,12 @@
 use std::io;
 use std::net::{SocketAddr, SocketAddrV4};
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::path::Path;
+use std::sync::Arc;
 
-use devmem::{Binding, Flow, Nic};
+use devmem::agent::Agent;
+use devmem::{Flow, Nic};
+use process::Mutex;
 use socket2::SockRef;
 
 /// An area that is bound to a queue, as long as this lives.
@@ -33,19 +37,50 @@ pub struct Own;
 
 impl Host for Own {
     fn bind(&self, nic: &Nic, dmabuf: BorrowedFd<'_>) -> Result<Bound, String> {
-        let spare = nic.spare_queues().map_err(|e| format!("which queues ordinary connections use is not known: {e}"))?;
-        let mut last = "ordinary connections use every queue (`ethtool -X NIC equal N` keeps some free)".to_owned();
-        for queue in spare {
-            match Binding::receiving(nic.interface(), queue, dmabuf) {
-                Ok(binding) => return Ok(Bound { id: binding.id(), queue, _kept: Box::new(binding) }),
-                Err(refused) => last = format!("queue {queue}: {refused}"),
-            }
-        }
-        Err(last)
+        let (queue, binding) = nic.bind_spare(&[], dmabuf).map_err(|refused| refused.to_string())?;
+        Ok(Bound { id: binding.id(), queue, _kept: Box::new(binding) })
     }
 
     fn steer(&self, nic: &Nic, queue: u32, connection: BorrowedFd<'_>) -> io::Result<Steered> {
         Ok(Box::new(nic.steer(&flow_of(connection)?, queue)?))
+    }
+}
+
+/// The agent. It serves one binding on a connection, so each area has its own.
+pub struct Asked {
+    agent: Arc<Mutex<Agent>>,
+}
+
+impl Asked {
+    /// Connects to the agent.
+    pub fn connect(path: &Path) -> io::Result<Asked> {
+        Ok(Asked { agent: Arc::new(Mutex::new(Agent::connect(path)?)) })
+    }
+}
+
+/// A rule that the agent has set.
+struct Rule {
+    agent: Arc<Mutex<Agent>>,
+    number: u32,
+}
+
+impl Drop for Rule {
+    fn drop(&mut self) {
+        // An agent that has ended has deleted it.
+        let _ = self.agent.lock().release(self.number);
+    }
+}
+
+impl Host for Asked {
+    fn bind(&self, nic: &Nic, dmabuf: BorrowedFd<'_>) -> Result<Bound, String> {
+        let (queue, id) = self.agent.lock().bind(nic.name(), dmabuf).map_err(|refused| format!("the agent: {refused}"))?;
+        Ok(Bound { id, queue, _kept: Box::new(self.agent.clone()) })
+    }
+
+    fn steer(&self, _nic: &Nic, _queue: u32, connection: BorrowedFd<'_>) -> io::Result<Steered> {
+        let steered = self.agent.lock().steer(connection);
+        let number = steered.map_err(|refused| io::Error::new(refused.error.kind(), format!("the agent: {refused}")))?;
+        Ok(Box::new(Rule { agent: self.agent.clone(), number }))
     }
 }
 

@@ -26,7 +26,7 @@ mod recv;
 mod send;
 
 pub use area::Area;
-pub use areas::{limit, Areas};
+pub use areas::{agent, limit, Areas};
 pub use layout::RECEIVE_BUFFER;
 pub use proof::{Payload, Proof};
 pub use recv::DeviceRecv;

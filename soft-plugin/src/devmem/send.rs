@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nccl_net_abi::{MAX_REQUESTS, NCCL_SYSTEM_ERROR};
+use socket2::{SockRef, TcpKeepalive};
 
 use super::area::Area;
 use crate::ledger::{Failure, Ledger};
@@ -15,6 +16,12 @@ use crate::slot::{Body, HEADER};
 
 /// How long a closed comm waits for packets that refer to its memory.
 const SETTLE: Duration = Duration::from_secs(1);
+/// How long a NIC may be down, and how often sends are tried again meanwhile.
+const OUTAGE: Duration = Duration::from_secs(10);
+const RETRY: Duration = Duration::from_millis(1);
+/// Keepalive probes of a connection for payload.
+const PROBE: Duration = Duration::from_secs(1);
+const PROBES: u32 = 30;
 
 /// Calls that the kernel counts: how many were made, and how many of them have ended. The counts begin again after the largest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -44,6 +51,8 @@ pub struct DeviceSend {
     next: u64,
     head: usize,
     payload: usize,
+    /// Since when the kernel refuses sends because the NIC is down.
+    outage: Option<Instant>,
     /// Calls made when the last byte of each message in the window was with the kernel.
     last: [u32; MAX_REQUESTS],
 }
@@ -55,8 +64,11 @@ fn lost(why: impl Into<String>) -> Failure {
 impl DeviceSend {
     /// The state of a new comm, on whose payload connection so many calls were made, which have ended.
     pub fn new(connection: OwnedFd, area: Arc<Area>, calls: u32) -> DeviceSend {
+        // Best effort: without probes an idle connection stays unusable after its NIC was down.
+        let probes = TcpKeepalive::new().with_time(PROBE).with_interval(PROBE).with_retries(PROBES);
+        let _ = SockRef::from(&connection).set_tcp_keepalive(&probes);
         let calls = Calls { made: calls, ended: calls };
-        DeviceSend { connection: Some(connection), area, calls, next: 0, head: 0, payload: 0, last: [0; MAX_REQUESTS] }
+        DeviceSend { connection: Some(connection), area, calls, next: 0, head: 0, payload: 0, outage: None, last: [0; MAX_REQUESTS] }
     }
 
     /// The payload connection, while the comm is open.
@@ -114,6 +126,9 @@ impl DeviceSend {
             if !self.push(socket, connection, body)? {
                 return Ok(Turn::Wait);
             }
+            if self.outage.is_some() {
+                return Ok(Turn::More);
+            }
             budget = budget.saturating_sub(self.payload - before);
             if self.head == HEADER && self.payload == body.total - HEADER {
                 self.last[(seq % MAX_REQUESTS as u64) as usize] = self.calls.made;
@@ -157,15 +172,32 @@ impl DeviceSend {
         match devmem::send(connection, body.binding, body.offset + self.payload, left.min(TURN_BYTES)) {
             Ok(sent) => {
                 self.payload += sent;
+                self.outage = None;
                 self.calls.made = self.calls.made.wrapping_add(1);
                 Ok(true)
             }
             Err(e) if e.kind() == ErrorKind::WouldBlock => Ok(false),
             Err(e) if e.kind() == ErrorKind::Interrupted => Ok(true),
+            Err(e) if self.is_outage(&e) => {
+                // No event tells the end: the kernel looks for a route only for a keepalive probe.
+                std::thread::sleep(RETRY);
+                Ok(true)
+            }
             // The end of an earlier call makes room.
             Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) && !self.calls.all_ended() => Ok(false),
             Err(e) => Err(lost(format!("sending from device memory: {e}"))),
         }
+    }
+
+    /// Whether the kernel refuses a send because the NIC is down, which an ordinary send would not show. The connection outlasts that.
+    fn is_outage(&mut self, error: &io::Error) -> bool {
+        let down = match error.raw_os_error() {
+            Some(libc::ENODEV | libc::ENETDOWN | libc::ENETUNREACH | libc::EHOSTUNREACH) => true,
+            // What the first call afterwards says.
+            Some(libc::EINVAL) => self.outage.is_some(),
+            _ => false,
+        };
+        down && self.outage.get_or_insert_with(Instant::now).elapsed() < OUTAGE
     }
 
     /// Closes the payload connection: when it returns true, no packet refers to the memory of any message.
