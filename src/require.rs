@@ -245,7 +245,7 @@ mod tests {
             ("", "''"),
             ("tcpx,", "''"),
             ("tcpx|", "'tcpx|'"),
-            ("rdma", "'rdma': expected tcpx, tcpxo, tcp, direct, nvlink"),
+            ("rdma", "'rdma': expected tcpx, tcpxo, devmem, tcp, direct, nvlink"),
             ("tcpx,nics>=0", "'nics>=0': expected nics>= and a number from 1 to 64"),
             ("nics>=65", "'nics>=65'"),
             ("nics>4", "'nics>4'"),

@@ -109,7 +109,7 @@ const DEVMEM_BYTES: Variable = var(
     "UCCL_TCPX_SOFT_DEVMEM_BYTES",
     Kind::Number(1 << 20, 4 << 30),
     "268435456",
-    "Device memory TCP: GPU memory of each NIC and GPU that the NIC writes received payload to, bytes. It limits the receiving connections, 12 with the default.",
+    "Device memory TCP: GPU memory of each NIC and GPU that the NIC writes received payload to, bytes. It limits the receiving channels, to 21 with the default.",
 );
 
 const DEVMEM_AGENT: Variable = var(

@@ -5,7 +5,7 @@
 . /vm/lib.sh
 export UCCL_TCPX_PLUGIN=soft UCCL_TCPX_DEVMEM=auto UCCL_TCPX_EMULATE_DEVICE=1 UCCL_P2P_DISABLE_IPC=1 UCCL_P2P_LOG_LEVEL=info
 export UCCL_TCPX_SOFT_DEVMEM_BYTES=48M UCCL_TCPX_NUM_CHANNELS=2 UCCL_TCPX_SOFT_THREADS=2
-total=2097152 agents=() as=() nobody=(devmem --user 65534 -- run)
+total=2097152 agents=() as=() nobody=(/vm/bin/devmem --user 65534 -- run)
 
 # host HOST NIC QUEUES: header split, and so many queues for ordinary connections
 host() {
@@ -211,6 +211,33 @@ client_of_agent_killed() {
   over_devmem --op write
 }
 
+# What a process of another network namespace may not ask for, and what is no connection at all. Honest clients go on.
+agent_is_asked_for_too_much() {
+  prepare && agents || return 1
+  ip netns exec $a "${nobody[@]}" /vm/bin/agent_liar /tmp/agent-$b vmnic1 >$out/liar 2>&1 || { cat $out/liar; return 1; }
+  sed 's/^/note: /' $out/liar
+  over_devmem --op write
+}
+
+# The one danger: a neglected comm keeps pages of the area from others of its queue. neighbour HOW: the receiver posts no receive (unread), or
+# consumes none (held).
+neighbour() {
+  prepare fragment=1448 offset=64 || return 1
+  export NCCL_GPUDIRECTTCPX_SOCKET_IFNAME=vmnic
+  mkdir -p $out/meet
+  ip netns exec $b devmem_neighbour receive $out/meet "$1" >$out/server 2>&1 &
+  local receiver=$! status=0
+  timeout 100 ip netns exec $a devmem_neighbour send $out/meet "$1" >$out/client 2>&1 || status=1
+  [ $status = 0 ] || kill $receiver
+  wait $receiver || status=1
+  unset NCCL_GPUDIRECTTCPX_SOCKET_IFNAME
+  grep -E '^(held|the neighbour)' $out/server | sed 's/^/note: /'
+  echo "note: $(counter $b vmnic1 rx_starved) packets found no place"
+  return $status
+}
+unread_neighbour() { neighbour unread; }
+held_neighbour() { neighbour held; }
+
 # The doctor.
 doctor() {
   touch $out/server
@@ -226,6 +253,8 @@ rows=(write read_back messages both_ways scattered many_at_once fragments_of_a_p
   switched_off peer_without protected no_header_split no_spare_queue no_privileges no_export area_too_small not_steered lost_writes area_is_full required required_of_the_peer
   rules_deleted sender_down receiver_down server_killed)
 [ ! -e /vm/bin/uccl-devmem-agent ] || rows+=(unprivileged unprivileged_both_ways agent_killed agent_refuses client_of_agent_killed)
+[ ! -e /vm/bin/agent_liar ] || rows+=(agent_is_asked_for_too_much)
+[ ! -e /vm/bin/devmem_neighbour ] || rows+=(unread_neighbour held_neighbour)
 [ ! -e /vm/bin/tcpx-info ] || rows+=(doctor_content doctor_names_faults)
 [ $# = 0 ] || rows=("$@")
 for name in "${rows[@]}"; do row "${name//_/ }" "$name"; done

@@ -55,8 +55,7 @@ pub(crate) fn plans(
     terms: &Terms,
 ) -> Vec<Plan> {
     let channels = terms.channels.into();
-    // Data that the NIC writes into GPU memory cannot be protected.
-    let (with, optional) = (own.plugin == peer.plugin && terms.protect == Protect::Off, device.traits.optional);
+    let optional = device.traits.optional;
     let follows = device.traits.follows_gpu;
     let plan = |plugin: &Arc<Plugin>, gpus: Option<(u8, u8)>, channels, spare| {
         let gpus = gpus.map(|(here, there)| (Place::gpu(here), Place::gpu(there)));
@@ -64,7 +63,7 @@ pub(crate) fn plans(
     };
     let own_pair = || (own_gpu(own), own_gpu(peer));
     let mut all = Vec::new();
-    if with || !optional {
+    if !optional || takes_part(own, peer, terms.protect) {
         all.push(plan(device, follows.then(own_pair), channels, optional));
     }
     if follows && !all.is_empty() {
@@ -73,6 +72,11 @@ pub(crate) fn plans(
     }
     all.extend(host.into_iter().map(|host| plan(host, None, channels, false)));
     all
+}
+
+/// Whether a connection has channels of a plugin that it could do without. Data that the NIC writes into GPU memory cannot be protected.
+fn takes_part(own: &Hello, peer: &Hello, protect: Protect) -> bool {
+    own.plugin == peer.plugin && protect == Protect::Off
 }
 
 /// Pairs of GPUs, here and at the peer, other than the engines' own; the closest numbers first, since GPUs that share a NIC are
@@ -109,6 +113,15 @@ mod tests {
         let pairs = further(&eight, &eight, true, 14);
         assert!((1..8).all(|i| pairs.contains(&(i, i))), "{pairs:?}");
         assert_eq!(pairs.len(), 14);
+    }
+
+    #[test]
+    fn a_plugin_that_both_can_do_without_needs_both_and_no_protection() {
+        let with = |plugin: &str| Hello { plugin: plugin.into(), ..sample() };
+        let (soft, devmem) = (with("soft"), with("devmem"));
+        assert!(takes_part(&devmem, &devmem, Protect::Off));
+        assert!(!takes_part(&devmem, &soft, Protect::Off) && !takes_part(&soft, &devmem, Protect::Off));
+        assert!(!takes_part(&devmem, &devmem, Protect::Integrity) && !takes_part(&devmem, &devmem, Protect::Encrypt));
     }
 
     proptest! {
