@@ -233,6 +233,16 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn engines_with_and_without_device_memory_tcp_agree() {
+        let with = |plugin: &str, protect| Hello { plugin: plugin.into(), protect, ..sample() };
+        for (a, b) in [("devmem", "devmem"), ("devmem", "soft"), ("soft", "devmem")] {
+            let terms = with(a, Protect::Off).agree(&with(b, Protect::Encrypt)).unwrap();
+            assert_eq!(terms.protect, Protect::Encrypt);
+        }
+        assert!(with("devmem", Protect::Off).agree(&with("tcpx", Protect::Off)).is_err());
+    }
+
+    #[test]
     fn every_number_out_of_range_is_refused() {
         let with = |change: fn(&mut Hello)| {
             let mut hello = sample();
