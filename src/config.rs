@@ -209,6 +209,14 @@ fn plugin_choice(source: Source<'_>) -> Result<(PluginChoice, bool)> {
 /// What carries the memory of GPUs on every connection of an engine that requires device memory TCP.
 const DEVICE_MEMORY: &str = "devmem|direct";
 
+fn requirement(source: Source<'_>, devmem: DeviceMemoryTcp) -> Result<Requirement> {
+    let required = source.parsed(&table::REQUIRE, Requirement::parse)?.unwrap_or_default();
+    match devmem {
+        DeviceMemoryTcp::Require => required.and(DEVICE_MEMORY),
+        DeviceMemoryTcp::Off | DeviceMemoryTcp::Auto => Ok(required),
+    }
+}
+
 fn device_memory_tcp(source: Source<'_>) -> Result<DeviceMemoryTcp> {
     Ok(match source.word(&table::DEVMEM)? {
         Some("auto") => DeviceMemoryTcp::Auto,
@@ -282,14 +290,13 @@ impl Config {
             None => source.get(&table::NCCL_SOCKET_IFNAME)?,
         };
         let devmem = device_memory_tcp(source)?;
-        let require = source.parsed(&table::REQUIRE, Requirement::parse)?.unwrap_or_default();
         let plugin_limit = plugin_limit(source)?;
         let chunk = source.number_or_default(&table::CHUNK_BYTES)? as usize;
         Ok(Config {
             plugin,
             plugin_path: source.get(&table::PLUGIN_PATH)?.map(PathBuf::from),
             devmem,
-            require: if devmem == DeviceMemoryTcp::Require { require.and(DEVICE_MEMORY)? } else { require },
+            require: requirement(source, devmem)?,
             num_channels: source.number(&table::NUM_CHANNELS)?.map(|n| n as usize),
             chunk_bytes: plugin_limit.map_or(chunk, |limit| chunk.min(limit)),
             plugin_limit,

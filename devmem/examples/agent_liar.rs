@@ -17,7 +17,9 @@ fn dmabuf(len: usize) -> std::io::Result<OwnedFd> {
     // SAFETY: system calls on descriptors of ours.
     unsafe {
         let file = libc::memfd_create(c"area".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING);
-        assert!(file >= 0 && libc::ftruncate(file, len as i64) == 0 && libc::fcntl(file, libc::F_ADD_SEALS, libc::F_SEAL_SHRINK) == 0);
+        assert!(
+            file >= 0 && libc::ftruncate(file, len as i64) == 0 && libc::fcntl(file, libc::F_ADD_SEALS, libc::F_SEAL_SHRINK) == 0
+        );
         let create = Create { file: file as u32, flags: 1, offset: 0, size: len as u64 };
         match libc::ioctl(device.as_raw_fd(), 0x4018_7542, &create) {
             fd @ 0.. => Ok(OwnedFd::from_raw_fd(fd)),

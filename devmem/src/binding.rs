@@ -80,9 +80,7 @@ impl Family {
             let length = returned(unsafe { libc::recv(self.socket.as_raw_fd(), datagram.as_mut_ptr().cast(), DATAGRAM, 0) })?;
             match exchange.read(&datagram[..length]) {
                 None => {}
-                Some(Outcome::Refused(errno, text)) => {
-                    return Err(Refused { error: io::Error::from_raw_os_error(errno), text })
-                }
+                Some(Outcome::Refused(errno, text)) => return Err(Refused { error: io::Error::from_raw_os_error(errno), text }),
                 Some(done) => return Ok(done),
             }
         }

@@ -35,7 +35,8 @@ impl Comm {
     fn new(table: &ncclNet_v7, raw: *mut c_void) -> Comm {
         let (memory, mut mhandle) = (EmulatedMemory::new(LEN * WINDOW).unwrap(), null_mut());
         // SAFETY: a live comm; the memory lives as long as the process.
-        let done = unsafe { table.regMr.unwrap()(raw, memory.as_ptr().cast(), (LEN * WINDOW) as c_int, NCCL_PTR_CUDA, &mut mhandle) };
+        let done =
+            unsafe { table.regMr.unwrap()(raw, memory.as_ptr().cast(), (LEN * WINDOW) as c_int, NCCL_PTR_CUDA, &mut mhandle) };
         check("regMr", done);
         Comm { raw, memory, mhandle }
     }

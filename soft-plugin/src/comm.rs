@@ -270,11 +270,11 @@ impl Comm {
             }
             queue.free.lock().push(place);
         }
-        self.ledger.consume(seq)?;
         if let Some(lender) = queue.as_ref().and_then(|queue| queue.lent.as_ref()) {
             self.give_back(&**lender, seq);
         }
-        Ok(())
+        // Last: from here on another receive may use the slot.
+        self.ledger.consume(seq)
     }
 
     fn give_back(&self, lender: &dyn Lender, seq: u64) {

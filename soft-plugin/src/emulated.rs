@@ -43,7 +43,8 @@ impl Block {
         // SAFETY: a descriptor just created, without another owner.
         let file = unsafe { OwnedFd::from_raw_fd(fd) };
         // SAFETY: calls on a descriptor of ours.
-        let sized = unsafe { libc::ftruncate(fd, len as i64) == 0 && libc::fcntl(fd, libc::F_ADD_SEALS, libc::F_SEAL_SHRINK) == 0 };
+        let sized =
+            unsafe { libc::ftruncate(fd, len as i64) == 0 && libc::fcntl(fd, libc::F_ADD_SEALS, libc::F_SEAL_SHRINK) == 0 };
         if !sized {
             return Err(io::Error::last_os_error());
         }

@@ -181,8 +181,8 @@ mod tests {
     #[test]
     fn device_memory_tcp_is_the_software_plugin_for_pairs_of_gpus() {
         let devices = DeviceTraits { global: false, ptr_support: NCCL_PTR_CUDA, unpack: true };
-        let [soft, devmem] =
-            [("TCPX-soft", Ext::built_in()), (soft_plugin::DEVICE_MEMORY, Ext::for_device_memory())].map(|(name, ext)| Traits::of(name, Some(&ext), devices));
+        let [soft, devmem] = [("TCPX-soft", Ext::built_in()), (soft_plugin::DEVICE_MEMORY, Ext::for_device_memory())]
+            .map(|(name, ext)| Traits::of(name, Some(&ext), devices));
         let both = |t: Traits| [t.device_memory, t.doorbell, t.progress_bytes, t.secured, t.dials_both, t.shared_registrations];
         assert_eq!((both(soft), both(devmem)), ([true; 6], [true; 6]));
         let of_soft = |t: Traits| [t.host_memory, t.vectored, t.stage_sends, t.devices_change];

@@ -514,7 +514,11 @@ mod tests {
             break_it(&mut it);
             let checks = examine(&it.host);
             let wrong: Vec<&Check> = checks.iter().filter(|c| c.status != Status::Ok).collect();
-            assert!(wrong.len() == 1 && wrong[0].name == name && !wrong[0].todo.is_empty(), "{name}: {}", text(Subject::Tcpx, &checks));
+            assert!(
+                wrong.len() == 1 && wrong[0].name == name && !wrong[0].todo.is_empty(),
+                "{name}: {}",
+                text(Subject::Tcpx, &checks)
+            );
             fs::remove_dir_all(&it.host.root).unwrap();
         }
     }

@@ -82,8 +82,11 @@ fn main() -> ExitCode {
         return ready::tell();
     }
     let report = examine(&args);
-    let shown =
-        if args.json { serde_json::to_string_pretty(&report).map_err(Failure::new) } else { Ok(text(&report, args.doctor, args.settings)) };
+    let shown = if args.json {
+        serde_json::to_string_pretty(&report).map_err(Failure::new)
+    } else {
+        Ok(text(&report, args.doctor, args.settings))
+    };
     match shown {
         Ok(shown) => say!("{}", shown.trim_end()),
         Err(e) => {
@@ -192,7 +195,9 @@ fn agree(args: &Args, report: &Report, gpu: Option<&Carried>, verdict: String) -
     let (Some(checks), Some(subject)) = (&report.doctor, args.doctor) else { return Ok(verdict) };
     match (doctor::conclusion(subject, checks), gpu) {
         (Err(missing), _) => fail!("{missing}. Without it: {verdict}"),
-        (Ok(met), Some(carried)) if subject == Subject::Tcpx && !carried.is_all("tcpx") => fail!("{met}, but GPU memory went over {carried}"),
+        (Ok(met), Some(carried)) if subject == Subject::Tcpx && !carried.is_all("tcpx") => {
+            fail!("{met}, but GPU memory went over {carried}")
+        }
         (Ok(met), _) => Ok(format!("{verdict}; {met}")),
     }
 }

@@ -10,12 +10,13 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 /// How long an answer may take. A queue restarts for a binding.
-const ANSWER_SECONDS: i64 = 5;
+const ANSWER_SECONDS: i64 = 2;
 
 /// A connection to the agent. When it ends, the agent ends its binding and its rules.
 #[derive(Debug)]
 pub struct Agent {
     pub(super) socket: OwnedFd,
+    failed: bool,
 }
 
 /// A Unix socket that keeps datagrams apart, and an address for it.
@@ -53,7 +54,7 @@ impl Agent {
         let size = std::mem::size_of_val(&address) as u32;
         // SAFETY: the address is read during the call.
         returned(unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), size) } as isize)?;
-        Ok(Agent { socket })
+        Ok(Agent { socket, failed: false })
     }
 
     /// Has a dma-buf bound to a spare queue of a NIC: the queue, and the number of the binding.
@@ -81,14 +82,26 @@ impl Agent {
     }
 
     pub(super) fn ask(&mut self, request: &Request, with: Option<BorrowedFd<'_>>) -> Result<(u32, u32), Refused> {
+        match self.exchange(request, with) {
+            Ok(Answer::Done(one, other)) => Ok((one, other)),
+            Ok(Answer::Refused(error, text)) => Err(Refused { error: io::Error::from_raw_os_error(error), text }),
+            Err(error) => {
+                self.failed = true;
+                Err(error.into())
+            }
+        }
+    }
+
+    fn exchange(&mut self, request: &Request, with: Option<BorrowedFd<'_>>) -> io::Result<Answer> {
         passing::send(self.socket.as_fd(), &request.encode(), with, 0)?;
         let mut buffer = [0; ANSWER_BYTES];
         let (len, _) = passing::receive(self.socket.as_fd(), &mut buffer, 0)?;
-        match Answer::decode(&buffer[..len]) {
-            Some(Answer::Done(one, other)) => Ok((one, other)),
-            Some(Answer::Refused(error, text)) => Err(Refused { error: io::Error::from_raw_os_error(error), text }),
-            None if len == 0 => Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
-            None => Err(io::Error::from(io::ErrorKind::InvalidData).into()),
-        }
+        let none = if len == 0 { io::ErrorKind::UnexpectedEof } else { io::ErrorKind::InvalidData };
+        Answer::decode(&buffer[..len]).ok_or_else(|| none.into())
+    }
+
+    /// Whether the agent has ended, or did not answer in time: a later answer could be that of an earlier request.
+    pub fn has_failed(&self) -> bool {
+        self.failed
     }
 }

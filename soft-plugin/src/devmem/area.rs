@@ -96,7 +96,13 @@ impl Area {
     /// One line about it.
     pub fn describe(&self) -> String {
         let Area { nic, bound, layout, .. } = self;
-        format!("queue {} of {} writes {} bytes, for {} receiving connections", bound.queue, nic.name(), layout.front, layout.connections)
+        format!(
+            "queue {} of {} writes {} bytes, for {} receiving connections",
+            bound.queue,
+            nic.name(),
+            layout.front,
+            layout.connections
+        )
     }
 
     /// Its NIC.

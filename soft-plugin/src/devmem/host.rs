@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use devmem::agent::Agent;
-use devmem::{Flow, Nic};
+use devmem::{Flow, Nic, Refused};
 use process::Mutex;
 use socket2::SockRef;
 
@@ -46,41 +46,52 @@ impl Host for Own {
     }
 }
 
-/// The agent. It serves one binding on a connection, so each area has its own.
-pub struct Asked {
-    agent: Arc<Mutex<Agent>>,
-}
+/// The agent. It serves one binding on a connection, so each area has its own. An agent that does not answer is not asked again: nothing is to
+/// wait for it twice.
+pub struct Asked(Arc<Mutex<Option<Agent>>>);
 
 impl Asked {
     /// Connects to the agent.
     pub fn connect(path: &Path) -> io::Result<Asked> {
-        Ok(Asked { agent: Arc::new(Mutex::new(Agent::connect(path)?)) })
+        Ok(Asked(Arc::new(Mutex::new(Some(Agent::connect(path)?)))))
     }
+}
+
+fn ask<T>(agent: &Mutex<Option<Agent>>, call: impl FnOnce(&mut Agent) -> Result<T, Refused>) -> Result<T, Refused> {
+    let mut agent = agent.lock();
+    let Some(asked) = agent.as_mut() else {
+        return Err(io::Error::new(io::ErrorKind::NotConnected, "it has ended, or did not answer").into());
+    };
+    let outcome = call(asked);
+    if asked.has_failed() {
+        *agent = None;
+    }
+    outcome
 }
 
 /// A rule that the agent has set.
 struct Rule {
-    agent: Arc<Mutex<Agent>>,
+    agent: Arc<Mutex<Option<Agent>>>,
     number: u32,
 }
 
 impl Drop for Rule {
     fn drop(&mut self) {
-        // An agent that has ended has deleted it.
-        let _ = self.agent.lock().release(self.number);
+        let _ = ask(&self.agent, |agent| agent.release(self.number));
     }
 }
 
 impl Host for Asked {
     fn bind(&self, nic: &Nic, dmabuf: BorrowedFd<'_>) -> Result<Bound, String> {
-        let (queue, id) = self.agent.lock().bind(nic.name(), dmabuf).map_err(|refused| format!("the agent: {refused}"))?;
-        Ok(Bound { id, queue, _kept: Box::new(self.agent.clone()) })
+        let bound = ask(&self.0, |agent| agent.bind(nic.name(), dmabuf));
+        let (queue, id) = bound.map_err(|refused| format!("the agent: {refused}"))?;
+        Ok(Bound { id, queue, _kept: Box::new(self.0.clone()) })
     }
 
     fn steer(&self, _nic: &Nic, _queue: u32, connection: BorrowedFd<'_>) -> io::Result<Steered> {
-        let steered = self.agent.lock().steer(connection);
+        let steered = ask(&self.0, |agent| agent.steer(connection));
         let number = steered.map_err(|refused| io::Error::new(refused.error.kind(), format!("the agent: {refused}")))?;
-        Ok(Box::new(Rule { agent: self.agent.clone(), number }))
+        Ok(Box::new(Rule { agent: self.0.clone(), number }))
     }
 }
 

@@ -4,7 +4,7 @@
 //!
 //! - `layout`, `pattern`: pure parts; `area`: GPU memory bound to a queue of a NIC; `host`: what takes privileges; `areas`: all of a process
 //! - `proof`: steers a new connection and sends a pattern through both NICs and both GPUs, before anything else passes
-//! - `lent`: what receives hold of an area; `recv`, `send`: moving the bytes of a comm
+//! - `ends`: the end of a connection; `lent`: what receives hold of an area; `recv`, `send`: moving the bytes of a comm
 //!
 //! # Invariants
 //! - A receive is described only by fragments of its own area's binding. Any other binding fails the comm.
@@ -17,6 +17,7 @@
 
 mod area;
 mod areas;
+mod ends;
 mod host;
 mod layout;
 mod lent;

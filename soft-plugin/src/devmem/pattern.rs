@@ -3,7 +3,8 @@
 
 /// Fills `bytes` with the pattern of a secret.
 pub fn fill(secret: &[u8], bytes: &mut [u8]) {
-    let mut state = secret.iter().fold(0xcbf2_9ce4_8422_2325u64, |state, byte| (state ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)) | 1;
+    let mut state =
+        secret.iter().fold(0xcbf2_9ce4_8422_2325u64, |state, byte| (state ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)) | 1;
     for chunk in bytes.chunks_mut(8) {
         state ^= state << 13;
         state ^= state >> 7;

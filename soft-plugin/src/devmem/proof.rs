@@ -28,11 +28,24 @@ pub enum Payload {
 
 enum State {
     /// Waits for the receiver's word.
-    Asked { connection: OwnedFd },
+    Asked {
+        connection: OwnedFd,
+    },
     /// So many bytes of the pattern in the block are with the kernel, by so many calls, of which so many have ended.
-    Sending { connection: OwnedFd, block: Block, sent: usize, calls: u32, ended: u32 },
+    Sending {
+        connection: OwnedFd,
+        block: Block,
+        sent: usize,
+        calls: u32,
+        ended: u32,
+    },
     /// So many bytes of the pattern have come.
-    Receiving { lent: Arc<Lent>, got: usize, in_device: usize, tokens: Tokens },
+    Receiving {
+        lent: Arc<Lent>,
+        got: usize,
+        in_device: usize,
+        tokens: Tokens,
+    },
     Done(Payload),
     Failed,
 }
@@ -49,7 +62,13 @@ impl Proof {
     ///
     /// # Errors
     /// The area does not admit the connection, or it cannot be steered.
-    pub fn begin(area: &Arc<Area>, receives: bool, heads: BorrowedFd<'_>, connection: OwnedFd, secret: &[u8]) -> io::Result<Proof> {
+    pub fn begin(
+        area: &Arc<Area>,
+        receives: bool,
+        heads: BorrowedFd<'_>,
+        connection: OwnedFd,
+        secret: &[u8],
+    ) -> io::Result<Proof> {
         let mut bytes = vec![0; PATTERN];
         pattern::fill(secret, &mut bytes);
         let state = if receives {
@@ -79,9 +98,7 @@ impl Proof {
                     Some(STEERED) => self.start(connection)?,
                     Some(_) => return Err(io::Error::other("the peer says something else than that it is steered")),
                 },
-                State::Sending { connection, block, sent, calls, ended } => {
-                    self.send(connection, block, sent, calls, ended)?
-                }
+                State::Sending { connection, block, sent, calls, ended } => self.send(connection, block, sent, calls, ended)?,
                 State::Receiving { lent, got, in_device, tokens } => self.receive(lent, got, in_device, tokens)?,
                 State::Done(payload) => return Ok(Some(payload)),
                 State::Failed => return Err(ErrorKind::InvalidInput.into()),

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use devmem::{Piece, Received};
 use nccl_net_abi::{loadMeta, MAX_REQUESTS, NCCL_INTERNAL_ERROR, NCCL_SYSTEM_ERROR};
 
+use super::ends::check_open;
 use super::layout::{held_fragments, most_fragments};
 use super::lent::{Holding, Lent};
 use crate::device::UnpackQueue;
@@ -246,6 +247,7 @@ impl DeviceRecv {
         match (got, io::Error::last_os_error()) {
             (0, _) => Err(lost("the peer closed the connection")),
             (..0, e) if e.kind() != ErrorKind::WouldBlock => Err(lost(e.to_string())),
+            (..0, _) => self.lent.as_ref().map_or(Ok(()), |lent| check_open(lent.connection())),
             _ => Ok(()),
         }
     }

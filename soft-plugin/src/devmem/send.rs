@@ -2,7 +2,7 @@
 //! memory any more.
 
 use std::io::{self, ErrorKind};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,6 +10,7 @@ use nccl_net_abi::{MAX_REQUESTS, NCCL_SYSTEM_ERROR};
 use socket2::{SockRef, TcpKeepalive};
 
 use super::area::Area;
+use super::ends::{check_open, reset};
 use crate::ledger::{Failure, Ledger};
 use crate::quantum::{DataSocket, Turn, TURN_BYTES};
 use crate::slot::{Body, HEADER};
@@ -68,7 +69,16 @@ impl DeviceSend {
         let probes = TcpKeepalive::new().with_time(PROBE).with_interval(PROBE).with_retries(PROBES);
         let _ = SockRef::from(&connection).set_tcp_keepalive(&probes);
         let calls = Calls { made: calls, ended: calls };
-        DeviceSend { connection: Some(connection), area, calls, next: 0, head: 0, payload: 0, outage: None, last: [0; MAX_REQUESTS] }
+        DeviceSend {
+            connection: Some(connection),
+            area,
+            calls,
+            next: 0,
+            head: 0,
+            payload: 0,
+            outage: None,
+            last: [0; MAX_REQUESTS],
+        }
     }
 
     /// The payload connection, while the comm is open.
@@ -101,8 +111,9 @@ impl DeviceSend {
     fn advance(&mut self, ledger: &Ledger, socket: DataSocket, connection: BorrowedFd<'_>) -> Result<Turn, Failure> {
         if socket.hung_up {
             // Also the way in which the kernel says that calls have ended.
-            check_open(socket.fd)?;
-            check_open(connection.as_raw_fd())?;
+            // SAFETY: the comm's socket, which outlives its turn.
+            check_open(unsafe { BorrowedFd::borrow_raw(socket.fd) })?;
+            check_open(connection)?;
         }
         let mut budget = TURN_BYTES;
         loop {
@@ -226,31 +237,6 @@ impl DeviceSend {
             }
         }
     }
-}
-
-/// Ends a connection at once: what is not acknowledged is not sent again.
-fn reset(connection: BorrowedFd<'_>) {
-    let none = libc::sockaddr { sa_family: libc::AF_UNSPEC as _, sa_data: [0; 14] };
-    // SAFETY: an address of that size.
-    unsafe { libc::connect(connection.as_raw_fd(), &raw const none, size_of::<libc::sockaddr>() as libc::socklen_t) };
-}
-
-/// Fails if a connection has ended.
-fn check_open(fd: i32) -> Result<(), Failure> {
-    let mut poll = libc::pollfd { fd, events: libc::POLLRDHUP, revents: 0 };
-    // SAFETY: one entry.
-    let _ = unsafe { libc::poll(&mut poll, 1, 0) };
-    if poll.revents & (libc::POLLRDHUP | libc::POLLHUP) == 0 {
-        return Ok(());
-    }
-    let mut code: libc::c_int = 0;
-    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
-    // SAFETY: an int of that size.
-    let known = unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_ERROR, (&raw mut code).cast(), &mut len) };
-    if known == 0 && code != 0 {
-        return Err(lost(io::Error::from_raw_os_error(code).to_string()));
-    }
-    Err(lost("the peer closed the connection"))
 }
 
 #[cfg(test)]

@@ -37,12 +37,7 @@ pub struct ListenComm {
 
 impl ListenComm {
     /// Listens on the device's address and writes the handle. `area`: the comms carry device memory alone, received into it.
-    pub fn open(
-        device: &Interface,
-        config: &Config,
-        handle: &mut Handle,
-        area: Option<Arc<Area>>,
-    ) -> Result<ListenComm, Failed> {
+    pub fn open(device: &Interface, config: &Config, handle: &mut Handle, area: Option<Arc<Area>>) -> Result<ListenComm, Failed> {
         let listener = Listener::new(device, config, handle, area).map_err(|e| {
             let range = config.ports.as_ref().map(|r| format!(", UCCL_TCPX_PORT_RANGE={}-{}", r.start(), r.end()));
             let what = format!("listen on {} ({}){}", device.name.to_string_lossy(), device.address, range.unwrap_or_default());

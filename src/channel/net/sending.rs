@@ -205,7 +205,9 @@ impl Sending {
             let bytes = Staging::bytes(usage.chunk_bytes, places);
             let (memory, kind) = match usage.device {
                 DeviceMode::HostStaging => (device(copier)?.host_staging(bytes, place)?, NCCL_PTR_HOST),
-                DeviceMode::GpuStaging | DeviceMode::Packed | DeviceMode::Regions => (device(copier)?.staging(bytes, place)?, NCCL_PTR_CUDA),
+                DeviceMode::GpuStaging | DeviceMode::Packed | DeviceMode::Regions => {
+                    (device(copier)?.staging(bytes, place)?, NCCL_PTR_CUDA)
+                }
             };
             let send = &self.comm;
             let staging = Staging::new(memory, usage.chunk_bytes, places, |p, n| {

@@ -199,6 +199,14 @@ unprivileged_both_ways() { prepare && agents && over_devmem --op read --bidirect
 agent_killed() {
   prepare && agents && during kill -9 "${agents[1]}" && [ "$(written $b vmnic1)" -lt $((26 * total)) ]
 }
+# A frozen agent delays one set-up, and no transfer.
+agent_frozen() {
+  prepare && agents && start_server && kill -STOP "${agents[1]}" || return 1
+  client --op write --require tcp && client --op read --require tcp && stop_server
+  local status=$?
+  kill -CONT "${agents[1]}"
+  [ $status = 0 ] && says 'steering a connection to queue 3 of vmnic1: the agent'
+}
 agent_refuses() { prepare && agent $a vmnic0 && agent $b other && over_tcp --op write && says 'the agent does not serve this NIC'; }
 client_of_agent_killed() {
   prepare && agents && start_server || return 1
@@ -252,7 +260,7 @@ doctor_names_faults() {
 rows=(write read_back messages both_ways scattered many_at_once fragments_of_a_packet odd_offsets lost_packets delay unsplit unsplit_fragments large
   switched_off peer_without protected no_header_split no_spare_queue no_privileges no_export area_too_small not_steered lost_writes area_is_full required required_of_the_peer
   rules_deleted sender_down receiver_down server_killed)
-[ ! -e /vm/bin/uccl-devmem-agent ] || rows+=(unprivileged unprivileged_both_ways agent_killed agent_refuses client_of_agent_killed)
+[ ! -e /vm/bin/uccl-devmem-agent ] || rows+=(unprivileged unprivileged_both_ways agent_killed agent_frozen agent_refuses client_of_agent_killed)
 [ ! -e /vm/bin/agent_liar ] || rows+=(agent_is_asked_for_too_much)
 [ ! -e /vm/bin/devmem_neighbour ] || rows+=(unread_neighbour held_neighbour)
 [ ! -e /vm/bin/tcpx-info ] || rows+=(doctor_content doctor_names_faults)

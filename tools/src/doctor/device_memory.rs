@@ -82,7 +82,8 @@ fn facts(name: String) -> Facts {
     let link = |path| std::fs::read_link(at(path)).ok().and_then(|to| Some(to.file_name()?.to_string_lossy().into_owned()));
     let text = |path| std::fs::read_to_string(at(path)).ok().map(|text| text.trim().to_owned());
     let nic = Nic::named(&name).map_err(|e| e.to_string());
-    let (driver, mtu, iommu) = (link("device/driver"), text("mtu").and_then(|mtu| mtu.parse().ok()), text("device/iommu_group/type"));
+    let (driver, mtu, iommu) =
+        (link("device/driver"), text("mtu").and_then(|mtu| mtu.parse().ok()), text("device/iommu_group/type"));
     Facts {
         driver,
         rings: nic.clone().and_then(|nic| nic.rings().map_err(|e| e.to_string())),
@@ -144,7 +145,9 @@ fn privileges(found: &Found) -> Check {
     match (&found.agent, found.privileged) {
         (Some(agent), _) => ok(NAME, format!("the agent at {agent}")),
         (None, true) => ok(NAME, "CAP_NET_ADMIN in this process"),
-        (None, false) => missing(NAME, "neither CAP_NET_ADMIN nor an agent", "start uccl-devmem-agent on this host (deploy/devmem)"),
+        (None, false) => {
+            missing(NAME, "neither CAP_NET_ADMIN nor an agent", "start uccl-devmem-agent on this host (deploy/devmem)")
+        }
     }
 }
 
@@ -152,7 +155,11 @@ fn driver(nic: &Facts) -> Check {
     let name = &nic.name;
     match nic.driver.as_deref() {
         Some(driver) if DRIVERS.contains(&driver) => ok("driver", format!("{name}: {driver}")),
-        other => advice("driver", format!("{name}: {}", other.unwrap_or("none")), format!("known to work: {}", DRIVERS[..4].join(", "))),
+        other => advice(
+            "driver",
+            format!("{name}: {}", other.unwrap_or("none")),
+            format!("known to work: {}", DRIVERS[..4].join(", ")),
+        ),
     }
 }
 
@@ -164,7 +171,9 @@ fn split(nic: &Facts) -> Check {
         Ok(Rings { split: Some(true), threshold, .. }) => {
             missing(NAME, format!("{name}: from {threshold} bytes on"), format!("ethtool -G {name} hds-thresh 0"))
         }
-        Ok(Rings { split: Some(false), .. }) => missing(NAME, format!("{name}: off"), format!("ethtool -G {name} tcp-data-split on")),
+        Ok(Rings { split: Some(false), .. }) => {
+            missing(NAME, format!("{name}: off"), format!("ethtool -G {name} tcp-data-split on"))
+        }
         Ok(Rings { split: None, .. }) => missing(NAME, format!("{name}: the driver has none"), "another NIC or a newer driver"),
         Err(why) => missing(NAME, format!("{name}: {why}"), "another NIC or a newer driver"),
     }
@@ -190,7 +199,9 @@ fn rules(nic: &Facts) -> Check {
     match &nic.rules {
         Ok((set, 0)) => ok(NAME, format!("{name}: {set}")),
         Ok((set, room)) if set < room => ok(NAME, format!("{name}: {set} of {room}")),
-        Ok((set, room)) => missing(NAME, format!("{name}: {set} of {room}"), format!("ethtool -n {name} shows them; delete some")),
+        Ok((set, room)) => {
+            missing(NAME, format!("{name}: {set} of {room}"), format!("ethtool -n {name} shows them; delete some"))
+        }
         Err(why) => missing(NAME, format!("{name}: {why}"), format!("ethtool -K {name} ntuple on")),
     }
 }
@@ -222,7 +233,11 @@ fn buffers(limit: Option<u64>) -> Option<Check> {
     let limit = limit?;
     Some(match limit >= RECEIVE_BUFFER {
         true => ok("net.core.rmem_max", limit.to_string()),
-        false => advice("net.core.rmem_max", limit.to_string(), format!("{RECEIVE_BUFFER} or more: it limits what a connection has on its way")),
+        false => advice(
+            "net.core.rmem_max",
+            limit.to_string(),
+            format!("{RECEIVE_BUFFER} or more: it limits what a connection has on its way"),
+        ),
     })
 }
 
