@@ -30,6 +30,18 @@ pub enum PluginChoice {
     Soft,
 }
 
+/// Whether device memory TCP carries GPU memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DeviceMemoryTcp {
+    /// Never.
+    #[default]
+    Off,
+    /// Where it can.
+    Auto,
+    /// Always; an engine without it is an error.
+    Require,
+}
+
 /// Budgets of the peers; a budget that is unset follows the limits of the process. Fields are documented at their variable in
 /// [`VARIABLES`].
 #[derive(Clone, Copy, Debug, Default)]
@@ -79,6 +91,8 @@ pub enum LocalGpu {
 pub struct Config {
     pub plugin: PluginChoice,
     pub plugin_path: Option<PathBuf>,
+    /// Device memory TCP.
+    pub devmem: DeviceMemoryTcp,
     /// What must carry memory on every connection.
     pub require: Requirement,
     pub num_channels: Option<usize>,
@@ -194,6 +208,25 @@ fn plugin_choice(source: Source<'_>) -> Result<(PluginChoice, bool)> {
     Ok((choice, tcpx))
 }
 
+/// What carries the memory of GPUs on every connection of an engine that requires device memory TCP.
+const DEVICE_MEMORY: &str = "devmem|direct";
+
+fn requirement(source: Source<'_>, devmem: DeviceMemoryTcp) -> Result<Requirement> {
+    let required = source.parsed(&table::REQUIRE, Requirement::parse)?.unwrap_or_default();
+    match devmem {
+        DeviceMemoryTcp::Require => required.and(DEVICE_MEMORY),
+        DeviceMemoryTcp::Off | DeviceMemoryTcp::Auto => Ok(required),
+    }
+}
+
+fn device_memory_tcp(source: Source<'_>) -> Result<DeviceMemoryTcp> {
+    Ok(match source.word(&table::DEVMEM)? {
+        Some("auto") => DeviceMemoryTcp::Auto,
+        Some("require") => DeviceMemoryTcp::Require,
+        _ => DeviceMemoryTcp::Off,
+    })
+}
+
 /// How data is protected on the network.
 fn protect(source: Source<'_>) -> Result<Protect> {
     Ok(match source.word(&table::PROTECT)? {
@@ -258,12 +291,14 @@ impl Config {
             Some(names) => Some(names),
             None => source.get(&table::NCCL_SOCKET_IFNAME)?,
         };
+        let devmem = device_memory_tcp(source)?;
         let plugin_limit = plugin_limit(source)?;
         let chunk = source.number_or_default(&table::CHUNK_BYTES)? as usize;
         Ok(Config {
             plugin,
             plugin_path: source.get(&table::PLUGIN_PATH)?.map(PathBuf::from),
-            require: source.parsed(&table::REQUIRE, Requirement::parse)?.unwrap_or_default(),
+            devmem,
+            require: requirement(source, devmem)?,
             num_channels: source.number(&table::NUM_CHANNELS)?.map(|n| n as usize),
             chunk_bytes: plugin_limit.map_or(chunk, |limit| chunk.min(limit)),
             plugin_limit,

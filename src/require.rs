@@ -12,8 +12,11 @@ pub const NVLINK: &str = "nvlink";
 /// Channels of the software plugin.
 pub const TCP: &str = "tcp";
 
+/// Channels of device memory TCP.
+const DEVMEM: &str = "devmem";
+
 /// Words that a requirement names, and whether channels of a plugin carry it.
-const WORDS: [(&str, bool); 5] = [("tcpx", true), ("tcpxo", true), (TCP, true), (DIRECT, false), (NVLINK, false)];
+const WORDS: [(&str, bool); 6] = [("tcpx", true), ("tcpxo", true), (DEVMEM, true), (TCP, true), (DIRECT, false), (NVLINK, false)];
 /// What begins a number of NICs.
 const NICS: &str = "nics>=";
 /// Most NICs that can be required.
@@ -24,6 +27,7 @@ pub fn carrier(plugin: &str) -> &str {
     let name = plugin.to_ascii_lowercase();
     match plugin {
         "TCPX-soft" => TCP,
+        soft_plugin::DEVICE_MEMORY => DEVMEM,
         _ if name.contains("fastrak") => "tcpxo",
         _ if name.contains("tcpx") => "tcpx",
         other => other,
@@ -151,6 +155,15 @@ impl Requirement {
         Ok(Requirement(text.split(',').map(|term| Term::parse(term.trim())).collect::<Result<_>>()?))
     }
 
+    /// This, and other terms.
+    ///
+    /// # Errors
+    /// As for [`Requirement::parse`].
+    pub fn and(mut self, terms: &str) -> Result<Requirement> {
+        self.0.extend(Requirement::parse(terms)?.0);
+        Ok(self)
+    }
+
     /// Whether nothing is required.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
@@ -182,7 +195,7 @@ impl Requirement {
 
     /// Whether a term can be met with memory of GPUs alone.
     pub fn needs_gpus(&self) -> bool {
-        let of_gpus = |word: &&str| matches!(*word, "tcpx" | "tcpxo" | NVLINK);
+        let of_gpus = |word: &&str| matches!(*word, "tcpx" | "tcpxo" | DEVMEM | NVLINK);
         self.0.iter().any(|term| matches!(term, Term::Carriers(words) if words.iter().all(of_gpus)))
     }
 
@@ -232,7 +245,7 @@ mod tests {
             ("", "''"),
             ("tcpx,", "''"),
             ("tcpx|", "'tcpx|'"),
-            ("rdma", "'rdma': expected tcpx, tcpxo, tcp, direct, nvlink"),
+            ("rdma", "'rdma': expected tcpx, tcpxo, devmem, tcp, direct, nvlink"),
             ("tcpx,nics>=0", "'nics>=0': expected nics>= and a number from 1 to 64"),
             ("nics>=65", "'nics>=65'"),
             ("nics>4", "'nics>4'"),

@@ -131,3 +131,8 @@ pub struct Landing {
     /// First byte of the buffer in its owner's process.
     pub addr: u64,
 }
+
+/// The names of the plugins over ordinary TCP on the wire. An engine with device memory TCP has the software plugin, too, and uses it alone
+/// with a peer that has nothing else.
+pub(crate) const SOFT: &str = "soft";
+pub(crate) const DEVMEM: &str = "devmem";

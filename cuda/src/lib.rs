@@ -27,5 +27,5 @@ pub use memory::{memory_kind, DeviceBuffer, MappedPtr, MemoryKind, PinnedBuffer}
 pub use module::Module;
 pub use nvml::joined_by_nvlink;
 pub use peer::{enable_peer_access, has_fabric_handles, link, ordinal_of_uuid, uuid_of, Link};
-pub use share::{allocation, ipc_handle, posix_handle, shareable, Allocation, IpcHandle, Mapped, Sharing};
+pub use share::{allocation, dmabuf, ipc_handle, posix_handle, shareable, Allocation, IpcHandle, Mapped, Sharing};
 pub use stream::Stream;

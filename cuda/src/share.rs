@@ -92,6 +92,21 @@ pub fn posix_handle(context: &Context, base: u64) -> Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// A dma-buf over device memory: `at` and `len` are multiples of the host's page size, inside of one allocation. It keeps the memory.
+///
+/// # Errors
+/// The driver or the GPU cannot export memory.
+pub fn dmabuf(context: &Context, at: u64, len: usize) -> Result<OwnedFd> {
+    let mut fd = -1i32;
+    // SAFETY: the driver looks the range up and writes an int.
+    unsafe { context.enter()?.cuMemGetHandleForAddressRange((&raw mut fd).cast(), at, len, sys::RANGE_DMABUF, 0) }?;
+    if fd < 0 {
+        return Err(Error::Invalid(format!("the driver exports memory as descriptor {fd}")));
+    }
+    // SAFETY: the driver made it for the caller.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// A retained handle of physical memory.
 struct Physical<'a> {
     cuda: &'a Functions,

@@ -65,6 +65,8 @@ pub const P2P_PERFORMANCE_RANK: c_int = 1;
 pub const P2P_NATIVE_ATOMICS: c_int = 3;
 /// `CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR`.
 pub const HANDLE_POSIX: c_uint = 1;
+/// `CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD`.
+pub const RANGE_DMABUF: c_uint = 1;
 /// `CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS`.
 pub const IPC_LAZY_PEER_ACCESS: c_uint = 1;
 /// `CU_MEM_ALLOCATION_TYPE_PINNED`.
@@ -251,6 +253,7 @@ functions! {
     cuMemMap = c"cuMemMap"(at: CUdeviceptr, len: usize, offset: usize, handle: CUmemGenericAllocationHandle, flags: u64);
     cuMemUnmap = c"cuMemUnmap"(at: CUdeviceptr, len: usize);
     cuMemSetAccess = c"cuMemSetAccess"(at: CUdeviceptr, len: usize, access: *const CUmemAccessDesc, count: usize);
+    cuMemGetHandleForAddressRange = c"cuMemGetHandleForAddressRange"(handle: *mut c_void, at: CUdeviceptr, len: usize, kind: c_uint, flags: u64);
     cuMemGetAddressRange = c"cuMemGetAddressRange_v2"(base: *mut CUdeviceptr, len: *mut usize, at: CUdeviceptr);
     cuMemRetainAllocationHandle = c"cuMemRetainAllocationHandle"(handle: *mut CUmemGenericAllocationHandle, at: *mut c_void);
     cuMemGetAllocationPropertiesFromHandle = c"cuMemGetAllocationPropertiesFromHandle"(prop: *mut CUmemAllocationProp, handle: CUmemGenericAllocationHandle);

@@ -139,7 +139,7 @@ fn sender(nic: &str, address: &str, total: usize) -> io::Result<()> {
         area[begin..begin + length].copy_from_slice(&pattern[sent % PERIOD..][..length]);
         let mut put = 0;
         while put < length {
-            match send(stream.as_fd(), &binding, begin + put, length - put) {
+            match send(stream.as_fd(), binding.id(), begin + put, length - put) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => wait(&stream, libc::POLLOUT),
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => done = completed(stream.as_fd(), done)?,
                 taken => (put, calls) = (put + taken?, calls + 1),

@@ -78,6 +78,7 @@ impl<'a> Attributes<'a> {
     /// The first of a kind, as a number.
     pub fn number(self, kind: u16) -> Option<u32> {
         match self.find(kind)? {
+            [value] => Some(u32::from(*value)),
             value if value.len() == 2 => Some(u32::from(u16::from_ne_bytes(value.try_into().ok()?))),
             value => Some(u32::from_ne_bytes(value.try_into().ok()?)),
         }
@@ -110,6 +111,14 @@ impl Outcome {
     pub fn number(&self, kind: u16) -> Option<u32> {
         match self {
             Outcome::Done(bytes) => Attributes { rest: bytes }.number(kind),
+            Outcome::Refused(..) => None,
+        }
+    }
+
+    /// The bytes of an attribute of an answer.
+    pub fn bytes(&self, kind: u16) -> Option<&[u8]> {
+        match self {
+            Outcome::Done(bytes) => Attributes { rest: bytes }.find(kind),
             Outcome::Refused(..) => None,
         }
     }

@@ -1,106 +1,14 @@
-//! The system calls: binding, receiving, giving back, sending.
+//! The system calls on a connection: receiving, giving back, sending.
 
 use crate::control::{pieces, Piece, PIECE_SPACE};
-use crate::netlink::{Exchange, Outcome, Request};
 use crate::tokens::Tokens;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 
-const FAMILY_OF_FAMILIES: u16 = 16;
-const GET_FAMILY: u8 = 3;
-const FAMILY_ID: u16 = 1;
-const FAMILY_NAME: u16 = 2;
-const BIND_RX: u8 = 13;
-const BIND_TX: u8 = 15;
-const INTERFACE: u16 = 1;
-const QUEUES: u16 = 2;
-const DMABUF: u16 = 3;
-const BINDING: u16 = 4;
-const QUEUE_ID: u16 = 1;
-const QUEUE_TYPE: u16 = 3;
-const RECEIVING: u32 = 0;
 const GIVE_BACK: i32 = 80;
 const FROM_DEVICE: i32 = 79;
 const RECEIVE_DEVICE: i32 = 0x0200_0000;
 const ORIGIN_ZEROCOPY: u8 = 5;
-/// Longer than any answer to our requests.
-const DATAGRAM: usize = 16 << 10;
-
-/// A binding that the kernel refused.
-#[derive(Debug)]
-pub struct Refused {
-    /// The error.
-    pub error: io::Error,
-    /// What the kernel says about it.
-    pub text: Option<String>,
-}
-
-impl From<io::Error> for Refused {
-    fn from(error: io::Error) -> Refused {
-        Refused { error, text: None }
-    }
-}
-
-/// A dma-buf tied to a NIC, as long as this lives. The kernel unbinds when the process ends.
-#[derive(Debug)]
-pub struct Binding {
-    id: u32,
-    _netlink: OwnedFd,
-}
-
-impl Binding {
-    /// Payload that arrives in the queue lands in the dma-buf. Needs CAP_NET_ADMIN, header split, and a queue without a binding.
-    pub fn receiving(interface: u32, queue: u32, dmabuf: BorrowedFd<'_>) -> Result<Binding, Refused> {
-        Binding::new(|family| {
-            let queue = [(QUEUE_ID, queue), (QUEUE_TYPE, RECEIVING)];
-            Request::new(family, BIND_RX, 1, 2)
-                .number(INTERFACE, interface)
-                .nested(QUEUES, &queue)
-                .number(DMABUF, dmabuf.as_raw_fd() as u32)
-        })
-    }
-
-    /// Connections that leave by the interface can send from the dma-buf.
-    pub fn sending(interface: u32, dmabuf: BorrowedFd<'_>) -> Result<Binding, Refused> {
-        Binding::new(|family| {
-            Request::new(family, BIND_TX, 1, 2).number(INTERFACE, interface).number(DMABUF, dmabuf.as_raw_fd() as u32)
-        })
-    }
-
-    /// Its number, which fragments carry and `send` takes.
-    pub fn id(&self) -> u32 {
-        self.id
-    }
-
-    fn new(request: impl FnOnce(u16) -> Request) -> Result<Binding, Refused> {
-        // SAFETY: a call without pointers.
-        let netlink =
-            owned(unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::NETLINK_GENERIC) })?;
-        let yes = 1i32;
-        // SAFETY: the option is read during the call. Without it the kernel gives no texts.
-        unsafe { libc::setsockopt(netlink.as_raw_fd(), libc::SOL_NETLINK, libc::NETLINK_EXT_ACK, (&raw const yes).cast(), 4) };
-        let family = ask(&netlink, 1, Request::new(FAMILY_OF_FAMILIES, GET_FAMILY, 2, 1).text(FAMILY_NAME, "netdev"), FAMILY_ID)?;
-        let id = ask(&netlink, 2, request(family as u16), BINDING)?;
-        Ok(Binding { id, _netlink: netlink })
-    }
-}
-
-/// Sends a request and returns a number of the answer.
-fn ask(netlink: &OwnedFd, sequence: u32, request: Request, answer: u16) -> Result<u32, Refused> {
-    let (request, mut exchange, mut datagram) = (request.finish(), Exchange::new(sequence), [0u8; DATAGRAM]);
-    // SAFETY: the bytes are read during the call.
-    returned(unsafe { libc::send(netlink.as_raw_fd(), request.as_ptr().cast(), request.len(), 0) })?;
-    loop {
-        // SAFETY: the buffer is written during the call, at most its length.
-        let length = returned(unsafe { libc::recv(netlink.as_raw_fd(), datagram.as_mut_ptr().cast(), DATAGRAM, 0) })?;
-        match exchange.read(&datagram[..length]) {
-            None => {}
-            Some(Outcome::Refused(errno, text)) => return Err(Refused { error: io::Error::from_raw_os_error(errno), text }),
-            Some(done) => return done.number(answer).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData).into()),
-        }
-    }
-}
-
 /// What a call of `receive` has taken off the connection.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Received {
@@ -150,8 +58,8 @@ pub fn give_back(connection: BorrowedFd<'_>, tokens: &mut Tokens) -> io::Result<
     Ok(())
 }
 
-/// Sends bytes of a dma-buf: how many the kernel took. They must not change until `completed` counts this call. The connection needs SO_ZEROCOPY.
-pub fn send(connection: BorrowedFd<'_>, binding: &Binding, offset: usize, length: usize) -> io::Result<usize> {
+/// Sends bytes of a dma-buf, by the number of its binding: how many the kernel took. They must not change until `completed` counts this call. The connection needs SO_ZEROCOPY.
+pub fn send(connection: BorrowedFd<'_>, binding: u32, offset: usize, length: usize) -> io::Result<usize> {
     // SAFETY: these compute sizes.
     let (space, filled) = unsafe { (libc::CMSG_SPACE(4) as usize, libc::CMSG_LEN(4) as usize) };
     let mut control = [0u64; 4];
@@ -169,7 +77,7 @@ pub fn send(connection: BorrowedFd<'_>, binding: &Binding, offset: usize, length
         (*head).cmsg_level = libc::SOL_SOCKET;
         (*head).cmsg_type = FROM_DEVICE;
         (*head).cmsg_len = filled as _;
-        libc::CMSG_DATA(head).cast::<u32>().write_unaligned(binding.id);
+        libc::CMSG_DATA(head).cast::<u32>().write_unaligned(binding);
     }
     // SAFETY: the message and what it points to are read during the call; the kernel takes the offset as a place in the dma-buf.
     returned(unsafe {
@@ -201,16 +109,14 @@ pub fn completed(connection: BorrowedFd<'_>, mut before: u32) -> io::Result<u32>
         if error.ee_origin != ORIGIN_ZEROCOPY {
             return Err(io::Error::from_raw_os_error(error.ee_errno as i32));
         }
-        before = before.max(error.ee_data.wrapping_add(1));
+        // Numbers begin again after the largest.
+        let ended = error.ee_data.wrapping_add(1);
+        if ended.wrapping_sub(before) < 1 << 31 {
+            before = ended;
+        }
     }
 }
 
-fn owned(descriptor: i32) -> io::Result<OwnedFd> {
-    returned(descriptor as isize)?;
-    // SAFETY: a descriptor just created, without another owner.
-    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
-}
-
-fn returned(value: isize) -> io::Result<usize> {
+pub(crate) fn returned(value: isize) -> io::Result<usize> {
     usize::try_from(value).map_err(|_| io::Error::last_os_error())
 }

@@ -43,7 +43,7 @@ class Progress(NamedTuple):
 class Path(NamedTuple):
     """What carried bytes of a connection, in both directions.
 
-    `carrier` is a word of UCCL_TCPX_REQUIRE: tcp, tcpx, tcpxo, direct or nvlink, or eager for what travelled in control messages. `nic` and
+    `carrier` is a word of UCCL_TCPX_REQUIRE: tcp, tcpx, tcpxo, devmem, direct or nvlink, or eager for what travelled in control messages. `nic` and
     `plugin` are empty where there is none. `lost` counts those of its channels that are lost at present."""
 
     carrier: str

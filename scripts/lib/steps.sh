@@ -135,6 +135,14 @@ device_memory() {
   cargo build --release --locked -p tcpx-devmem --example devmem_transfer && tests/vm/run.sh "$@" --program "$release/examples/devmem_transfer" devmem
 }
 
+# device_memory_path OPTION...: the library over device memory TCP, between two hosts of a virtual machine
+device_memory_path() {
+  local program programs=()
+  cargo build --release --locked -p tcpx-tools -p tcpx-devmem && cargo build --release --locked -p soft-plugin -p tcpx-devmem --examples || return
+  for program in tcpx-perf tcpx-info uccl-devmem-agent examples/agent_liar examples/devmem_neighbour; do programs+=(--program "$release/$program"); done
+  tests/vm/run.sh --seconds 900 "$@" "${programs[@]}" path
+}
+
 # The functions behind the targets in fuzz/; the targets themselves need cargo-fuzz.
 fuzzing() { CARGO_TARGET_DIR=$work/check cargo rustc --locked -p uccl-tcpx --lib --profile check -- --cfg fuzzing; }
 

@@ -1,18 +1,22 @@
 //! The C entries for devices, comms and registrations, behind one panic guard and null checks; `requests` has the
 //! entries for requests. Translates to calls on the inner modules and back to result codes; decides nothing about moving bytes.
 
+pub mod device_memory;
 pub mod requests;
 
 use std::cell::Cell;
 use std::ffi::{c_char, c_int, c_void};
+use std::os::fd::AsFd;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::ptr;
 use std::sync::Arc;
 
+use devmem::Binding;
 use nccl_net_abi::*;
 
 use crate::comm::Comm;
 use crate::device;
+use crate::devmem::Area;
 use crate::interfaces::Interface;
 use crate::logger::Limited;
 use crate::pool::{self, Pool};
@@ -28,6 +32,8 @@ struct Mr {
     device: bool,
     base: usize,
     size: usize,
+    /// What the NIC sends from: a dma-buf over whole pages, and where it begins.
+    sends: Option<(Binding, usize)>,
 }
 
 thread_local! {
@@ -184,7 +190,7 @@ pub unsafe extern "C" fn listen(dev: c_int, handle: Opaque, listen_comm: *mut Op
         let interface = interface(global, dev)?;
         // SAFETY: the caller's 128 bytes.
         let handle = unsafe { &mut *handle.cast::<Handle>() };
-        let listener = ListenComm::open(interface, &global.config, handle).map_err(failed)?;
+        let listener = ListenComm::open(interface, &global.config, handle, None).map_err(failed)?;
         // SAFETY: not null; the caller's pointer.
         unsafe { *listen_comm = Box::into_raw(Box::new(listener)).cast() };
         Ok(())
@@ -201,20 +207,20 @@ fn pool(global: &'static Global) -> Result<&'static Pool, ncclResult_t> {
 /// # Safety
 /// `handle` is null or the caller's 128 bytes, `comm` null or writable.
 unsafe fn dial(
-    dev: c_int,
+    interface: &Interface,
     handle: Opaque,
     comm: *mut Opaque,
     direction: Direction,
+    area: Option<&Arc<Area>>,
 ) -> Result<Option<(&'static Global, &'static Pool, Connected)>, ncclResult_t> {
     check(!handle.is_null() && !comm.is_null())?;
     // SAFETY: not null; the caller's pointer.
     unsafe { *comm = ptr::null_mut() };
     let global = state::get()?;
-    let interface = interface(global, dev)?;
     // SAFETY: the caller's 128 bytes.
     let handle = unsafe { &mut *handle.cast::<Handle>() };
     let pool = pool(global)?;
-    let connected = rendezvous::connect(interface, &global.config, pool, handle, direction).map_err(failed)?;
+    let connected = rendezvous::connect(interface, &global.config, pool, handle, direction, area).map_err(failed)?;
     Ok(connected.map(|connected| (global, pool, connected)))
 }
 
@@ -225,8 +231,9 @@ pub unsafe extern "C" fn connect(
     _dev_handle: *mut *mut ncclNetDeviceHandle_v7,
 ) -> ncclResult_t {
     guard(|| {
+        let interface = interface(state::get()?, dev)?;
         // SAFETY: the caller's buffers.
-        match unsafe { dial(dev, handle, send_comm, Direction::Forth) }? {
+        match unsafe { dial(interface, handle, send_comm, Direction::Forth, None) }? {
             // SAFETY: as above.
             Some((global, pool, connected)) => unsafe { start_send(global, pool, connected, send_comm) },
             None => Ok(()),
@@ -244,7 +251,8 @@ pub unsafe extern "C" fn connect_recv(
         // SAFETY: the caller's buffers.
         let target = unsafe { device_handle(state::get()?, dev_handle) }?;
         // SAFETY: as above.
-        match unsafe { dial(dev, handle, recv_comm, Direction::Back) }? {
+        let interface = interface(state::get()?, dev)?;
+        match unsafe { dial(interface, handle, recv_comm, Direction::Back, None) }? {
             // SAFETY: as above.
             Some((global, pool, connected)) => unsafe { start_recv(global, pool, connected, target, recv_comm) },
             None => Ok(()),
@@ -407,21 +415,37 @@ pub unsafe extern "C" fn reg_mr_v8(comm: Opaque, data: Opaque, size: usize, kind
         let comm = unsafe { any_comm(comm)? };
         check(!data.is_null() && size > 0 && !mhandle.is_null())?;
         let base = data as usize;
+        let mut sends = None;
         let device = match kind {
-            NCCL_PTR_HOST => false,
+            NCCL_PTR_HOST => {
+                check(!comm.is_for_devices())?;
+                false
+            }
             NCCL_PTR_CUDA => {
                 check(comm.global.device.is_some())?;
                 check(!comm.global.config.strict || (base % PAGE == 0 && size % PAGE == 0))?;
                 comm.expect_device_receives()?;
                 comm.expect_device_sends()?;
+                sends = comm.sends_by().map(|nic| bind_sends(comm, nic, base, size)).transpose()?;
                 true
             }
             _ => return Err(NCCL_INVALID_ARGUMENT),
         };
         // SAFETY: not null; the caller's pointer.
-        unsafe { *mhandle = Box::into_raw(Box::new(Mr { device, base, size })).cast() };
+        unsafe { *mhandle = Box::into_raw(Box::new(Mr { device, base, size, sends })).cast() };
         Ok(())
     })
+}
+
+/// Lets a NIC send from device memory.
+fn bind_sends(comm: &Comm, nic: u32, base: usize, size: usize) -> Result<(Binding, usize), ncclResult_t> {
+    let device = comm.global.device.as_ref().ok_or(NCCL_INVALID_ARGUMENT)?;
+    let begin = base / PAGE * PAGE;
+    let len = (base + size).next_multiple_of(PAGE) - begin;
+    let dmabuf = device.export(begin, len).map_err(|e| system("a dma-buf over device memory", &e))?;
+    let binding = Binding::sending(nic, dmabuf.as_fd())
+        .map_err(|refused| system(&format!("sending from device memory: {refused}"), &refused.error))?;
+    Ok((binding, begin))
 }
 
 pub unsafe extern "C" fn dereg_mr(comm: Opaque, mhandle: Opaque) -> ncclResult_t {
@@ -443,10 +467,11 @@ unsafe fn close(handle: Opaque, receives: bool) -> ncclResult_t {
             comm.close_copy();
             return Ok(());
         }
-        comm.close();
+        let over = comm.close();
         // SAFETY: the reference that `connect` or `accept` gave to the caller, returned once.
         drop(unsafe { Arc::from_raw(handle.cast_const().cast::<Comm>()) });
-        Ok(())
+        // The NIC may go on reading memory.
+        over.then_some(()).ok_or(NCCL_SYSTEM_ERROR)
     })
 }
 

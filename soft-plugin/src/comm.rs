@@ -1,7 +1,7 @@
 //! A send or receive comm: its ledger, its socket, its I/O thread, failure, doorbell and closing.
 //! `send` and `recv` move the bytes, `pool` has the threads, `abi` the C entries.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{fence, AtomicBool, AtomicI32, AtomicPtr, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -11,7 +11,8 @@ use nccl_net_abi::{
 };
 use process::Mutex;
 
-use crate::device::{self, SendSource, UnpackQueue};
+use crate::device::{self, Bounce, Lender, SendSource, UnpackQueue};
+use crate::devmem::{self, DeviceRecv, DeviceSend, Payload};
 use crate::ledger::{Failure, Ledger};
 use crate::logger::Limited;
 use crate::pool::{Assignment, Member, Pool};
@@ -34,6 +35,20 @@ const CLOSED: u32 = 0x4445_4144;
 enum Side {
     Send(SendIo),
     Recv(Box<RecvIo>),
+    /// With payload on a connection of its own.
+    DeviceSend(Box<DeviceSend>),
+    DeviceRecv(Box<DeviceRecv>),
+}
+
+impl Side {
+    /// The connection for payload, if there is one.
+    fn payload(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Side::DeviceSend(send) => send.connection(),
+            Side::DeviceRecv(recv) => recv.lent().map(|lent| lent.connection()),
+            Side::Send(_) | Side::Recv(_) => None,
+        }
+    }
 }
 
 /// State under the I/O lock.
@@ -45,6 +60,14 @@ struct Io {
     doorbell: Option<Doorbell>,
     /// Completions signalled so far.
     rung: u64,
+}
+
+impl Io {
+    /// The connection whose progress is that of the comm.
+    fn data(&self) -> Result<i32, ncclResult_t> {
+        let socket = self.socket.as_ref().ok_or(NCCL_INVALID_ARGUMENT)?;
+        Ok(self.side.payload().unwrap_or(socket.as_fd()).as_raw_fd())
+    }
 }
 
 struct Doorbell {
@@ -95,12 +118,15 @@ impl Comm {
         receives: bool,
     ) -> std::io::Result<Arc<Comm>> {
         let assignment = pool.assign(receives);
-        let side = if receives {
-            Side::Recv(Box::new(RecvIo::new(&global.config, assignment.number)))
-        } else {
-            Side::Send(SendIo::new(&global.config))
+        let limit = devmem::limit(&global.config);
+        let side = match connected.payload {
+            Some(Payload::Receives(lent)) => Side::DeviceRecv(Box::new(DeviceRecv::new(lent, limit))),
+            Some(Payload::Sends(socket, area, calls)) => Side::DeviceSend(Box::new(DeviceSend::new(socket, area, calls))),
+            None if receives => Side::Recv(Box::new(RecvIo::new(&global.config, assignment.number))),
+            None => Side::Send(SendIo::new(&global.config)),
         };
         let fd = connected.socket.as_raw_fd();
+        let payload = side.payload().map(|payload| payload.as_raw_fd());
         let comm = Arc::new(Comm {
             alive: AtomicU32::new(ALIVE),
             generation: process::generation(),
@@ -122,6 +148,10 @@ impl Comm {
             slot.owner.store(Arc::as_ptr(&comm).cast_mut().cast(), Ordering::Release);
         }
         comm.assignment.add(comm.clone(), fd)?;
+        if let Some(Err(error)) = payload.map(|payload| comm.assignment.watch(payload)) {
+            comm.close();
+            return Err(error);
+        }
         Ok(comm)
     }
 
@@ -151,7 +181,11 @@ impl Comm {
         }
         let handle = self.late_handle.load(Ordering::Acquire);
         let (false, Some(memory)) = (handle.is_null(), &self.global.device) else { return Err(NCCL_INVALID_ARGUMENT) };
-        let built = memory.unpack_queue(self.global.config.bounce_len()).map_err(|e| {
+        let bounce = match &self.io.lock().side {
+            Side::DeviceRecv(recv) => Bounce::Lent(recv.lent().ok_or(NCCL_INVALID_ARGUMENT)?.clone()),
+            _ => Bounce::Own(self.global.config.bounce_len()),
+        };
+        let built = memory.unpack_queue(bounce).map_err(|e| {
             static LINE: Limited = Limited::new();
             LINE.warn(&format!("cannot set up device receives of {}: {e}", self.path));
             NCCL_SYSTEM_ERROR
@@ -177,7 +211,7 @@ impl Comm {
     /// Device memory was registered: prepares device sends from the current GPU now rather than at the first send.
     pub fn expect_device_sends(&self) -> Result<(), ncclResult_t> {
         let can = self.global.device.as_ref().is_some_and(|memory| memory.in_context());
-        if self.ledger.receives() || !can {
+        if self.ledger.receives() || !can || self.sends_by().is_some() {
             return Ok(());
         }
         self.send_source()?.prepare().map_err(|e| {
@@ -185,6 +219,19 @@ impl Comm {
             LINE.warn(&format!("cannot set up device sends of {}: {e}", self.path));
             NCCL_SYSTEM_ERROR
         })
+    }
+
+    /// The NIC by which it sends from device memory, if it does.
+    pub fn sends_by(&self) -> Option<u32> {
+        match &self.io.lock().side {
+            Side::DeviceSend(send) => Some(send.interface()),
+            _ => None,
+        }
+    }
+
+    /// Whether it carries device memory alone.
+    pub fn is_for_devices(&self) -> bool {
+        matches!(self.io.lock().side, Side::DeviceSend(_) | Side::DeviceRecv(_))
     }
 
     /// Posts a request; see [`Ledger::post`].
@@ -217,13 +264,26 @@ impl Comm {
         let extent = slot.extent.swap(0, Ordering::Relaxed);
         let place = slot.region.swap(NO_REGION, Ordering::Relaxed);
         let queue = self.queue.lock().clone();
-        if let (true, Some(queue)) = (place != NO_REGION, queue) {
+        if let (true, Some(queue)) = (place != NO_REGION, &queue) {
             if self.global.config.strict {
-                poison(&queue, place, extent);
+                poison(queue, place, extent);
             }
             queue.free.lock().push(place);
         }
+        if let Some(lender) = queue.as_ref().and_then(|queue| queue.lent.as_ref()) {
+            self.give_back(&**lender, seq);
+        }
+        // Last: from here on another receive may use the slot.
         self.ledger.consume(seq)
+    }
+
+    fn give_back(&self, lender: &dyn Lender, seq: u64) {
+        match lender.consumed((seq % MAX_REQUESTS as u64) as usize) {
+            Ok(false) => {}
+            Ok(true) => self.assignment.schedule(),
+            // What is not given back is missing for others: the connection's end frees it.
+            Err(error) => self.fail(&self.io.lock(), &Failure::new(NCCL_INTERNAL_ERROR, format!("giving back: {error}"))),
+        }
     }
 
     /// The source of device sends, built by the first registration of device memory, or else by the first send of it.
@@ -247,18 +307,17 @@ impl Comm {
             return Ok(self.ledger.received.get());
         }
         let io = self.io.lock();
-        let socket = io.socket.as_ref().ok_or(NCCL_INVALID_ARGUMENT)?;
-        tcp::bytes_acked(socket.as_raw_fd()).ok_or(NCCL_INTERNAL_ERROR)
+        tcp::bytes_acked(io.data()?).ok_or(NCCL_INTERNAL_ERROR)
     }
 
     /// How far the sent bytes have come; the last known value while a turn is running.
     pub fn flow(&self) -> Result<ucclFlow, ncclResult_t> {
         if let Some(io) = self.io.try_lock() {
-            let socket = io.socket.as_ref().ok_or(NCCL_INVALID_ARGUMENT)?;
-            let flow = tcp::flow(socket.as_raw_fd()).ok_or(NCCL_INTERNAL_ERROR)?;
+            let flow = tcp::flow(io.data()?).ok_or(NCCL_INTERNAL_ERROR)?;
             let begun = match &io.side {
                 Side::Send(send) => send.begun() as u64,
-                Side::Recv(_) => 0,
+                Side::DeviceSend(send) => send.begun(self.ledger.completed()) as u64,
+                Side::Recv(_) | Side::DeviceRecv(_) => 0,
             };
             let flow = ucclFlow { begun, ..flow };
             *self.flow.lock() = flow;
@@ -269,8 +328,7 @@ impl Comm {
 
     pub fn info(&self) -> Result<ucclCommInfo, ncclResult_t> {
         let io = self.io.lock();
-        let socket = io.socket.as_ref().ok_or(NCCL_INVALID_ARGUMENT)?;
-        tcp::describe(socket.as_raw_fd()).ok_or(NCCL_INTERNAL_ERROR)
+        tcp::describe(io.data()?).ok_or(NCCL_INTERNAL_ERROR)
     }
 
     fn turn(&self, io: &mut Io) -> Turn {
@@ -283,6 +341,12 @@ impl Comm {
         let turn = match &mut io.side {
             Side::Send(send) => send.turn(&self.ledger, socket, &self.source),
             Side::Recv(recv) => recv.turn(&self.ledger, socket, &|| self.queue.lock().clone()),
+            Side::DeviceSend(send) => {
+                // What it looked at.
+                io.hung_up = false;
+                send.turn(&self.ledger, socket)
+            }
+            Side::DeviceRecv(recv) => recv.turn(&self.ledger, socket, &|| self.queue.lock().clone()),
         };
         let turn = turn.unwrap_or_else(|failure| {
             self.fail(io, &failure);
@@ -347,12 +411,15 @@ impl Comm {
         match &mut io.side {
             Side::Send(send) => send.protect(guard),
             Side::Recv(recv) => recv.protect(guard),
+            // The NIC writes and reads device memory: no one can seal it.
+            Side::DeviceSend(_) | Side::DeviceRecv(_) => return Err(NCCL_INVALID_USAGE),
         }
         Ok(())
     }
 
-    /// Closes the comm: on return no thread of ours touches the caller's memory. Bytes already in the kernel are still delivered.
-    pub fn close(&self) {
+    /// Closes the comm: on return no thread of ours touches the caller's memory. Bytes already in the kernel are still delivered. False if
+    /// packets may still be sent from the caller's memory.
+    pub fn close(&self) -> bool {
         self.alive.store(CLOSED, Ordering::Release);
         self.ledger.close();
         let mut io = self.io.lock();
@@ -360,14 +427,22 @@ impl Comm {
         if let Some(source) = self.source.get() {
             source.quiesce();
         }
+        if let Some(payload) = io.side.payload() {
+            self.assignment.unwatch(payload.as_raw_fd());
+        }
         if let Some(socket) = io.socket.take() {
             self.fd.store(-1, Ordering::Release);
             self.assignment.remove(socket.as_raw_fd());
         }
-        if let Side::Recv(recv) = &mut io.side {
-            recv.release();
+        let mut over = true;
+        match &mut io.side {
+            Side::Recv(recv) => recv.release(),
+            Side::DeviceRecv(recv) => recv.release(),
+            Side::DeviceSend(send) => over = send.close(),
+            Side::Send(_) => {}
         }
         *self.queue.lock() = None;
+        over
     }
 
     /// Closes a child's copy of the parent's comm: only the child's descriptor. Takes no lock, since a thread of the parent may have

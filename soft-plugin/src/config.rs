@@ -105,6 +105,20 @@ const FRAGMENT: Variable = var(
     "How receives of device memory are split into fragments, for tests: `random`, or a fragment size in bytes; 0: one fragment per message.",
 );
 
+const DEVMEM_BYTES: Variable = var(
+    "UCCL_TCPX_SOFT_DEVMEM_BYTES",
+    Kind::Number(1 << 20, 4 << 30),
+    "268435456",
+    "Device memory TCP: GPU memory of each NIC and GPU that the NIC writes received payload to, bytes. It limits the receiving channels, to 21 with the default.",
+);
+
+const DEVMEM_AGENT: Variable = var(
+    "UCCL_TCPX_SOFT_DEVMEM_AGENT",
+    Kind::Text,
+    "by its socket",
+    "Device memory TCP: the socket of uccl-devmem-agent. Default: /run/uccl-devmem/agent.sock where it exists; otherwise the process binds and steers itself, which takes CAP_NET_ADMIN.",
+);
+
 /// Variables that the library declares and this plugin reads too.
 const MESSAGE: Variable = var("NCCL_DYNAMIC_CHUNK_SIZE", Kind::Number(0, i32::MAX as u64), "0", "");
 const EMULATE: Variable = var("UCCL_TCPX_EMULATE_DEVICE", Kind::Flag, "0", "");
@@ -112,7 +126,7 @@ const EMULATE: Variable = var("UCCL_TCPX_EMULATE_DEVICE", Kind::Flag, "0", "");
 /// Every variable of the software plugin's own. It also reads `NCCL_GPUDIRECTTCPX_SOCKET_IFNAME`, `NCCL_SOCKET_IFNAME`,
 /// `NCCL_DYNAMIC_CHUNK_SIZE`, `UCCL_TCPX_CHUNK_BYTES`, `UCCL_TCPX_PORT_RANGE` and `UCCL_TCPX_EMULATE_DEVICE`.
 pub const VARIABLES: &[Variable] =
-    &[STRICT, THREADS, SPIN_US, INLINE, CONGESTION, SOCKBUF, KEEPALIVE_S, USER_TIMEOUT_MS, FRAGMENT];
+    &[STRICT, THREADS, SPIN_US, INLINE, CONGESTION, SOCKBUF, KEEPALIVE_S, USER_TIMEOUT_MS, FRAGMENT, DEVMEM_BYTES, DEVMEM_AGENT];
 
 /// The settings of a process.
 #[derive(Clone, Debug)]
@@ -142,6 +156,10 @@ pub struct Config {
     pub user_timeout_ms: u64,
     /// `UCCL_TCPX_SOFT_FRAGMENT`.
     pub fragmentation: Fragmentation,
+    /// `UCCL_TCPX_SOFT_DEVMEM_BYTES`.
+    pub devmem_bytes: usize,
+    /// `UCCL_TCPX_SOFT_DEVMEM_AGENT`.
+    pub devmem_agent: Option<String>,
     /// `UCCL_TCPX_EMULATE_DEVICE=1`: host memory serves as device memory.
     pub emulate_device: bool,
 }
@@ -225,6 +243,8 @@ impl Reader<'_> {
             keepalive_s: self.number(&KEEPALIVE_S)?.unwrap_or(0),
             user_timeout_ms: self.number(&USER_TIMEOUT_MS)?.unwrap_or(0),
             fragmentation: self.fragmentation()?,
+            devmem_bytes: self.size(&DEVMEM_BYTES, 0)?,
+            devmem_agent: self.text(DEVMEM_AGENT.name),
             emulate_device: self.flag(&EMULATE)?,
         })
     }

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
 use std::io;
 use std::mem::ManuallyDrop;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -14,10 +15,12 @@ use cuda_driver::{Absence, Context, DeviceBuffer, PinnedBuffer, Stream};
 use nccl_net_abi::{netUnpackMeta, unpackNetDeviceHandle, MAX_REQUESTS, PAGE};
 use process::{Mutex, PerProcess};
 
-use crate::device::{DeviceMemory, SendSource, UnpackQueue};
+use crate::device::{AreaMemory, Bounce, DeviceMemory, SendSource, UnpackQueue};
 
 /// Copies of one message that take longer have failed.
 const COPY_LIMIT: Duration = Duration::from_secs(5);
+/// Large pages of the GPU, so that the dma-buf has few segments.
+const AREA_ALIGN: usize = 2 << 20;
 
 /// CUDA device memory.
 pub struct Cuda;
@@ -45,21 +48,48 @@ impl DeviceMemory for Cuda {
         Context::current_id().is_ok()
     }
 
-    fn unpack_queue(&self, bounce_len: usize) -> io::Result<UnpackQueue> {
+    fn unpack_queue(&self, bounce: Bounce) -> io::Result<UnpackQueue> {
         let context = Context::current().map_err(failed)?;
         let meta = PinnedBuffer::new(&context, size_of::<netUnpackMeta>()).map_err(failed)?;
-        let bounce = PinnedBuffer::new(&context, bounce_len).map_err(failed)?;
         let len = size_of::<unpackNetDeviceHandle>();
         let handle = DeviceBuffer::new(&context, len, 1).map_err(failed)?;
-        let (meta_at, bounce_at) = (meta.mapped().host, bounce.mapped().host);
-        let content = unpackNetDeviceHandle { meta: meta_at.cast(), bounce_buf: bounce_at.cast(), head: u64::MAX };
-        let stream = Stream::new(&context).map_err(failed)?;
-        // SAFETY: a new device allocation of that size; the source is a local value that outlives the copy, which the next line waits for.
-        // After a time-out nothing uses the destination, and the driver has staged the source.
-        unsafe { stream.host_to_device(handle.ptr(), (&raw const content).cast(), len) }.map_err(failed)?;
-        stream.finish(COPY_LIMIT).map_err(failed)?;
+        let meta_at = meta.mapped().host.cast();
         let handle_at = handle.ptr() as *mut c_void;
-        Ok(UnpackQueue::new(meta_at.cast(), bounce_at, bounce_len, true, handle_at, Box::new((meta, bounce, handle))))
+        let fill = |bounce_buf: *mut u8| -> io::Result<()> {
+            let content = unpackNetDeviceHandle { meta: meta_at, bounce_buf: bounce_buf.cast(), head: u64::MAX };
+            let stream = Stream::new(&context).map_err(failed)?;
+            // SAFETY: a new device allocation of that size; the source is a local value that outlives the copy, which the next line waits
+            // for. After a time-out nothing uses the destination, and the driver has staged the source.
+            unsafe { stream.host_to_device(handle.ptr(), (&raw const content).cast(), len) }.map_err(failed)?;
+            stream.finish(COPY_LIMIT).map_err(failed)
+        };
+        match bounce {
+            Bounce::Own(bytes) => {
+                let bounce = PinnedBuffer::new(&context, bytes).map_err(failed)?;
+                let bounce_at = bounce.mapped().host;
+                fill(bounce_at)?;
+                Ok(UnpackQueue::new(meta_at, bounce_at, bytes, true, handle_at, Box::new((meta, bounce, handle))))
+            }
+            Bounce::Lent(lent) => {
+                fill(lent.base())?;
+                Ok(UnpackQueue::lent(meta_at, lent, handle_at, Box::new((meta, handle))))
+            }
+        }
+    }
+
+    fn current(&self) -> io::Result<usize> {
+        Context::current_id().map_err(failed)
+    }
+
+    fn area(&self, len: usize) -> io::Result<Box<dyn AreaMemory>> {
+        let context = Context::current().map_err(failed)?;
+        let memory = DeviceBuffer::new(&context, len, AREA_ALIGN).map_err(failed)?;
+        Ok(Box::new(Area { stream: Stream::new(&context).map_err(failed)?, memory }))
+    }
+
+    fn export(&self, at: usize, len: usize) -> io::Result<OwnedFd> {
+        let context = Context::current().map_err(failed)?;
+        cuda_driver::dmabuf(&context, at as u64, len).map_err(failed)
     }
 
     fn send_source(&self, limit: usize) -> io::Result<Arc<dyn SendSource>> {
@@ -76,6 +106,30 @@ impl DeviceMemory for Cuda {
             streams: Mutex::default(),
             stuck: AtomicBool::new(false),
         }))
+    }
+}
+
+/// GPU memory that a NIC writes and reads.
+struct Area {
+    stream: Stream,
+    memory: DeviceBuffer,
+}
+
+impl AreaMemory for Area {
+    fn base(&self) -> *mut u8 {
+        self.memory.ptr() as *mut u8
+    }
+
+    fn write(&self, at: usize, bytes: &[u8]) -> io::Result<()> {
+        // SAFETY: the caller names bytes of the area that nothing else uses; the next line waits for the copy.
+        unsafe { self.stream.host_to_device(self.memory.ptr() + at as u64, bytes.as_ptr(), bytes.len()) }.map_err(failed)?;
+        self.stream.finish(COPY_LIMIT).map_err(failed)
+    }
+
+    fn read(&self, at: usize, bytes: &mut [u8]) -> io::Result<()> {
+        // SAFETY: as above.
+        unsafe { self.stream.device_to_host(bytes.as_mut_ptr(), self.memory.ptr() + at as u64, bytes.len()) }.map_err(failed)?;
+        self.stream.finish(COPY_LIMIT).map_err(failed)
     }
 }
 

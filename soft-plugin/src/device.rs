@@ -3,6 +3,7 @@
 
 use std::ffi::c_void;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::ptr;
 use std::sync::Arc;
 
@@ -12,6 +13,17 @@ use nccl_net_abi::{
 };
 use process::Mutex;
 
+use crate::emulated::{self, Block};
+
+/// The bounce buffer of a receive comm.
+#[derive(Clone)]
+pub enum Bounce {
+    /// A new one of so many bytes.
+    Own(usize),
+    /// Memory that the NIC writes.
+    Lent(Arc<dyn Lender>),
+}
+
 /// Memory that device receives and device sends pass through.
 pub trait DeviceMemory: Send + Sync {
     /// Whether the calling thread can build an unpack queue (a GPU is current).
@@ -19,14 +31,44 @@ pub trait DeviceMemory: Send + Sync {
         true
     }
 
-    /// Builds the unpack queue of a receive comm: meta queue, `bounce_len` bytes of bounce buffer, and the device handle.
+    /// Builds the unpack queue of a receive comm: meta queue, bounce buffer, and the device handle.
     /// Called on the caller's thread (whose current GPU it uses) at the first use of device memory: a registration, or else a receive.
     /// Connections that only move host memory touch no GPU.
-    fn unpack_queue(&self, bounce_len: usize) -> io::Result<UnpackQueue>;
+    fn unpack_queue(&self, bounce: Bounce) -> io::Result<UnpackQueue>;
 
     /// Builds the source of device sends of up to `limit` bytes for a comm. Called by the first registration of device memory, or else
     /// by the first device send of the comm.
     fn send_source(&self, limit: usize) -> io::Result<Arc<dyn SendSource>>;
+
+    /// The GPU that is current in the calling thread, if there are several.
+    fn current(&self) -> io::Result<usize>;
+
+    /// Memory of the current GPU that a NIC can write: `len` bytes, in whole pages.
+    fn area(&self, len: usize) -> io::Result<Box<dyn AreaMemory>>;
+
+    /// A dma-buf over whole pages of device memory.
+    fn export(&self, at: usize, len: usize) -> io::Result<OwnedFd>;
+}
+
+/// Lends the NIC's memory to the receives of a comm.
+pub trait Lender: Send + Sync {
+    /// Where offsets of descriptors count from.
+    fn base(&self) -> *mut u8;
+
+    /// Nothing reads the receive in this row any more: returns whether the comm waits for that.
+    fn consumed(&self, row: usize) -> io::Result<bool>;
+}
+
+/// Device memory that a NIC writes and reads.
+pub trait AreaMemory: Send + Sync {
+    /// Its first byte, as an address of its GPU.
+    fn base(&self) -> *mut u8;
+
+    /// Writes to it by the GPU, and returns when the bytes are in place.
+    fn write(&self, at: usize, bytes: &[u8]) -> io::Result<()>;
+
+    /// Reads it by the GPU.
+    fn read(&self, at: usize, bytes: &mut [u8]) -> io::Result<()>;
 }
 
 /// Turns device memory into bytes that an I/O thread can hand to the kernel.
@@ -60,6 +102,8 @@ pub struct UnpackQueue {
     pub free: Mutex<Vec<usize>>,
     /// A device reads the bounce buffer by DMA: received bytes belong in the cache that all cores share (see [`demote`]).
     pub read_by_bus: bool,
+    /// Who lends the bounce buffer, if the NIC writes it.
+    pub lent: Option<Arc<dyn Lender>>,
     /// The value of `ncclNetDeviceHandle_v7::handle`: the address of an [`unpackNetDeviceHandle`] in device memory.
     pub handle: *mut c_void,
     /// Frees all of the above when dropped.
@@ -81,7 +125,13 @@ impl UnpackQueue {
         owner: Box<dyn Send>,
     ) -> UnpackQueue {
         let free = Mutex::new((0..MAX_REQUESTS).rev().collect());
-        UnpackQueue { meta, bounce, bounce_len, free, read_by_bus, handle, _owner: owner }
+        UnpackQueue { meta, bounce, bounce_len, free, read_by_bus, lent: None, handle, _owner: owner }
+    }
+
+    /// The queue over memory that the NIC writes; `owner` frees the rest.
+    pub fn lent(meta: *mut netUnpackMeta, lent: Arc<dyn Lender>, handle: *mut c_void, owner: Box<dyn Send>) -> UnpackQueue {
+        let bounce = lent.base();
+        UnpackQueue { lent: Some(lent), ..UnpackQueue::new(meta, bounce, 0, false, handle, owner) }
     }
 }
 
@@ -118,19 +168,61 @@ pub fn demote(at: *const u8, len: usize) {
 pub struct Emulated;
 
 impl DeviceMemory for Emulated {
-    fn unpack_queue(&self, bounce_len: usize) -> io::Result<UnpackQueue> {
+    fn unpack_queue(&self, bounce: Bounce) -> io::Result<UnpackQueue> {
         let meta = Mapping::new(size_of::<netUnpackMeta>())?;
-        let bounce = Mapping::new(bounce_len)?;
         let handle = Mapping::new(size_of::<unpackNetDeviceHandle>())?;
-        let content = unpackNetDeviceHandle { meta: meta.base.cast(), bounce_buf: bounce.base, head: u64::MAX };
-        // SAFETY: a fresh, writable, page-aligned mapping of that size.
-        unsafe { handle.base.cast::<unpackNetDeviceHandle>().write(content) };
-        let (meta_at, bounce_at, handle_at) = (meta.base.cast(), bounce.base.cast(), handle.base);
-        Ok(UnpackQueue::new(meta_at, bounce_at, bounce_len, false, handle_at, Box::new((meta, bounce, handle))))
+        let (meta_at, handle_at) = (meta.base.cast(), handle.base);
+        let fill = |bounce_buf: *mut u8| {
+            let content = unpackNetDeviceHandle { meta: meta_at, bounce_buf: bounce_buf.cast(), head: u64::MAX };
+            // SAFETY: a fresh, writable, page-aligned mapping of that size.
+            unsafe { handle_at.cast::<unpackNetDeviceHandle>().write(content) };
+        };
+        Ok(match bounce {
+            Bounce::Own(len) => {
+                let bounce = Mapping::new(len)?;
+                let at = bounce.base.cast::<u8>();
+                fill(at);
+                UnpackQueue::new(meta_at, at, len, false, handle_at, Box::new((meta, bounce, handle)))
+            }
+            Bounce::Lent(lent) => {
+                fill(lent.base());
+                UnpackQueue::lent(meta_at, lent, handle_at, Box::new((meta, handle)))
+            }
+        })
     }
 
     fn send_source(&self, _limit: usize) -> io::Result<Arc<dyn SendSource>> {
         Ok(Arc::new(Emulated))
+    }
+
+    fn current(&self) -> io::Result<usize> {
+        Ok(0)
+    }
+
+    fn area(&self, len: usize) -> io::Result<Box<dyn AreaMemory>> {
+        Ok(Box::new(Block::new(len)?))
+    }
+
+    fn export(&self, at: usize, len: usize) -> io::Result<OwnedFd> {
+        emulated::export(at, len)
+    }
+}
+
+impl AreaMemory for Block {
+    fn base(&self) -> *mut u8 {
+        self.as_ptr()
+    }
+
+    fn write(&self, at: usize, bytes: &[u8]) -> io::Result<()> {
+        // SAFETY: the caller names bytes of the block that nothing else uses.
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), self.as_ptr().add(at), bytes.len()) };
+        Ok(())
+    }
+
+    fn read(&self, at: usize, bytes: &mut [u8]) -> io::Result<()> {
+        // SAFETY: as above.
+        unsafe { ptr::copy_nonoverlapping(self.as_ptr().add(at), bytes.as_mut_ptr(), bytes.len()) };
+        Ok(())
     }
 }
 

@@ -6,7 +6,8 @@
 //! - `slot`, `ledger`: requests and their states; `send`, `recv`, `quantum`, `fragment`: moving their bytes; `pool`,
 //!   `adaptive_spin`: the I/O threads; `comm` combines them
 //! - `protect`: checksums and encryption of messages
-//! - `device`, `cuda`: the interface to device memory
+//! - `device`, `cuda`, `emulated`: the interface to device memory
+//! - `devmem`: device memory TCP, where the NIC reads and writes device memory
 //!
 //! # Fork
 //! A forked child may make its own comms. Calls on its parent's comms are errors there, and closing them closes only the child's copy.
@@ -22,6 +23,8 @@ mod config;
 mod congestion;
 mod cuda;
 mod device;
+mod devmem;
+mod emulated;
 mod fragment;
 pub mod interfaces;
 mod ledger;
@@ -37,7 +40,12 @@ mod state;
 mod tcp;
 mod unsent;
 
+pub use abi::device_memory::prepare as prepare_device_memory;
 pub use config::{default_number, Kind, Variable, VARIABLES};
+pub use emulated::Block as EmulatedMemory;
+
+/// The name of the table for device memory TCP.
+pub const DEVICE_MEMORY: &str = "TCP-devmem";
 
 /// The address that a handle of the software plugin names; `None` for other bytes.
 pub fn address_of(handle: &[u8; nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE]) -> Option<std::net::SocketAddr> {
@@ -47,6 +55,11 @@ pub fn address_of(handle: &[u8; nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE]) -> Optio
 /// The range of UCCL_TCPX_PORT_RANGE in the environment now; `None` if unset or invalid.
 pub fn port_range() -> Option<std::ops::RangeInclusive<u16>> {
     config::Config::from_env().ok()?.ports
+}
+
+/// The socket of the agent for device memory TCP, if there is one.
+pub fn device_memory_agent() -> Option<std::path::PathBuf> {
+    devmem::agent(&config::Config::from_env().ok()?)
 }
 
 /// The interfaces that would be devices, too, but cannot carry data at present; `listed`: as the last call of `devices` found them.
@@ -72,7 +85,7 @@ pub fn check_environment() -> Result<(), String> {
     congestion::check(&config).map_err(|e| format!("UCCL_TCPX_SOFT_CONGESTION: {e}"))
 }
 
-use abi::requests;
+use abi::{device_memory, requests};
 use nccl_net_abi::{ncclNet_v7, ncclNet_v8, ucclNetExt_v2};
 
 macro_rules! net_table {
@@ -103,6 +116,22 @@ macro_rules! net_table {
 
 /// The v7 table, as a value for a data symbol.
 pub const TABLE_V7: ncclNet_v7 = net_table!(ncclNet_v7, properties_v7, reg_mr_v7);
+const DEVICE_TABLE: ncclNet_v7 = ncclNet_v7 {
+    name: c"TCP-devmem".as_ptr(),
+    init: Some(device_memory::init),
+    devices: Some(device_memory::devices),
+    getProperties: Some(device_memory::properties_v7),
+    listen: Some(device_memory::listen),
+    connect: Some(device_memory::connect),
+    ..TABLE_V7
+};
+const DEVICE_EXT: ucclNetExt_v2 = ucclNetExt_v2 {
+    isendv: None,
+    irecvv: None,
+    ready: Some(device_memory::ready),
+    connectRecv: Some(device_memory::connect_recv),
+    ..EXT_V2
+};
 /// The extension table, as a value for a data symbol.
 pub const EXT_V2: ucclNetExt_v2 = ucclNetExt_v2 {
     size: size_of::<ucclNetExt_v2>(),
@@ -127,6 +156,18 @@ pub const EXT_V2: ucclNetExt_v2 = ucclNetExt_v2 {
 /// The plugin's v7 table.
 pub fn table() -> &'static ncclNet_v7 {
     static TABLE: ncclNet_v7 = TABLE_V7;
+    &TABLE
+}
+
+/// The table for device memory TCP: the comms of the software plugin, but that the NIC writes and reads device memory, and they carry no other.
+pub fn device_table() -> &'static ncclNet_v7 {
+    static TABLE: ncclNet_v7 = DEVICE_TABLE;
+    &TABLE
+}
+
+/// The extension table for device memory TCP.
+pub fn device_ext() -> &'static ucclNetExt_v2 {
+    static TABLE: ucclNetExt_v2 = DEVICE_EXT;
     &TABLE
 }
 

@@ -130,9 +130,18 @@ impl Assignment {
     /// Hands the member and its socket over to the thread.
     pub fn add(&self, member: Arc<dyn Member>, fd: i32) -> io::Result<()> {
         self.worker.registry.lock().members.insert(self.number, member);
+        self.watch(fd).inspect_err(|_| self.remove(fd))
+    }
+
+    /// Serves the member after events of another socket too.
+    pub fn watch(&self, fd: i32) -> io::Result<()> {
         let direction = if self.receives { Interest::READ } else { Interest::WRITE };
-        let interest = direction | Interest::HANG_UP | Interest::EDGE;
-        self.worker.poller.add(fd, self.number, interest).inspect_err(|_| self.remove(fd))
+        self.worker.poller.add(fd, self.number, direction | Interest::HANG_UP | Interest::EDGE)
+    }
+
+    /// Ends [`Assignment::watch`].
+    pub fn unwatch(&self, fd: i32) {
+        let _ = self.worker.poller.remove(fd);
     }
 
     /// Removes the member from its thread, once. A running turn ends before the caller (who holds the I/O lock) gets here.

@@ -424,7 +424,7 @@ mod tests {
         let mut outgoing = Outgoing::new(Guard::new(UCCL_PROTECT_SEAL, Some(&KEY)).unwrap());
         let mut payload = *b"0123456789";
         let mut header = [0; HEADER];
-        let mut body = Body { header, iov: Vec::new(), total: HEADER + 10, device: false, tag: 0, exact: false };
+        let mut body = Body { header, total: HEADER + 10, ..Body::default() };
         body.iov = vec![segment(&mut header), segment(&mut payload)];
         // SAFETY: live memory.
         unsafe {

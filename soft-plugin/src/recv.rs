@@ -348,7 +348,7 @@ impl RecvIo {
 }
 
 /// Whether the message matches the posted receive.
-fn admit(header: Header, seq: u64, body: &Body) -> Result<(), String> {
+pub fn admit(header: Header, seq: u64, body: &Body) -> Result<(), String> {
     let Header { len, tag, .. } = header;
     if header.seq != seq as u32 {
         return Err(format!("expected message {seq}, got message {} or other bytes", header.seq));

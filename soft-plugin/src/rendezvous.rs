@@ -10,6 +10,7 @@ pub use listener::ListenComm;
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE;
@@ -20,6 +21,7 @@ use zeroize::Zeroize;
 
 use crate::config::Config;
 use crate::congestion;
+use crate::devmem::{Area, Payload, Proof, RECEIVE_BUFFER};
 use crate::interfaces::Interface;
 use crate::protect::Key;
 use crate::tcp;
@@ -52,10 +54,44 @@ pub enum Direction {
     Back = 1,
 }
 
+impl Direction {
+    /// The connections of a comm: its own, and one for payload where that goes to and from device memory.
+    fn lanes(self, payload: bool) -> impl Iterator<Item = Lane> {
+        let direction = self;
+        [false, true].into_iter().take(1 + usize::from(payload)).map(move |payload| Lane { direction, payload })
+    }
+}
+
+/// One connection of a comm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Lane {
+    direction: Direction,
+    /// It carries the payload of device memory alone.
+    payload: bool,
+}
+
+impl Lane {
+    const ALL: [Lane; LANES] = [
+        Lane { direction: Direction::Forth, payload: false },
+        Lane { direction: Direction::Back, payload: false },
+        Lane { direction: Direction::Forth, payload: true },
+        Lane { direction: Direction::Back, payload: true },
+    ];
+
+    /// Its number, which its hello has.
+    fn number(self) -> usize {
+        self.direction as usize + 2 * usize::from(self.payload)
+    }
+}
+
+const LANES: usize = 4;
+
 /// A socket ready to carry a comm.
 pub struct Connected {
     /// The socket, non-blocking.
     pub socket: OwnedFd,
+    /// The connection for the payload of device memory.
+    pub payload: Option<Payload>,
     /// "local-address -> peer-address on NIC".
     pub path: String,
 }
@@ -63,7 +99,35 @@ pub struct Connected {
 impl Connected {
     fn new(socket: Socket, peer: SocketAddr, nic: &str) -> Connected {
         let local = socket.local_addr().ok().and_then(|a| a.as_socket()).map_or("unknown".to_owned(), |a| a.to_string());
-        Connected { socket: socket.into(), path: format!("{local} -> {peer} on {nic}") }
+        Connected { socket: socket.into(), payload: None, path: format!("{local} -> {peer} on {nic}") }
+    }
+}
+
+/// A comm whose connections are there, while the one for payload is proved.
+struct Proving {
+    connected: Connected,
+    proof: Proof,
+}
+
+impl Proving {
+    fn begin(
+        area: &Arc<Area>,
+        receives: bool,
+        connected: Connected,
+        payload: Socket,
+        invitation: &Invitation,
+        direction: Direction,
+    ) -> io::Result<Proving> {
+        let secret = [&invitation.cookie[..], &[direction as u8]].concat();
+        let proof = Proof::begin(area, receives, connected.socket.as_fd(), payload.into(), &secret)?;
+        Ok(Proving { connected, proof })
+    }
+
+    fn step(mut self) -> io::Result<Result<Connected, Proving>> {
+        Ok(match self.proof.step(self.connected.socket.as_fd())? {
+            Some(payload) => Ok(Connected { payload: Some(payload), ..self.connected }),
+            None => Err(self),
+        })
     }
 }
 
@@ -144,13 +208,13 @@ impl Invitation {
         Ok(Invitation { address, cookie })
     }
 
-    fn hello(&self, direction: Direction, key: Option<&Key>) -> io::Result<Hello> {
+    fn hello(&self, lane: Lane, key: Option<&Key>) -> io::Result<Hello> {
         let mut hello = Hello { bytes: [0; KEYED_HELLO], len: HELLO };
         let bytes = &mut hello.bytes;
         let magic = if key.is_some() { KEYED_MAGIC } else { HELLO_MAGIC };
         bytes[..8].copy_from_slice(&magic.to_le_bytes());
         bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
-        bytes[12..HELLO_HEAD].copy_from_slice(&(direction as u32).to_le_bytes());
+        bytes[12..HELLO_HEAD].copy_from_slice(&(lane.number() as u32).to_le_bytes());
         bytes[HELLO_HEAD..HELLO].copy_from_slice(&self.cookie);
         if let Some(key) = key {
             let proof = apart(|| hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, key), &bytes[..HELLO]))?;
@@ -217,8 +281,12 @@ fn new_socket(address: &SocketAddr) -> io::Result<Socket> {
 }
 
 /// Options that must be set before the connection exists (window scale follows the buffers), and those that accepted sockets inherit.
-fn tune(socket: &Socket, config: &Config) -> io::Result<()> {
-    if config.socket_buffer > 0 {
+///
+/// `bounded`: the receive buffer has a fixed size, since what waits in it takes pages from other connections.
+fn tune(socket: &Socket, config: &Config, bounded: bool) -> io::Result<()> {
+    if bounded {
+        socket.set_recv_buffer_size(RECEIVE_BUFFER)?;
+    } else if config.socket_buffer > 0 {
         socket.set_send_buffer_size(config.socket_buffer)?;
         socket.set_recv_buffer_size(config.socket_buffer)?;
     }
@@ -273,7 +341,7 @@ mod tests {
         assert_eq!((taken(&mut handle), taken(&mut handle)), (Some([9; 32]), None));
         assert!(!handle.contains(&9));
         use Direction::{Back, Forth};
-        let hello = |direction, key| invitation.hello(direction, key).unwrap();
+        let hello = |direction, key| invitation.hello(Lane { direction, payload: false }, key).unwrap();
         let (plain, keyed) = (hello(Forth, None), hello(Forth, Some(&[9; 32])));
         let other = hello(Forth, Some(&[8; 32]));
         for key in [None, Some(&[9; 32])] {
@@ -287,8 +355,21 @@ mod tests {
         assert!(plain.is(plain.bytes()) && keyed.is(keyed.bytes()) && !keyed.is(other.bytes()) && !keyed.is(plain.bytes()));
         assert!(plain.bytes().ends_with(b"abcdef") && !keyed.bytes().windows(4).any(|w| w == b"0123"));
         let stranger = Invitation { cookie: [0; COOKIE], ..invitation.clone() };
-        assert!(!keyed.is(stranger.hello(Forth, Some(&[9; 32])).unwrap().bytes()));
+        assert!(!keyed.is(stranger.hello(Lane { direction: Forth, payload: false }, Some(&[9; 32])).unwrap().bytes()));
         assert_eq!((address_of(&handle), address_of(&[0; 128])), (Some(invitation.address), None));
+    }
+
+    #[test]
+    fn every_lane_has_a_hello_of_its_own() {
+        let invitation = Invitation { address: "10.1.2.3:4567".parse().unwrap(), cookie: *b"0123456789abcdef" };
+        for (number, lane) in Lane::ALL.into_iter().enumerate() {
+            assert_eq!(lane.number(), number);
+            let hello = invitation.hello(lane, None).unwrap();
+            let same = Lane::ALL.into_iter().filter(|other| hello.is(invitation.hello(*other, None).unwrap().bytes())).count();
+            assert_eq!(same, 1);
+        }
+        let of = |payload| Direction::Back.lanes(payload).map(Lane::number).collect::<Vec<_>>();
+        assert_eq!((of(false), of(true)), (vec![1], vec![1, 3]));
     }
 
     #[test]

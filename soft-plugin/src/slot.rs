@@ -50,6 +50,7 @@ impl Header {
 }
 
 /// The memory a request reads from or writes to.
+#[derive(Default)]
 pub struct Body {
     /// Header of a send, in wire form.
     pub header: [u8; HEADER],
@@ -63,6 +64,9 @@ pub struct Body {
     pub tag: i32,
     /// Receive: the message must have exactly the posted size.
     pub exact: bool,
+    /// Send from a dma-buf: the number of its binding, and where the payload begins in it.
+    pub binding: u32,
+    pub offset: usize,
 }
 
 /// No region of the bounce buffer.
@@ -97,7 +101,7 @@ impl Slot {
             received: AtomicUsize::new(0),
             region: AtomicUsize::new(NO_REGION),
             extent: AtomicUsize::new(0),
-            body: UnsafeCell::new(Body { header: [0; HEADER], iov: Vec::new(), total: 0, device: false, tag: 0, exact: false }),
+            body: UnsafeCell::new(Body::default()),
         }
     }
 

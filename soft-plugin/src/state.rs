@@ -13,6 +13,7 @@ use crate::config::Config;
 use crate::congestion;
 use crate::cuda::Cuda;
 use crate::device::{DeviceMemory, Emulated};
+use crate::devmem::Areas;
 use crate::interfaces::{self, Interface};
 use crate::logger;
 
@@ -24,6 +25,8 @@ pub struct Global {
     pub devices: Devices,
     /// Device memory, if available.
     pub device: Option<Arc<dyn DeviceMemory>>,
+    /// GPU memory that NICs write.
+    pub areas: Areas,
 }
 
 /// The devices found so far. A device keeps its number: new ones are appended, and one whose address has changed is replaced.
@@ -124,7 +127,7 @@ fn build() -> Result<Global, String> {
     ));
     let known = Devices { list: RwLock::default(), absent: Mutex::new(absent) };
     known.merge(devices);
-    Ok(Global { config, devices: known, device })
+    Ok(Global { config, devices: known, device, areas: Areas::default() })
 }
 
 /// The state of a child: settings and device numbers are the parent's, because the parent's callers still use them in the child.
@@ -133,8 +136,8 @@ fn inherit(parent: &Global) -> Global {
     let config = parent.config.clone();
     // A thread of the parent may have held the lock at the fork.
     let known = parent.devices.list.try_read().map(|list| list.clone()).unwrap_or_default();
-    let child =
-        Global { device: device_memory(&config), devices: Devices { list: RwLock::new(known), ..Devices::default() }, config };
+    let devices = Devices { list: RwLock::new(known), ..Devices::default() };
+    let child = Global { device: device_memory(&config), devices, config, areas: Areas::default() };
     child.refresh();
     child
 }

@@ -4,6 +4,7 @@
 use crate::status::{bail, Result};
 use crate::types::{Part, Place};
 use nccl_net_abi::{loadMeta, netUnpackMeta, unpackNetDeviceHandle, MAX_SLOT_ENTRIES};
+use soft_plugin::EmulatedMemory;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A job of a device; checked with [`DeviceCopier::poll`].
@@ -116,6 +117,12 @@ pub(crate) trait StagingMemory: Send {
     fn ptr(&self) -> *mut u8;
 }
 
+impl StagingMemory for EmulatedMemory {
+    fn ptr(&self) -> *mut u8 {
+        self.as_ptr()
+    }
+}
+
 impl StagingMemory for super::memory::HostBlock {
     fn ptr(&self) -> *mut u8 {
         self.as_ptr()
@@ -123,7 +130,11 @@ impl StagingMemory for super::memory::HostBlock {
 }
 
 /// Host memory that emulates device memory: the CPU copies.
-pub(crate) struct EmulatedDevice;
+#[derive(Default)]
+pub(crate) struct EmulatedDevice {
+    /// Staging memory can be exported to NICs.
+    pub exports: bool,
+}
 
 impl DeviceCopier for EmulatedDevice {
     fn within(&mut self, _place: Place, body: &mut dyn FnMut() -> Result<bool>) -> Result<bool> {
@@ -206,7 +217,13 @@ impl DeviceCopier for EmulatedDevice {
     }
 
     fn staging(&mut self, len: usize, _place: Place) -> Result<Box<dyn StagingMemory>> {
-        Ok(Box::new(super::memory::HostBlock::new(len)?))
+        if !self.exports {
+            return Ok(Box::new(super::memory::HostBlock::new(len)?));
+        }
+        match EmulatedMemory::new(len) {
+            Ok(memory) => Ok(Box::new(memory)),
+            Err(e) => bail!(Resource, "no {len} bytes for staging: {e}"),
+        }
     }
 
     fn host_staging(&mut self, len: usize, place: Place) -> Result<Box<dyn StagingMemory>> {
@@ -367,7 +384,7 @@ mod tests {
             let targets: Vec<Part> = parts.iter().map(|&(o, n)| Part { addr: base + o as u64, len: n as u64, region: 0 }).collect();
             let view = View { meta: &*meta, meta_device: 0, bounce: bounce.as_ptr() as u64, home: Place::HOST, read_count: false };
             // SAFETY: this test owns all the memory.
-            let done = unsafe { EmulatedDevice.unpack(&view, slot, len, &targets, Place::gpu(0)) };
+            let done = unsafe { EmulatedDevice::default().unpack(&view, slot, len, &targets, Place::gpu(0)) };
             prop_assert_eq!(done, Ok(Ticket::Done));
             let mut expected = vec![0xAAu8; dest.len()];
             let mut at = 0;

@@ -25,7 +25,7 @@ pub use list::List;
 pub use transfer::{Direction, LocalSegment, TransferState};
 
 use crate::budget;
-use crate::config::Config;
+use crate::config::{Config, DeviceMemoryTcp};
 use crate::net::plugin::Plugin;
 use crate::net::topology;
 use crate::notify;
@@ -52,6 +52,30 @@ pub fn budgets(config: &Config) -> Vec<(&'static str, usize, &'static str)> {
 const DEVICE_GRACE: Duration = Duration::from_secs(1);
 /// The minimum time that a shutdown waits for each connection whose lock is held.
 const TURN: Duration = Duration::from_millis(10);
+
+/// Device memory TCP in place of the software plugin, if it is asked for and the host can; the software plugin stays beside it.
+///
+/// # Errors
+/// `Unsupported` where it must be there and cannot: why.
+fn with_device_memory(
+    config: &Config,
+    gpus: &gpus::Gpus,
+    device: Arc<Plugin>,
+    why_soft: Option<String>,
+) -> Result<(Arc<Plugin>, Option<String>)> {
+    if config.devmem == DeviceMemoryTcp::Off || !device.traits.host_memory {
+        return Ok((device, why_soft));
+    }
+    match Plugin::device_memory(&|| gpus.own()) {
+        Ok(plugin) => Ok((plugin, None)),
+        Err(e) if config.devmem == DeviceMemoryTcp::Require => bail!(Unsupported, "UCCL_TCPX_DEVMEM=require: {e}"),
+        Err(e) => {
+            log::info!("no device memory TCP, ordinary TCP carries GPU memory: {e}");
+            let why = std::iter::once(format!("no device memory TCP: {e}")).chain(why_soft);
+            Ok((device, Some(why.collect::<Vec<_>>().join("; "))))
+        }
+    }
+}
 
 /// A network interface that a plugin offers.
 #[derive(Clone, Debug)]
@@ -109,6 +133,7 @@ impl Engine {
         crate::logging::init(crate::config::log_level());
         let gpus = gpus::Gpus::new(config.emulate_device.then_some(config.emulate_devices));
         let (device, why_soft) = Plugin::choose(&config, &|| gpus.own())?;
+        let (device, why_soft) = with_device_memory(&config, &gpus, device, why_soft)?;
         if device.devices.is_empty() {
             bail!(Plugin, "plugin {} found no network device{}", device.name, chosen_nics());
         }

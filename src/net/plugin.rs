@@ -14,6 +14,7 @@ use super::traits::{is_tcpx, is_tcpxo, DeviceTraits, Traits};
 use super::{within, Scope};
 use crate::config::{Config, PluginChoice};
 use crate::status::{bail, err, Error, ErrorKind, Result};
+use crate::types::{DEVMEM, SOFT};
 use nccl_net_abi as abi;
 use nccl_net_abi::{ncclNetDeviceHandle_v7, ncclResult_t, ucclIoVec};
 use process::{Mutex, PerProcess};
@@ -24,6 +25,11 @@ use std::sync::{Arc, Once};
 
 /// Folders and file names searched for GPUDirect-TCPX and GPUDirect-TCPXO, in order; LD_LIBRARY_PATH follows.
 pub const PLACES: [(&[&str], &[&str]); 2] = [(search::TCPX.dirs, search::TCPX.files), (search::TCPXO.dirs, search::TCPXO.files)];
+
+/// The socket of the agent for device memory TCP, if there is one.
+pub fn device_memory_agent() -> Option<String> {
+    soft_plugin::device_memory_agent().map(|path| path.display().to_string())
+}
 
 /// Largest message of a foreign plugin. A larger one could need more fragments than TCPX has room for, and TCPX would end the
 /// process.
@@ -91,6 +97,18 @@ impl Plugin {
     /// The built-in software plugin.
     pub(crate) fn soft() -> Result<Arc<Plugin>> {
         load_once(None, || Plugin::start(soft_plugin::table(), Some(Ext::built_in()), None, &None))
+    }
+
+    /// Device memory TCP. `gpu` returns the GPU whose memory the NICs first get.
+    ///
+    /// # Errors
+    /// `Unsupported`: what it lacks, in the kernel's words where it has some.
+    pub(crate) fn device_memory(gpu: &dyn Fn() -> Result<Scope>) -> Result<Arc<Plugin>> {
+        load_once(Some(Path::new(soft_plugin::DEVICE_MEMORY)), || {
+            let scope = gpu()?;
+            within(&scope, || soft_plugin::prepare_device_memory().map_err(|why| err!(Unsupported, "{why}")))?;
+            Plugin::start(soft_plugin::device_table(), Some(Ext::for_device_memory()), None, &scope)
+        })
     }
 
     /// A foreign plugin whose table is linked into a test, with traits that the test may change. Called once per process.
@@ -262,10 +280,11 @@ impl Plugin {
         Ok(self.list()?.into_iter().enumerate().map(|(dev, p)| Device::new(dev, p)).collect())
     }
 
-    /// "soft", "tcpx", "tcpxo" or the table's name: both engines of a connection must have the same.
+    /// "soft", "devmem", "tcpx", "tcpxo" or the table's name: both engines of a connection must have the same, or one of the first two.
     pub fn wire_name(&self) -> &str {
         match &self.name {
-            _ if self.ext.is_some() => "soft",
+            name if name == soft_plugin::DEVICE_MEMORY => DEVMEM,
+            _ if self.ext.is_some() => SOFT,
             name if is_tcpx(name) => "tcpx",
             name if is_tcpxo(name) => "tcpxo",
             name => name,

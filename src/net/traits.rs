@@ -40,6 +40,10 @@ pub struct Traits {
     pub raises_sigpipe: bool,
     /// Device memory may be sent from host memory that the GPU fills, instead of by the plugin's device sends.
     pub stage_sends: bool,
+    /// Device memory is sent only from staging memory of this library, on the GPU: the application's is never exported to a NIC.
+    pub packs_sends: bool,
+    /// A connection does without it where the peer has another plugin or data is to be protected: the software plugin carries all then.
+    pub optional: bool,
     /// Device memory is received at the posted address, and nothing is unpacked. A comm that was closed may go on reading and writing
     /// the memory of its requests until that memory is deregistered, so it is given staging memory of this library alone.
     pub delivers: bool,
@@ -74,29 +78,31 @@ impl Traits {
     /// Traits of a plugin with this table name, with or without the extension of the software plugin.
     pub(super) fn of(name: &str, ext: Option<&Ext>, devices: DeviceTraits) -> Traits {
         let DeviceTraits { global, ptr_support, unpack } = devices;
-        let soft = ext.is_some();
+        let (soft, devmem) = (ext.is_some(), name == soft_plugin::DEVICE_MEMORY);
         let (tcpx, tcpxo) = (is_tcpx(name), is_tcpxo(name));
         Traits {
-            host_memory: soft,
+            host_memory: soft && !devmem,
             device_memory: ptr_support & NCCL_PTR_CUDA != 0,
             vectored: ext.is_some_and(|e| e.vectored.is_some()),
             doorbell: ext.is_some_and(|e| e.set_doorbell.is_some()),
             polled: ext.is_none_or(|e| e.set_doorbell.is_none()),
             progress_bytes: ext.is_some_and(|e| e.progress.is_some()),
-            follows_gpu: !soft,
+            follows_gpu: !soft || devmem,
             serial_setup: !soft,
             raises_sigpipe: !soft,
-            stage_sends: soft,
+            stage_sends: soft && !devmem,
+            packs_sends: devmem,
+            optional: devmem,
             delivers: !soft && !unpack,
             shared_registrations: soft || tcpx || tcpxo || global,
-            small_messages: !soft,
+            small_messages: !soft || devmem,
             lingers: !soft,
             sends_late: !soft && tcpx,
             asks_for_peers: !soft && tcpx,
             imports: !soft && tcpx,
             paired_nics: !soft && (tcpx || tcpxo),
             pci_nics: !soft && tcpx,
-            devices_change: soft,
+            devices_change: soft && !devmem,
             secured: ext.is_some_and(|e| e.key_listen.is_some() && e.key_connect.is_some() && e.protect.is_some()),
             dials_both: ext.is_some_and(|e| {
                 e.listen_both.is_some() && e.accept_send.is_some() && e.connect_recv.is_some() && e.ready.is_some()
@@ -170,6 +176,20 @@ mod tests {
         let devices = DeviceTraits { global: true, ptr_support: NCCL_PTR_CUDA, unpack: false };
         assert!(Traits::of("Other", None, devices).shared_registrations, "its devices report it");
         assert!(!Traits::of("Other", None, DeviceTraits::default()).device_memory);
+    }
+
+    #[test]
+    fn device_memory_tcp_is_the_software_plugin_for_pairs_of_gpus() {
+        let devices = DeviceTraits { global: false, ptr_support: NCCL_PTR_CUDA, unpack: true };
+        let [soft, devmem] = [("TCPX-soft", Ext::built_in()), (soft_plugin::DEVICE_MEMORY, Ext::for_device_memory())]
+            .map(|(name, ext)| Traits::of(name, Some(&ext), devices));
+        let both = |t: Traits| [t.device_memory, t.doorbell, t.progress_bytes, t.secured, t.dials_both, t.shared_registrations];
+        assert_eq!((both(soft), both(devmem)), ([true; 6], [true; 6]));
+        let of_soft = |t: Traits| [t.host_memory, t.vectored, t.stage_sends, t.devices_change];
+        assert_eq!((of_soft(soft), of_soft(devmem)), ([true; 4], [false; 4]));
+        let of_devmem = |t: Traits| [t.follows_gpu, t.packs_sends, t.optional, t.small_messages];
+        assert_eq!((of_devmem(soft), of_devmem(devmem)), ([false; 4], [true; 4]));
+        assert!(!devmem.delivers && !devmem.lingers && !devmem.serial_setup && !devmem.polled);
     }
 
     #[test]

@@ -4,11 +4,8 @@
 use super::text;
 use crate::config::MAX_CHUNK_BYTES;
 use crate::status::{bail, Result};
-use crate::types::Protect;
+use crate::types::{Protect, DEVMEM, SOFT};
 use std::time::Duration;
-
-/// The plugin that can protect data.
-pub(crate) const SOFT: &str = "soft";
 
 /// Most channels of one kind.
 pub(crate) const MAX_CHANNELS: u16 = 64;
@@ -190,12 +187,13 @@ impl Hello {
     /// # Errors
     /// `Unsupported` when their plugins differ.
     pub(crate) fn agree(&self, theirs: &Hello) -> Result<Terms> {
-        if self.plugin != theirs.plugin {
+        let over_tcp = |plugin: &str| plugin == SOFT || plugin == DEVMEM;
+        if self.plugin != theirs.plugin && !(over_tcp(&self.plugin) && over_tcp(&theirs.plugin)) {
             bail!(Unsupported, "the engines use different network plugins: {} and {}", self.plugin, theirs.plugin);
         }
         // The stricter engine decides; NICs that write into GPU memory cannot decrypt.
         let protect = self.protect.max(theirs.protect);
-        if protect == Protect::Encrypt && self.plugin != SOFT {
+        if protect == Protect::Encrypt && !over_tcp(&self.plugin) {
             bail!(Unsupported, "one engine asks for encryption of the data, which network plugin {} cannot do", self.plugin);
         }
         Ok(Terms {
@@ -232,6 +230,16 @@ pub(crate) mod tests {
         let mut out = Vec::new();
         hello.encode(&mut out);
         out
+    }
+
+    #[test]
+    fn engines_with_and_without_device_memory_tcp_agree() {
+        let with = |plugin: &str, protect| Hello { plugin: plugin.into(), protect, ..sample() };
+        for (a, b) in [("devmem", "devmem"), ("devmem", "soft"), ("soft", "devmem")] {
+            let terms = with(a, Protect::Off).agree(&with(b, Protect::Encrypt)).unwrap();
+            assert_eq!(terms.protect, Protect::Encrypt);
+        }
+        assert!(with("devmem", Protect::Off).agree(&with("tcpx", Protect::Off)).is_err());
     }
 
     #[test]

@@ -207,7 +207,8 @@ class Hello:
 
     def agreed(self, other):
         protect = max(self.protect, other.protect)
-        if self.plugin != other.plugin or (protect == ENCRYPT and self.plugin != b"soft"):
+        over_tcp = {self.plugin, other.plugin} <= {b"soft", b"devmem"}
+        if not over_tcp and (self.plugin != other.plugin or protect == ENCRYPT):
             raise Failed(ERR_UNSUPPORTED, f"plugins {self.plugin.decode()} and {other.plugin.decode()}, protection {protect}")
         least = {name: min(getattr(self, name), getattr(other, name)) for name in ("channels", "chunk", "timeout_ms")}
         return Hello(protect=protect, plugin=self.plugin, **least)

@@ -670,6 +670,10 @@ int main(int count, char **words)
 	make_pattern();
 	if (options.user && (setresgid(options.user, options.user, options.user) || setresuid(options.user, options.user, options.user)))
 		fail("user %d: %m", options.user);
+	if (optind + 1 < count && !strcmp(words[optind], "run")) {
+		execvp(words[optind + 1], words + optind + 1);
+		fail("%s: %m", words[optind + 1]);
+	}
 	if (optind < count && !strcmp(words[optind], "receive") && options.nic && options.vector <= MOST_BYTES && options.fragments <= MOST_FRAGMENTS)
 		return receive(&options);
 	if (optind < count && !strcmp(words[optind], "send") && options.to && options.chunk < PERIOD && !options.pause_at == !options.go)

@@ -40,7 +40,7 @@ APT::Install-Recommends "false";
 Acquire::Languages "none";
 Acquire::Retries "3";
 CONF
-  apt apt-get -o APT::Update::Error-Mode=any update >"$cache/apt/log" 2>&1 || skip "Debian's lists of packages cannot be fetched: $(tail -1 "$cache/apt/log")"
+  apt apt-get -o APT::Update::Error-Mode=any update >"$cache/apt/log" 2>&1 || skip "Debian's lists of packages cannot be fetched: $(grep -m1 '^[EW]:' "$cache/apt/log")"
   touch "$cache/apt/fetched"
 }
 

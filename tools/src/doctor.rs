@@ -1,6 +1,7 @@
 //! tcpx-info --doctor: checks every precondition of GPUDirect-TCPX in order, and says how to fix each that is missing. Reads
 //! files and variables, and connects to the receive manager's sockets; moves no data.
 
+pub mod device_memory;
 mod host;
 mod one_host;
 mod powers;
@@ -346,7 +347,7 @@ fn network(host: &Host) -> Vec<Check> {
 }
 
 /// The checks as lines of text, in the order in which to fix them.
-pub fn text(checks: &[Check]) -> String {
+pub fn text(subject: Subject, checks: &[Check]) -> String {
     let mut out = String::new();
     for c in checks {
         let mark = match c.status {
@@ -359,16 +360,35 @@ pub fn text(checks: &[Check]) -> String {
             out += &format!("{:<8} -> {}\n", "", c.todo);
         }
     }
-    out += &format!("{}\n", conclusion(checks).unwrap_or_else(|missing| missing));
+    out += &format!("{}\n", conclusion(subject, checks).unwrap_or_else(|missing| missing));
     out
 }
 
+/// What to check.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Subject {
+    /// GPUDirect-TCPX.
+    Tcpx,
+    /// Device memory TCP of Linux (experimental).
+    Devmem,
+}
+
+impl Subject {
+    fn title(self) -> &'static str {
+        match self {
+            Subject::Tcpx => "GPUDirect-TCPX",
+            Subject::Devmem => "device memory TCP",
+        }
+    }
+}
+
 /// All checks in a sentence, as an error if something is missing.
-pub fn conclusion(checks: &[Check]) -> Result<String, String> {
+pub fn conclusion(subject: Subject, checks: &[Check]) -> Result<String, String> {
+    let title = subject.title();
     let missing: Vec<&str> = checks.iter().filter(|c| c.status == Status::Missing).map(|c| c.name).collect();
     match missing.is_empty() {
-        true => Ok("every precondition of GPUDirect-TCPX is met".to_owned()),
-        false => Err(format!("GPUDirect-TCPX cannot work here, missing: {}", missing.join(", "))),
+        true => Ok(format!("every precondition of {title} is met")),
+        false => Err(format!("{title} cannot work here, missing: {}", missing.join(", "))),
     }
 }
 
@@ -438,8 +458,8 @@ mod tests {
     #[test]
     fn a_complete_host_passes() {
         let it = simulated("whole");
-        assert_eq!(failing(&it.host), [""; 0], "{}", text(&examine(&it.host)));
-        assert!(text(&examine(&it.host)).ends_with("every precondition of GPUDirect-TCPX is met\n"));
+        assert_eq!(failing(&it.host), [""; 0], "{}", text(Subject::Tcpx, &examine(&it.host)));
+        assert!(text(Subject::Tcpx, &examine(&it.host)).ends_with("every precondition of GPUDirect-TCPX is met\n"));
         fs::remove_dir_all(&it.host.root).unwrap();
     }
 
@@ -494,7 +514,11 @@ mod tests {
             break_it(&mut it);
             let checks = examine(&it.host);
             let wrong: Vec<&Check> = checks.iter().filter(|c| c.status != Status::Ok).collect();
-            assert!(wrong.len() == 1 && wrong[0].name == name && !wrong[0].todo.is_empty(), "{name}: {}", text(&checks));
+            assert!(
+                wrong.len() == 1 && wrong[0].name == name && !wrong[0].todo.is_empty(),
+                "{name}: {}",
+                text(Subject::Tcpx, &checks)
+            );
             fs::remove_dir_all(&it.host.root).unwrap();
         }
     }

@@ -10,7 +10,7 @@ use tcpx_tools::carried::{carrier, Carried, DIRECT, NVLINK};
 use tcpx_tools::case::{Case, Op};
 use tcpx_tools::cli::parse_requirement;
 use tcpx_tools::client::Client;
-use tcpx_tools::doctor::{self, Check, Host};
+use tcpx_tools::doctor::{self, device_memory, Check, Host, Subject};
 use tcpx_tools::error::{Context, Failure, Result};
 use tcpx_tools::inspect::{self, Congestion, Environment, Gpu, Variable};
 use tcpx_tools::measure::{measure, Measured, Options};
@@ -22,7 +22,7 @@ use uccl_p2p::require::Requirement;
 
 /// Shows plugin, network devices, GPUs and settings in effect, and checks with a loop-back transfer of 1 MiB that data moves.
 ///
-/// Exit status: 0 if transfers work (with --no-probe: if an engine starts; with --doctor: and GPUDirect-TCPX can), else 1. --ready has its
+/// Exit status: 0 if transfers work (with --no-probe: if an engine starts; with --doctor: and what it checks can), else 1. --ready has its
 /// own.
 #[derive(Parser)]
 #[command(version, name = "tcpx-info")]
@@ -36,12 +36,12 @@ struct Args {
     /// Show every setting, and the variables that are passed to the plugin.
     #[arg(long)]
     settings: bool,
-    /// Check every precondition of GPUDirect-TCPX in order and say how to fix what is missing, after moving data as usual. Exit status
-    /// 1 if one is missing.
-    #[arg(long)]
-    doctor: bool,
+    /// Check every precondition of GPUDirect-TCPX, or of device memory TCP, in order and say how to fix what is missing, after moving data as
+    /// usual. Exit status 1 if one is missing.
+    #[arg(long, value_name = "OF", num_args = 0..=1, default_missing_value = "tcpx")]
+    doctor: Option<Subject>,
     /// Fail (exit status 1) if bytes went another way, by the counters of the connection: those moved with --peer, else those of the
-    /// test inside the process. PATH is what UCCL_TCPX_REQUIRE takes: tcpx, tcpxo, tcp, direct, nvlink, several joined by |, and nics>=N.
+    /// test inside the process. PATH is what UCCL_TCPX_REQUIRE takes: tcpx, tcpxo, devmem, tcp, direct, nvlink, several joined by |, and nics>=N.
     #[arg(long, value_name = "PATH", value_parser = parse_requirement, conflicts_with = "no_probe")]
     require: Option<Requirement>,
     /// Also move data to and from another host, with contents checked: the address that `tcpx-perf server` printed there.
@@ -82,8 +82,11 @@ fn main() -> ExitCode {
         return ready::tell();
     }
     let report = examine(&args);
-    let shown =
-        if args.json { serde_json::to_string_pretty(&report).map_err(Failure::new) } else { Ok(text(&report, args.settings)) };
+    let shown = if args.json {
+        serde_json::to_string_pretty(&report).map_err(Failure::new)
+    } else {
+        Ok(text(&report, args.doctor, args.settings))
+    };
     match shown {
         Ok(shown) => say!("{}", shown.trim_end()),
         Err(e) => {
@@ -138,7 +141,10 @@ fn look(args: &Args, report: &mut Report) -> Result<String> {
         api::require_nothing();
         Node::start().context("no engine starts")
     });
-    if args.doctor {
+    if args.doctor == Some(Subject::Devmem) {
+        report.doctor = Some(device_memory::examine(&device_memory::find()));
+    }
+    if args.doctor == Some(Subject::Tcpx) {
         let plugin = started.as_ref().map(Node::plugin_details);
         let plugin = plugin.map(|p| (p.name, p.path)).map_err(|e| e.to_string());
         let gpus = report.gpus.iter().filter_map(|gpu| gpu.pci.clone()).collect();
@@ -152,7 +158,7 @@ fn look(args: &Args, report: &mut Report) -> Result<String> {
         fail!("plugin {} finds no network device", node.plugin());
     }
     if args.no_probe {
-        return agree(report, None, "an engine starts; a transfer was not tried (--no-probe)".to_owned());
+        return agree(args, report, None, "an engine starts; a transfer was not tried (--no-probe)".to_owned());
     }
     let memory = memory(args, &node);
     memory.prepare_process()?;
@@ -181,15 +187,17 @@ fn look(args: &Args, report: &mut Report) -> Result<String> {
     if let Some(wanted) = args.require.as_ref().filter(|wanted| !judged.meets(wanted)) {
         fail!("bytes of {memory} memory took {judged}, and --require {wanted} forbids that");
     }
-    agree(report, (memory == Kind::Gpu).then_some(&network), verdict)
+    agree(args, report, (memory == Kind::Gpu).then_some(&network), verdict)
 }
 
 /// The verdict, unless the checks of --doctor contradict it. `gpu`: what carried GPU memory, if some was moved.
-fn agree(report: &Report, gpu: Option<&Carried>, verdict: String) -> Result<String> {
-    let Some(checks) = &report.doctor else { return Ok(verdict) };
-    match (doctor::conclusion(checks), gpu) {
+fn agree(args: &Args, report: &Report, gpu: Option<&Carried>, verdict: String) -> Result<String> {
+    let (Some(checks), Some(subject)) = (&report.doctor, args.doctor) else { return Ok(verdict) };
+    match (doctor::conclusion(subject, checks), gpu) {
         (Err(missing), _) => fail!("{missing}. Without it: {verdict}"),
-        (Ok(met), Some(carried)) if !carried.is_all("tcpx") => fail!("{met}, but GPU memory went over {carried}"),
+        (Ok(met), Some(carried)) if subject == Subject::Tcpx && !carried.is_all("tcpx") => {
+            fail!("{met}, but GPU memory went over {carried}")
+        }
         (Ok(met), _) => Ok(format!("{verdict}; {met}")),
     }
 }
@@ -218,7 +226,7 @@ fn memory(args: &Args, node: &Node) -> Kind {
     match args.memory {
         Some(memory) => memory,
         None if api::emulation_is_on() => Kind::Emulated,
-        None if args.doctor && tcpx && cuda::count() > 0 => Kind::Gpu,
+        None if args.doctor == Some(Subject::Tcpx) && tcpx && cuda::count() > 0 => Kind::Gpu,
         None => Kind::Host,
     }
 }
@@ -243,7 +251,7 @@ fn with_peer(node: &Arc<Node>, address: &str, memory: Kind) -> Result<Vec<Measur
 }
 
 /// The report, line by line: a title and a text each.
-fn text(report: &Report, settings: bool) -> String {
+fn text(report: &Report, subject: Option<Subject>, settings: bool) -> String {
     let mut lines = vec![("verdict", report.verdict.clone()), ("library", format!("uccl-tcpx {}", report.version))];
     lines.extend(devices(report));
     if let Some(proof) = &report.proof {
@@ -272,7 +280,7 @@ fn text(report: &Report, settings: bool) -> String {
     let mut out: String = lines.iter().map(|(name, value)| format!("{name:<20} {value}\n")).collect();
     if let Some(checks) = &report.doctor {
         out += "\n";
-        out += &doctor::text(checks);
+        out += &doctor::text(subject.unwrap_or(Subject::Tcpx), checks);
     }
     out
 }

@@ -151,7 +151,7 @@ struct Measuring {
     /// Fail (exit status 1) if a row is slower than this, in GB/s: all its bytes by all its time.
     #[arg(long, value_name = "GBPS")]
     expect_gbps: Option<f64>,
-    /// Fail (exit status 1) if bytes of a row went another way, by the counters of the connection: tcpx, tcpxo, tcp, direct, nvlink,
+    /// Fail (exit status 1) if bytes of a row went another way, by the counters of the connection: tcpx, tcpxo, devmem, tcp, direct, nvlink,
     /// several joined by |, and nics>=N, separated by commas as in UCCL_TCPX_REQUIRE. `demo` leaves out what cannot go that way:
     /// channels or direct transfers.
     #[arg(long, value_name = "PATH", value_parser = parse_requirement)]

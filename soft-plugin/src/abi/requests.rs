@@ -61,7 +61,13 @@ pub unsafe extern "C" fn isend(
         let mr = unsafe { &*mhandle.cast::<Mr>() };
         let offset = (data as usize).wrapping_sub(mr.base);
         check(!mr.device || (offset < mr.size && size <= mr.size - offset))?;
+        check(mr.sends.is_none() || size <= crate::devmem::limit(&comm.global.config))?;
         post(comm, request, |seq, body| {
+            if let Some((binding, begin)) = &mr.sends {
+                fill_send(Header::new(size, seq, tag), body, true, std::iter::empty());
+                (body.binding, body.offset) = (binding.id(), data as usize - begin);
+                return Ok(());
+            }
             let source = if mr.device {
                 let slot = (seq % MAX_REQUESTS as u64) as usize;
                 comm.send_source()?.begin(slot, data.cast(), size).map_err(|e| system("device send", &e))?

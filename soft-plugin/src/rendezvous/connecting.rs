@@ -5,14 +5,16 @@ use std::collections::HashMap;
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use process::{Mutex, PerProcess};
 use socket2::Socket;
 
 use super::{descriptors, invalid, new_socket, own_address, random, take_key, tune, word};
-use super::{Connected, Direction, Failed, Handle, Hello, Invitation, STATE_AT};
+use super::{Connected, Direction, Failed, Handle, Hello, Invitation, Proving, STATE_AT};
 use crate::config::Config;
+use crate::devmem::Area;
 use crate::interfaces::Interface;
 use crate::pool::Pool;
 
@@ -25,13 +27,23 @@ const IDLE_WHEN_FULL: Duration = Duration::from_secs(1);
 
 /// A pending connect.
 struct Connecting {
+    invitation: Invitation,
+    direction: Direction,
+    /// Its connections: the comm's own, and one for payload with its area.
+    dials: Vec<Dial>,
+    area: Option<Arc<Area>>,
+    /// All are connected, and the one for payload is being proved.
+    proving: Option<Proving>,
+    asked: Instant,
+}
+
+/// One connection.
+struct Dial {
     socket: Socket,
     target: SocketAddr,
     hello: Hello,
-    direction: Direction,
     connected: bool,
     said: usize,
-    asked: Instant,
 }
 
 #[derive(Default)]
@@ -97,10 +109,11 @@ pub fn connect(
     pool: &Pool,
     handle: &mut Handle,
     direction: Direction,
+    area: Option<&Arc<Area>>,
 ) -> Result<Option<Connected>, Failed> {
     let key = word(handle, STATE_AT);
     if key == 0 {
-        if start(device, config, handle, direction)? {
+        if start(device, config, handle, direction, area)? {
             pool.remind();
         }
         // Like TCPX, the first call never finishes: this exercises the caller's polling on the fastest network too.
@@ -109,9 +122,9 @@ pub fn connect(
     let known = table().lock().all.remove(&key).filter(|attempt| attempt.direction == direction);
     let nothing = || invalid("the handle's connect has failed, is finished, was abandoned, or was never started here");
     let mut attempt = known.ok_or_else(|| Failed::new("connect", nothing()))?;
-    let (peer, nic) = (attempt.target, device.name.to_string_lossy());
-    if attempt.step().map_err(|e| Failed::new(format!("connect to {peer} on {nic}"), e))? {
-        return Ok(Some(Connected::new(attempt.socket, peer, &nic)));
+    let (peer, nic) = (attempt.invitation.address, device.name.to_string_lossy());
+    if let Some(connected) = attempt.step(&nic).map_err(|e| Failed::new(format!("connect to {peer} on {nic}"), e))? {
+        return Ok(Some(connected));
     }
     attempt.asked = Instant::now();
     if table().lock().insert(key, attempt) {
@@ -121,17 +134,34 @@ pub fn connect(
 }
 
 /// Begins; true when the caller must schedule a sweep.
-fn start(device: &Interface, config: &Config, handle: &mut Handle, direction: Direction) -> Result<bool, Failed> {
+fn start(
+    device: &Interface,
+    config: &Config,
+    handle: &mut Handle,
+    direction: Direction,
+    area: Option<&Arc<Area>>,
+) -> Result<bool, Failed> {
     let invitation = Invitation::read(handle).map_err(|e| Failed::new("connect", e))?;
     let what = format!("connect to {} on {}", invitation.address, device.name.to_string_lossy());
     let secret = take_key(handle).map_err(|e| Failed::new(&what, e))?;
-    let hello = invitation.hello(direction, secret.as_deref()).map_err(|e| Failed::new(&what, e))?;
     let attempt = || -> io::Result<(u64, bool)> {
         let [a, b, c, d, e, f, g, h, ..] = random()?;
         let key = u64::from_le_bytes([a, b, c, d, e, f, g, h]) | 1;
         let most = (descriptors() / 2).max(16);
         table().lock().make_room(most)?;
-        let attempt = Connecting { direction, ..begin(device, config, invitation.address, hello)? };
+        let dial = |lane| {
+            let hello = invitation.hello(lane, secret.as_deref())?;
+            dial(device, config, invitation.address, hello, lane.payload && direction == Direction::Back)
+        };
+        let dials = direction.lanes(area.is_some()).map(dial).collect::<io::Result<_>>()?;
+        let attempt = Connecting {
+            invitation: invitation.clone(),
+            direction,
+            dials,
+            area: area.cloned(),
+            proving: None,
+            asked: Instant::now(),
+        };
         Ok((key, table().lock().insert(key, attempt)))
     };
     let (key, first) = attempt().map_err(|e| Failed::new(what, e))?;
@@ -139,9 +169,9 @@ fn start(device: &Interface, config: &Config, handle: &mut Handle, direction: Di
     Ok(first)
 }
 
-fn begin(device: &Interface, config: &Config, target: SocketAddr, hello: Hello) -> io::Result<Connecting> {
+fn dial(device: &Interface, config: &Config, target: SocketAddr, hello: Hello, bounded: bool) -> io::Result<Dial> {
     let socket = new_socket(&target)?;
-    tune(&socket, config)?;
+    tune(&socket, config, bounded)?;
     socket.set_tcp_nodelay(true)?;
     if device.reaches(target.ip()) {
         crate::interfaces::check_link(device, socket.as_fd())?;
@@ -152,7 +182,7 @@ fn begin(device: &Interface, config: &Config, target: SocketAddr, hello: Hello) 
         Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {}
         Err(error) => return Err(error),
     }
-    Ok(Connecting { socket, target, hello, direction: Direction::Forth, connected: false, said: 0, asked: Instant::now() })
+    Ok(Dial { socket, target, hello, connected: false, said: 0 })
 }
 
 /// Binds the socket to the device. The port is chosen only at the connect, so that ports do not run out.
@@ -175,6 +205,35 @@ fn bind_source(socket: &Socket, device: &Interface) -> io::Result<()> {
 }
 
 impl Connecting {
+    /// The comm's connections, once they are there.
+    fn step(&mut self, nic: &str) -> io::Result<Option<Connected>> {
+        if let Some(proving) = self.proving.take() {
+            return Ok(proving.step()?.map_or_else(
+                |proving| {
+                    self.proving = Some(proving);
+                    None
+                },
+                Some,
+            ));
+        }
+        let mut all = true;
+        for dial in &mut self.dials {
+            all &= dial.step()?;
+        }
+        if !all {
+            return Ok(None);
+        }
+        let mut sockets = std::mem::take(&mut self.dials).into_iter().map(|dial| dial.socket);
+        let Some(socket) = sockets.next() else { return Err(ErrorKind::InvalidInput.into()) };
+        let connected = Connected::new(socket, self.invitation.address, nic);
+        let (Some(payload), Some(area)) = (sockets.next(), &self.area) else { return Ok(Some(connected)) };
+        let receives = self.direction == Direction::Back;
+        self.proving = Some(Proving::begin(area, receives, connected, payload, &self.invitation, self.direction)?);
+        Ok(None)
+    }
+}
+
+impl Dial {
     /// True when the socket is connected and the hello is in the kernel.
     fn step(&mut self) -> io::Result<bool> {
         if !self.connected {
@@ -209,16 +268,9 @@ mod tests {
     use super::*;
 
     fn attempt(age: Duration) -> Connecting {
-        let address = "127.0.0.1:9".parse().unwrap();
-        Connecting {
-            socket: new_socket(&address).unwrap(),
-            target: address,
-            hello: Invitation { address, cookie: [0; 16] }.hello(Direction::Forth, None).unwrap(),
-            direction: Direction::Forth,
-            connected: false,
-            said: 0,
-            asked: Instant::now() - age,
-        }
+        let invitation = Invitation { address: "127.0.0.1:9".parse().unwrap(), cookie: [0; 16] };
+        let asked = Instant::now() - age;
+        Connecting { invitation, direction: Direction::Forth, dials: Vec::new(), area: None, proving: None, asked }
     }
 
     #[test]

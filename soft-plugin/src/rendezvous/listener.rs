@@ -5,14 +5,16 @@ use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use process::{Mutex, PerProcess};
 use socket2::Socket;
 
 use super::{descriptors, invalid, new_socket, own_address, random, tune};
-use super::{Connected, Direction, Failed, Handle, Hello, Invitation, KEYED_HELLO};
+use super::{Connected, Direction, Failed, Handle, Hello, Invitation, Lane, Proving, KEYED_HELLO, LANES};
 use crate::config::Config;
+use crate::devmem::Area;
 use crate::interfaces::Interface;
 use crate::logger::Limited;
 use crate::protect::Key;
@@ -34,9 +36,9 @@ pub struct ListenComm {
 }
 
 impl ListenComm {
-    /// Listens on the device's address and writes the handle.
-    pub fn open(device: &Interface, config: &Config, handle: &mut Handle) -> Result<ListenComm, Failed> {
-        let listener = Listener::new(device, config, handle).map_err(|e| {
+    /// Listens on the device's address and writes the handle. `area`: the comms carry device memory alone, received into it.
+    pub fn open(device: &Interface, config: &Config, handle: &mut Handle, area: Option<Arc<Area>>) -> Result<ListenComm, Failed> {
+        let listener = Listener::new(device, config, handle, area).map_err(|e| {
             let range = config.ports.as_ref().map(|r| format!(", UCCL_TCPX_PORT_RANGE={}-{}", r.start(), r.end()));
             let what = format!("listen on {} ({}){}", device.name.to_string_lossy(), device.address, range.unwrap_or_default());
             Failed::new(what, e)
@@ -57,7 +59,7 @@ impl ListenComm {
 
     /// Whether no connection of this direction is expected.
     pub fn is_used(&self, direction: Direction) -> bool {
-        matches!(self.listener.lock().awaited[direction as usize], Awaited::Nobody)
+        self.listener.lock().is_used(direction)
     }
 
     /// The peer has to prove this key. Whether it was in time.
@@ -91,8 +93,8 @@ enum Awaited {
     Here(Socket, SocketAddr),
 }
 
-/// The expected hello of each direction.
-type Expected = [Option<Hello>; 2];
+/// The expected hello of each lane.
+type Expected = [Option<Hello>; LANES];
 
 /// A listening socket with its connections that have not sent a complete hello.
 struct Listener {
@@ -100,9 +102,13 @@ struct Listener {
     socket: Option<Socket>,
     nic: String,
     invitation: Invitation,
-    /// By direction.
-    awaited: [Awaited; 2],
+    /// By lane.
+    awaited: [Awaited; LANES],
     silent: Vec<Silent>,
+    /// Where device memory is received, if the comms carry it alone.
+    area: Option<Arc<Area>>,
+    /// By direction: both connections are there, and the one for payload is being proved.
+    proving: [Option<Proving>; 2],
 }
 
 /// A connection without a complete hello.
@@ -136,9 +142,9 @@ impl Drop for Permit {
 }
 
 impl Silent {
-    /// Reads more: `None` while the hello is incomplete, else the direction whose expected hello it matches, if any.
-    fn read_hello(&mut self, expected: &Expected) -> Option<Option<Direction>> {
-        // Both have the same length.
+    /// Reads more: `None` while the hello is incomplete, else the lane whose expected hello it matches, if any.
+    fn read_hello(&mut self, expected: &Expected) -> Option<Option<Lane>> {
+        // All have the same length.
         let len = expected.iter().flatten().map(|hello| hello.len).max().unwrap_or(0);
         while self.got < len {
             let rest = &mut self.hello[self.got..len];
@@ -154,23 +160,23 @@ impl Silent {
             }
         }
         let is = |hello: &Option<Hello>| hello.as_ref().is_some_and(|hello| hello.is(&self.hello[..len]));
-        Some([Direction::Forth, Direction::Back].into_iter().find(|&direction| is(&expected[direction as usize])))
+        Some(Lane::ALL.into_iter().find(|lane| is(&expected[lane.number()])))
     }
 }
 
 /// A socket that listens on the device's address, at a port of the configured range, if any.
-fn bind_in_range(device: &Interface, config: &Config) -> io::Result<Socket> {
+fn bind_in_range(device: &Interface, config: &Config, bounded: bool) -> io::Result<Socket> {
     /// Where the search begins: behind the last port used, and at a different port in each process.
     static NEXT: PerProcess<AtomicUsize> = PerProcess::new(|| {
         let [a, b, ..] = random().unwrap_or_default();
         AtomicUsize::new(u16::from_le_bytes([a, b]).into())
     });
-    let Some(range) = &config.ports else { return listen_at(device, config, 0) };
+    let Some(range) = &config.ports else { return listen_at(device, config, 0, bounded) };
     let next = NEXT.get();
     let count = range.len();
     for _ in 0..count {
         let port = usize::from(*range.start()) + next.fetch_add(1, Ordering::Relaxed) % count;
-        match listen_at(device, config, port as u16) {
+        match listen_at(device, config, port as u16, bounded) {
             Err(e) if e.raw_os_error() == Some(libc::EADDRINUSE) => {}
             done => return done,
         }
@@ -178,12 +184,12 @@ fn bind_in_range(device: &Interface, config: &Config) -> io::Result<Socket> {
     Err(io::Error::from_raw_os_error(libc::EADDRINUSE))
 }
 
-fn listen_at(device: &Interface, config: &Config, port: u16) -> io::Result<Socket> {
+fn listen_at(device: &Interface, config: &Config, port: u16, bounded: bool) -> io::Result<Socket> {
     let mut address = own_address(device);
     address.set_port(port);
     let socket = new_socket(&address)?;
     crate::interfaces::check_link(device, socket.as_fd())?;
-    tune(&socket, config)?;
+    tune(&socket, config, bounded)?;
     if port != 0 {
         // Allows the port to be reused while earlier connections to it still exist.
         socket.set_reuse_address(true)?;
@@ -194,14 +200,35 @@ fn listen_at(device: &Interface, config: &Config, port: u16) -> io::Result<Socke
 }
 
 impl Listener {
-    fn new(device: &Interface, config: &Config, handle: &mut Handle) -> io::Result<Listener> {
-        let socket = bind_in_range(device, config)?;
+    fn new(device: &Interface, config: &Config, handle: &mut Handle, area: Option<Arc<Area>>) -> io::Result<Listener> {
+        let socket = bind_in_range(device, config, area.is_some())?;
         let address = socket.local_addr()?.as_socket().ok_or_else(|| invalid("no address"))?;
         let invitation = Invitation { address, cookie: random()? };
         invitation.write(handle);
         let nic = device.name.to_string_lossy().into_owned();
-        let awaited = [Awaited::Peer(invitation.hello(Direction::Forth, None)?), Awaited::Nobody];
-        Ok(Listener { socket: Some(socket), nic, invitation, awaited, silent: Vec::new() })
+        let awaited = std::array::from_fn(|_| Awaited::Nobody);
+        let (socket, silent, proving) = (Some(socket), Vec::new(), [None, None]);
+        let mut listener = Listener { socket, nic, invitation, awaited, silent, area, proving };
+        listener.await_lanes(Direction::Forth, None)?;
+        Ok(listener)
+    }
+
+    /// The lanes of a direction.
+    fn lanes(&self, direction: Direction) -> impl Iterator<Item = Lane> {
+        direction.lanes(self.area.is_some())
+    }
+
+    fn await_lanes(&mut self, direction: Direction, key: Option<&Key>) -> io::Result<()> {
+        for lane in self.lanes(direction) {
+            self.awaited[lane.number()] = Awaited::Peer(self.invitation.hello(lane, key)?);
+        }
+        Ok(())
+    }
+
+    /// Whether no comm of this direction is expected.
+    fn is_used(&self, direction: Direction) -> bool {
+        let expected = self.lanes(direction).any(|lane| !matches!(self.awaited[lane.number()], Awaited::Nobody));
+        !expected && self.proving[direction as usize].is_none()
     }
 
     /// Expects a connection; `false` when that makes no sense now.
@@ -213,58 +240,71 @@ impl Listener {
         };
         let fresh =
             self.socket.is_some() && self.silent.is_empty() && !matches!(self.awaited[direction as usize], Awaited::Here(..));
-        let Ok(hello) = self.invitation.hello(direction, key) else { return false };
-        if fresh && keyed == key.is_some() {
-            self.awaited[direction as usize] = Awaited::Peer(hello);
-            return true;
-        }
-        false
+        fresh && keyed == key.is_some() && self.await_lanes(direction, key).is_ok()
     }
 
     /// The connections still expected.
     fn expected(&self) -> Expected {
-        [Direction::Forth, Direction::Back].map(|direction| match self.awaited[direction as usize] {
+        Lane::ALL.map(|lane| match self.awaited[lane.number()] {
             Awaited::Peer(hello) => Some(hello),
             _ => None,
         })
     }
 
-    /// The peer's connection of a direction, once its hello is complete. When all have come, the listener closes everything else.
+    /// The peer's connections of a direction, once their hellos are complete. When all have come, the listener closes everything else.
     fn accept(&mut self, direction: Direction) -> io::Result<Option<Connected>> {
-        while matches!(self.awaited[direction as usize], Awaited::Peer(_)) {
+        if let Some(proving) = self.proving[direction as usize].take() {
+            return self.prove(direction, proving);
+        }
+        while self.lanes(direction).any(|lane| matches!(self.awaited[lane.number()], Awaited::Peer(_))) {
             let expected = self.expected();
             let found = match self.read_silent(&expected) {
                 Some(genuine) => Some(genuine),
                 None => self.accept_new(&expected)?,
             };
             let Some((came, socket, peer)) = found else { return Ok(None) };
-            self.awaited[came as usize] = Awaited::Here(socket, peer);
+            self.awaited[came.number()] = Awaited::Here(socket, peer);
             if !self.awaited.iter().any(|awaited| matches!(awaited, Awaited::Peer(_))) {
                 self.socket = None;
                 self.silent.clear();
             }
         }
-        match std::mem::replace(&mut self.awaited[direction as usize], Awaited::Nobody) {
-            Awaited::Here(socket, peer) => {
-                if direction == Direction::Back {
-                    socket.set_tcp_nodelay(true)?;
-                }
-                Ok(Some(Connected::new(socket, peer, &self.nic)))
+        let mut sockets = Vec::new();
+        for lane in self.lanes(direction) {
+            if let Awaited::Here(socket, peer) = std::mem::replace(&mut self.awaited[lane.number()], Awaited::Nobody) {
+                socket.set_tcp_nodelay(direction == Direction::Back)?;
+                sockets.push((socket, peer));
             }
-            _ => Ok(None),
         }
+        let mut sockets = sockets.into_iter();
+        let Some((socket, peer)) = sockets.next() else { return Ok(None) };
+        let connected = Connected::new(socket, peer, &self.nic);
+        let (Some((payload, _)), Some(area)) = (sockets.next(), &self.area) else { return Ok(Some(connected)) };
+        let receives = direction == Direction::Forth;
+        let proving = Proving::begin(area, receives, connected, payload, &self.invitation, direction)?;
+        self.prove(direction, proving)
+    }
+
+    fn prove(&mut self, direction: Direction, proving: Proving) -> io::Result<Option<Connected>> {
+        Ok(proving.step()?.map_or_else(
+            |proving| {
+                self.proving[direction as usize] = Some(proving);
+                None
+            },
+            Some,
+        ))
     }
 
     /// Reads from connections without a hello, and drops those with a wrong hello or none for too long.
-    fn read_silent(&mut self, expected: &Expected) -> Option<(Direction, Socket, SocketAddr)> {
+    fn read_silent(&mut self, expected: &Expected) -> Option<(Lane, Socket, SocketAddr)> {
         static LINE: Limited = Limited::new();
         let mut at = 0;
         while at < self.silent.len() {
             let late = self.silent[at].since.elapsed() > HELLO_TIME;
             match self.silent[at].read_hello(expected) {
-                Some(Some(direction)) => {
+                Some(Some(lane)) => {
                     let genuine = self.silent.remove(at);
-                    return Some((direction, genuine.socket, genuine.peer));
+                    return Some((lane, genuine.socket, genuine.peer));
                 }
                 Some(None) => {
                     LINE.info(&format!("dropped a connection from {}: its hello is not the peer's", self.silent[at].peer));
@@ -281,7 +321,7 @@ impl Listener {
     }
 
     /// Accepts new connections; one without a complete hello joins `silent`.
-    fn accept_new(&mut self, expected: &Expected) -> io::Result<Option<(Direction, Socket, SocketAddr)>> {
+    fn accept_new(&mut self, expected: &Expected) -> io::Result<Option<(Lane, Socket, SocketAddr)>> {
         for _ in 0..ACCEPTS_A_CALL {
             let Some(listening) = &self.socket else { return Ok(None) };
             let (socket, peer) = match listening.accept() {
@@ -307,7 +347,7 @@ impl Listener {
         Ok(None)
     }
 
-    fn receive(&mut self, socket: Socket, peer: SocketAddr, expected: &Expected) -> Option<(Direction, Socket, SocketAddr)> {
+    fn receive(&mut self, socket: Socket, peer: SocketAddr, expected: &Expected) -> Option<(Lane, Socket, SocketAddr)> {
         if self.silent.len() == MAX_SILENT {
             self.silent.remove(0);
         }
@@ -320,7 +360,7 @@ impl Listener {
         }
         let mut fresh = Silent { socket, peer, got: 0, hello: [0; KEYED_HELLO], since: Instant::now(), _permit: permit? };
         match fresh.read_hello(expected) {
-            Some(direction) => direction.map(|direction| (direction, fresh.socket, fresh.peer)),
+            Some(lane) => lane.map(|lane| (lane, fresh.socket, fresh.peer)),
             None => {
                 self.silent.push(fresh);
                 None

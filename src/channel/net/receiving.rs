@@ -241,7 +241,7 @@ impl Receiving {
         if self.device_in.is_none() {
             let (chunk, places) = match usage.device {
                 DeviceMode::GpuStaging => (usage.chunk_bytes, STAGED_WINDOW),
-                DeviceMode::HostStaging | DeviceMode::Regions => (PAGE, 1),
+                DeviceMode::HostStaging | DeviceMode::Packed | DeviceMode::Regions => (PAGE, 1),
             };
             let memory = device(copier)?.staging(Staging::bytes(chunk, places), place)?;
             let recv = &self.comm;

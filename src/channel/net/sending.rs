@@ -42,7 +42,7 @@ fn free(free: usize, bulk: Option<(usize, u64)>) -> usize {
 fn places(usage: &Usage) -> usize {
     match usage.device {
         DeviceMode::Regions => MAX_REQUESTS,
-        DeviceMode::HostStaging | DeviceMode::GpuStaging => STAGED_WINDOW,
+        DeviceMode::HostStaging | DeviceMode::Packed | DeviceMode::GpuStaging => STAGED_WINDOW,
     }
 }
 
@@ -205,7 +205,9 @@ impl Sending {
             let bytes = Staging::bytes(usage.chunk_bytes, places);
             let (memory, kind) = match usage.device {
                 DeviceMode::HostStaging => (device(copier)?.host_staging(bytes, place)?, NCCL_PTR_HOST),
-                DeviceMode::GpuStaging | DeviceMode::Regions => (device(copier)?.staging(bytes, place)?, NCCL_PTR_CUDA),
+                DeviceMode::GpuStaging | DeviceMode::Packed | DeviceMode::Regions => {
+                    (device(copier)?.staging(bytes, place)?, NCCL_PTR_CUDA)
+                }
             };
             let send = &self.comm;
             let staging = Staging::new(memory, usage.chunk_bytes, places, |p, n| {

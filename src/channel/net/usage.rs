@@ -12,6 +12,8 @@ pub(crate) enum DeviceMode {
     Regions,
     /// Chunks are sent from host memory that the GPU fills, and unpacked from bounce buffers.
     HostStaging,
+    /// Chunks are packed on the GPU before they are sent, and unpacked from bounce buffers.
+    Packed,
     /// The plugin sees only staging memory on the GPU: chunks are packed before they are sent, and scattered once received.
     GpuStaging,
 }
@@ -21,6 +23,7 @@ impl DeviceMode {
     pub(crate) fn of(traits: &Traits, host: bool) -> DeviceMode {
         match traits {
             Traits { delivers: true, .. } => DeviceMode::GpuStaging,
+            Traits { packs_sends: true, .. } => DeviceMode::Packed,
             Traits { stage_sends: true, .. } if host => DeviceMode::HostStaging,
             _ => DeviceMode::Regions,
         }

@@ -46,7 +46,7 @@ pub(crate) struct Up {
 /// The copier of GPU memory; none on a machine without a GPU.
 fn copier(context: &SetupContext) -> Copier {
     if context.config.emulate_device {
-        return Some(Box::new(EmulatedDevice));
+        return Some(Box::new(EmulatedDevice { exports: context.plugins.device.traits.packs_sends }));
     }
     match crate::gpu::available() {
         true => Some(Box::new(CudaDevice::default())),

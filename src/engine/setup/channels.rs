@@ -24,14 +24,17 @@ const RESTORE: Duration = Duration::from_secs(2);
 
 /// The sets of a connection, as this engine numbers them.
 pub(crate) fn planned(context: &SetupContext, agreed: &Agreed) -> Vec<Plan> {
-    let channels = agreed.terms.channels.into();
     let plugins = (&context.plugins.device, context.plugins.host.as_ref());
-    plans(plugins, &agreed.own, &agreed.peer.hello, agreed.connecting, channels)
+    plans(plugins, &agreed.own, &agreed.peer.hello, agreed.connecting, &agreed.terms)
 }
 
 /// Descriptors of a channel's comms, and of its listening. A comm of a foreign plugin has a control socket and one or more data
 /// sockets; each data socket has a stand-in where comms receive from a plugin that asks for peers.
 fn channel_cost(traits: &Traits, tcpx_sockets: usize) -> (usize, usize) {
+    if traits.packs_sends {
+        // Each comm has a connection for payload, and what it sends from is bound by one more descriptor.
+        return (5, 1);
+    }
     if !traits.lingers {
         return (2, 1);
     }

@@ -70,6 +70,11 @@ impl Ext {
         Ext::from(soft_plugin::ext())
     }
 
+    /// The extension of device memory TCP.
+    pub(in crate::net) fn for_device_memory() -> Ext {
+        Ext::from(soft_plugin::device_ext())
+    }
+
     /// The extension that a loaded library exports.
     ///
     /// # Safety

@@ -138,7 +138,8 @@ fn a_message_that_no_channel_carries_fails_alone_at_both_sides() {
     // The channels for host memory are missing.
     for side in [0, 1] {
         let device = SimulatedPath::new(&both.cluster.links[0].net, side, 0, DEVICE_CHANNELS, true, 4096);
-        both.cluster.links[0].sides[side].channels = Channels::new(None, vec![Box::new(device)], Some(Box::new(EmulatedDevice)));
+        both.cluster.links[0].sides[side].channels =
+            Channels::new(None, vec![Box::new(device)], Some(Box::<EmulatedDevice>::default()));
     }
     both.cluster.links[0].net.lock().open();
     let gpu = Place::gpu(0);

@@ -222,7 +222,11 @@ impl Side {
         }
         Side {
             machine: Machine::new(setting, now),
-            channels: Channels::new(Some(Box::new(SimulatedDirect::new(net, side))), paths, Some(Box::new(EmulatedDevice))),
+            channels: Channels::new(
+                Some(Box::new(SimulatedDirect::new(net, side))),
+                paths,
+                Some(Box::<EmulatedDevice>::default()),
+            ),
             rx: RxBuffer::default(),
             sent: SentRecords::new(0),
             partial: Vec::new(),

@@ -129,28 +129,24 @@ link_down() {
 receiver_down() { prepare && { midway flap $b vmnic1 & } && transfer "${pausing[@]}" && all_device; }
 
 # The danger: fragments of a connection that is not read fill the area, and no packet of any other connection finds a place.
-two_streams() { # two_streams RECEIVE_BUFFER
+two_streams() { # two_streams RECEIVE_BUFFER SECONDS
   prepare fragment=1448 offset=64 || return 1
-  receive --connections 2 --stall 1 --buffer "$1" --area 4194304 --seconds 12 --bytes $size &
+  receive --connections 2 --stall 1 --buffer "$1" --area 4194304 --seconds "$2" --bytes $size &
   until grep -q bound $out/receive 2>/dev/null; do sleep 0.05; done
   on $a devmem send --to 10.78.1.2 --port $port --stream 1 --bytes $size >$out/first &
-  # The kernel has no place left, or as many as fit the buffer.
-  sleep 3
+  # By now the first has filled the area, or its buffer.
+  sleep 2
   on $a devmem send --to 10.78.1.2 --port $port --stream 2 --bytes $size >$out/second &
+  wait
 }
 starvation() {
-  two_streams 16000000 || return 1
-  sleep 7
-  local starved
-  starved=$(counter $b vmnic1 rx_starved)
-  wait
+  two_streams 16000000 7
   sed -n 's/^stream 2: \(.*\) when time was up/note: one connection is not read and may hold 32 MB; the other has got \1/p' $out/receive
-  echo "note: $starved packets found no place"
-  [ "$starved" -gt 0 ] && grep -q '^stream 2: 0 bytes when time was up' $out/receive
+  echo "note: $(counter $b vmnic1 rx_starved) packets found no place"
+  [ "$(counter $b vmnic1 rx_starved)" -gt 0 ] && grep -q '^stream 2: 0 bytes when time was up' $out/receive
 }
 no_starvation() {
-  two_streams 200000 || return 1
-  wait
+  two_streams 200000 60
   grep '^stream' $out/receive
   [ "$(grep -c "^stream [12]: $size bytes right" $out/receive)" = 2 ]
 }

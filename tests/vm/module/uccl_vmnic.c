@@ -54,7 +54,7 @@ module_param(unsplit_bytes, uint, 0644);
 MODULE_PARM_DESC(unsplit_bytes, "how much payload such a packet keeps there, at most 1000");
 static unsigned int unwritten_every;
 module_param(unwritten_every, uint, 0644);
-MODULE_PARM_DESC(unwritten_every, "each so manieth fragment is announced though nothing was written: a platform that loses DMA silently; 0: none");
+MODULE_PARM_DESC(unwritten_every, "each so manieth fragment of device memory is announced though nothing was written: a platform that loses DMA silently; 0: none");
 
 enum counter { STARVED, LOST, UNSPLIT, BAD_CHECKSUM, OVERRUN, DEVICE_BYTES, COUNTERS };
 
@@ -252,7 +252,7 @@ static bool deliver(struct nic *nic, struct queue *queue, struct sk_buff *sent)
 		}
 		part = min(length - at, fragment);
 		every = READ_ONCE(unwritten_every);
-		if (!every || atomic_inc_return(&nic->fragments) % every)
+		if (!device || !every || atomic_inc_return(&nic->fragments) % every)
 			read_packet(sender, sent, at, at_dma_address(nic, page_pool_get_dma_addr_netmem(netmem)) + offset, part);
 		page_pool_dma_sync_netmem_for_cpu(pool, netmem, offset, part);
 		skb_add_rx_frag_netmem(skb, skb_shinfo(skb)->nr_frags, netmem, offset, part, PAGE_SIZE);

@@ -2,8 +2,8 @@
 //! memory registered on other GPUs. Both engines compute the same list. Pure.
 
 use crate::net::plugin::Plugin;
-use crate::types::Place;
-use crate::wire::hello::Hello;
+use crate::types::{Place, Protect};
+use crate::wire::hello::{Hello, Terms};
 use crate::wire::setup::MAX_SETS;
 use std::sync::Arc;
 
@@ -52,20 +52,31 @@ pub(crate) fn plans(
     own: &Hello,
     peer: &Hello,
     connecting: bool,
-    channels: usize,
+    terms: &Terms,
 ) -> Vec<Plan> {
+    let channels = terms.channels.into();
+    let optional = device.traits.optional;
     let follows = device.traits.follows_gpu;
     let plan = |plugin: &Arc<Plugin>, gpus: Option<(u8, u8)>, channels, spare| {
         let gpus = gpus.map(|(here, there)| (Place::gpu(here), Place::gpu(there)));
         Plan { plugin: plugin.clone(), gpus, channels, spare }
     };
-    let mut all = vec![plan(device, follows.then(|| (own_gpu(own), own_gpu(peer))), channels, false)];
-    if follows {
+    let own_pair = || (own_gpu(own), own_gpu(peer));
+    let mut all = Vec::new();
+    if !optional || takes_part(own, peer, terms.protect) {
+        all.push(plan(device, follows.then(own_pair), channels, optional));
+    }
+    if follows && !all.is_empty() {
         let further = further(own, peer, connecting, MAX_SETS - 1 - usize::from(host.is_some()));
         all.extend(further.into_iter().map(|pair| plan(device, Some(pair), channels.min(FURTHER_CHANNELS), true)));
     }
     all.extend(host.into_iter().map(|host| plan(host, None, channels, false)));
     all
+}
+
+/// Whether a connection has channels of a plugin that it could do without. Data that the NIC writes into GPU memory cannot be protected.
+fn takes_part(own: &Hello, peer: &Hello, protect: Protect) -> bool {
+    own.plugin == peer.plugin && protect == Protect::Off
 }
 
 /// Pairs of GPUs, here and at the peer, other than the engines' own; the closest numbers first, since GPUs that share a NIC are
@@ -102,6 +113,15 @@ mod tests {
         let pairs = further(&eight, &eight, true, 14);
         assert!((1..8).all(|i| pairs.contains(&(i, i))), "{pairs:?}");
         assert_eq!(pairs.len(), 14);
+    }
+
+    #[test]
+    fn a_plugin_that_both_can_do_without_needs_both_and_no_protection() {
+        let with = |plugin: &str| Hello { plugin: plugin.into(), ..sample() };
+        let (soft, devmem) = (with("soft"), with("devmem"));
+        assert!(takes_part(&devmem, &devmem, Protect::Off));
+        assert!(!takes_part(&devmem, &soft, Protect::Off) && !takes_part(&soft, &devmem, Protect::Off));
+        assert!(!takes_part(&devmem, &devmem, Protect::Integrity) && !takes_part(&devmem, &devmem, Protect::Encrypt));
     }
 
     proptest! {

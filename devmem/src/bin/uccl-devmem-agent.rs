@@ -1,0 +1,53 @@
+//! uccl-devmem-agent: binds NIC queues to GPU memory and steers connections for processes without privileges. Experimental.
+
+use devmem::agent::{Allowed, Kernel, Server};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+const USAGE: &str = "usage: uccl-devmem-agent [--socket PATH] [--group GID] NIC[=QUEUE,QUEUE...]...
+
+Binds queues of these NICs to GPU memory, and steers connections to them, for processes that may use its socket
+(default: /run/uccl-devmem/agent.sock, mode 660). Without queues: those that ordinary connections do not use
+(ethtool -X NIC equal N). Needs CAP_NET_ADMIN and nothing else; touches no data. Experimental: see docs/devmem.md.";
+
+struct Options {
+    socket: PathBuf,
+    group: Option<u32>,
+    nics: Vec<Allowed>,
+}
+
+fn options(mut words: impl Iterator<Item = String>) -> Option<Options> {
+    let mut options = Options { socket: devmem::agent::SOCKET.into(), group: None, nics: Vec::new() };
+    while let Some(word) = words.next() {
+        match word.as_str() {
+            "--socket" => options.socket = words.next()?.into(),
+            "--group" => options.group = Some(words.next()?.parse().ok()?),
+            word if word.starts_with('-') => return None,
+            nic => options.nics.push(Allowed::parse(nic)?),
+        }
+    }
+    (!options.nics.is_empty()).then_some(options)
+}
+
+fn main() -> ExitCode {
+    let Some(options) = options(std::env::args().skip(1)) else {
+        eprintln!("{USAGE}");
+        return ExitCode::from(2);
+    };
+    let opened = Kernel::new().and_then(|kernel| Server::open(&options.socket, options.group, options.nics, kernel));
+    let mut server = match opened {
+        Ok(server) => server,
+        Err(e) => {
+            eprintln!("uccl-devmem-agent: {}: {e}", options.socket.display());
+            return ExitCode::FAILURE;
+        }
+    };
+    println!("uccl-devmem-agent (experimental): serving at {}", options.socket.display());
+    loop {
+        if let Err(e) = server.serve(Duration::from_secs(1)) {
+            eprintln!("uccl-devmem-agent: {e}");
+            return ExitCode::FAILURE;
+        }
+    }
+}

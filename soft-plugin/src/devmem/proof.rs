@@ -1,0 +1,208 @@
+//! Proves a new payload connection before anything passes over it: the receiver has it steered and says so, the sender's GPU writes a
+//! pattern and its NIC sends it, and the receiver's GPU reads what the receiver's NIC has written. Steps that never wait.
+
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use devmem::{Piece, Received, Tokens};
+
+use super::area::{Area, Block};
+use super::host::allow_zerocopy;
+use super::layout::PATTERN;
+use super::lent::Lent;
+use super::pattern;
+
+/// What the receiver says once its connection is steered.
+const STEERED: u8 = 0x53;
+/// Most pieces that one call takes.
+const PIECES: usize = 64;
+
+/// A payload connection that was proved.
+pub enum Payload {
+    /// Of a send comm: with how many calls that the kernel counts.
+    Sends(OwnedFd, Arc<Area>, u32),
+    /// Of a receive comm.
+    Receives(Arc<Lent>),
+}
+
+enum State {
+    /// Waits for the receiver's word.
+    Asked {
+        connection: OwnedFd,
+    },
+    /// So many bytes of the pattern in the block are with the kernel, by so many calls, of which so many have ended.
+    Sending {
+        connection: OwnedFd,
+        block: Block,
+        sent: usize,
+        calls: u32,
+        ended: u32,
+    },
+    /// So many bytes of the pattern have come.
+    Receiving {
+        lent: Arc<Lent>,
+        got: usize,
+        in_device: usize,
+        tokens: Tokens,
+    },
+    Done(Payload),
+    Failed,
+}
+
+/// A proof under way.
+pub struct Proof {
+    area: Arc<Area>,
+    pattern: Vec<u8>,
+    state: State,
+}
+
+impl Proof {
+    /// Begins. `secret`: what only the two ends know of this connection.
+    ///
+    /// # Errors
+    /// The area does not admit the connection, or it cannot be steered.
+    pub fn begin(
+        area: &Arc<Area>,
+        receives: bool,
+        heads: BorrowedFd<'_>,
+        connection: OwnedFd,
+        secret: &[u8],
+    ) -> io::Result<Proof> {
+        let mut bytes = vec![0; PATTERN];
+        pattern::fill(secret, &mut bytes);
+        let state = if receives {
+            let seat = area.admit()?;
+            let rule = area.steer(connection.as_fd()).map_err(|e| {
+                io::Error::new(e.kind(), format!("steering a connection to queue {} of {}: {e}", area.queue(), area.nic().name()))
+            })?;
+            say(heads, STEERED)?;
+            let lent = Arc::new(Lent::new(connection, rule, seat, area.clone()));
+            State::Receiving { lent, got: 0, in_device: 0, tokens: Tokens::default() }
+        } else {
+            allow_zerocopy(connection.as_fd())?;
+            State::Asked { connection }
+        };
+        Ok(Proof { area: area.clone(), pattern: bytes, state })
+    }
+
+    /// The payload connection, once it is proved. `heads`: the other connection of the comm.
+    ///
+    /// # Errors
+    /// It cannot be: why.
+    pub fn step(&mut self, heads: BorrowedFd<'_>) -> io::Result<Option<Payload>> {
+        loop {
+            self.state = match std::mem::replace(&mut self.state, State::Failed) {
+                State::Asked { connection } => match hear(heads)? {
+                    None => State::Asked { connection },
+                    Some(STEERED) => self.start(connection)?,
+                    Some(_) => return Err(io::Error::other("the peer says something else than that it is steered")),
+                },
+                State::Sending { connection, block, sent, calls, ended } => self.send(connection, block, sent, calls, ended)?,
+                State::Receiving { lent, got, in_device, tokens } => self.receive(lent, got, in_device, tokens)?,
+                State::Done(payload) => return Ok(Some(payload)),
+                State::Failed => return Err(ErrorKind::InvalidInput.into()),
+            };
+            if !matches!(self.state, State::Done(_)) {
+                return Ok(None);
+            }
+        }
+    }
+
+    fn start(&self, connection: OwnedFd) -> io::Result<State> {
+        let Some(block) = self.area.block() else {
+            return Err(io::Error::other("too many patterns are on their way"));
+        };
+        self.area.memory().write(block.at(), &self.pattern)?;
+        self.send(connection, block, 0, 0, 0)
+    }
+
+    fn send(&self, connection: OwnedFd, block: Block, mut sent: usize, mut calls: u32, ended: u32) -> io::Result<State> {
+        let ended = devmem::completed(connection.as_fd(), ended)?;
+        while sent < PATTERN {
+            match devmem::send(connection.as_fd(), self.area.sends(), block.offset() + sent, PATTERN - sent) {
+                Ok(taken) => (sent, calls) = (sent + taken, calls + 1),
+                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => break,
+                Err(e) => return Err(io::Error::new(e.kind(), format!("sending a pattern from device memory: {e}"))),
+            }
+        }
+        // Not when it has arrived, which the peer says by the end of its own proof, but when the block may be used again.
+        Ok(match sent == PATTERN && ended == calls {
+            true => State::Done(Payload::Sends(connection, self.area.clone(), calls)),
+            false => State::Sending { connection, block, sent, calls, ended },
+        })
+    }
+
+    fn receive(&self, lent: Arc<Lent>, mut got: usize, mut in_device: usize, mut tokens: Tokens) -> io::Result<State> {
+        let mut buffer = vec![0; PATTERN];
+        while got < PATTERN {
+            let pieces = match devmem::receive(lent.connection(), &mut buffer[..PATTERN - got], PIECES) {
+                Ok(Received::End) => return Err(ErrorKind::UnexpectedEof.into()),
+                Ok(Received::Plain(len)) => vec![Piece::Linear(len as u32)],
+                Ok(Received::Pieces(pieces)) => pieces,
+                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
+                    return Ok(State::Receiving { lent, got, in_device, tokens })
+                }
+                Err(e) => return Err(io::Error::new(e.kind(), format!("receiving a pattern into device memory: {e}"))),
+            };
+            let mut copied = 0;
+            for piece in pieces {
+                let len = match piece {
+                    Piece::Linear(len) => {
+                        self.compare(got, &buffer[copied..copied + len as usize])?;
+                        copied += len as usize;
+                        len as usize
+                    }
+                    Piece::Device(fragment) => {
+                        self.area.check(&fragment).map_err(io::Error::other)?;
+                        tokens.add(fragment.token);
+                        let mut bytes = vec![0; fragment.length as usize];
+                        self.area.memory().read(fragment.offset as usize, &mut bytes)?;
+                        self.compare(got, &bytes)?;
+                        in_device += bytes.len();
+                        bytes.len()
+                    }
+                };
+                got += len;
+            }
+        }
+        devmem::give_back(lent.connection(), &mut tokens)?;
+        if in_device < PATTERN / 2 {
+            let (nic, queue) = (self.area.nic().name(), self.area.queue());
+            return Err(io::Error::other(format!(
+                "the NIC wrote {in_device} of {PATTERN} bytes of a pattern into device memory: {nic} does not steer to queue {queue}"
+            )));
+        }
+        Ok(State::Done(Payload::Receives(lent)))
+    }
+
+    fn compare(&self, at: usize, found: &[u8]) -> io::Result<()> {
+        let Some(place) = pattern::difference(&self.pattern, at, found) else { return Ok(()) };
+        self.area.distrust();
+        Err(io::Error::other(format!(
+            "a pattern through {} came out wrong at byte {place}: the platform loses what a NIC and a GPU write to each other (IOMMU?)",
+            self.area.nic().name()
+        )))
+    }
+}
+
+fn say(heads: BorrowedFd<'_>, word: u8) -> io::Result<()> {
+    // SAFETY: one byte, read during the call. The connection is new: it takes a byte.
+    match unsafe { libc::send(heads.as_raw_fd(), (&raw const word).cast(), 1, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) } {
+        1 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn hear(heads: BorrowedFd<'_>) -> io::Result<Option<u8>> {
+    let mut word = 0u8;
+    // SAFETY: one byte of room.
+    match unsafe { libc::recv(heads.as_raw_fd(), (&raw mut word).cast(), 1, libc::MSG_DONTWAIT) } {
+        1 => Ok(Some(word)),
+        0 => Err(ErrorKind::UnexpectedEof.into()),
+        _ => match io::Error::last_os_error() {
+            e if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(None),
+            e => Err(e),
+        },
+    }
+}
