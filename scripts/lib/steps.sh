@@ -43,6 +43,9 @@ wheel() {
   CARGO_TARGET_DIR=$target scripts/build-wheel "$work/wheel" && tests/nixl/wheel_matrix.sh "$work"/wheel/*.whl
 }
 
+# With NIXL_SOURCE. After the step with the wheel, which it takes.
+nixlbench() { tests/nixl/nixlbench.sh "$work"/wheel/*.whl; }
+
 installable() {
   cmake -S . -B "$work/cmake" -DUCCL_P2P_CARGO_TARGET_DIR="$target" -DUCCL_P2P_PREBUILT=ON -DCMAKE_BUILD_TYPE=Debug &&
     cmake --build "$work/cmake" -j 2

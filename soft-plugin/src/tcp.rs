@@ -47,9 +47,9 @@ impl Info {
     }
 }
 
-/// Bytes of the stream that the peer's kernel has acknowledged.
+/// Bytes of the stream that the peer's kernel has acknowledged; 0 where the kernel, or an emulation of it, says less about sockets.
 pub fn bytes_acked(fd: i32) -> Option<u64> {
-    Info::read(fd)?.field(BYTES_ACKED).map(u64::from_ne_bytes)
+    Some(Info::read(fd)?.field(BYTES_ACKED).map_or(0, u64::from_ne_bytes))
 }
 
 /// The smallest round trip seen, microseconds.
