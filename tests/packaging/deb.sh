@@ -35,7 +35,18 @@ as_package --install "$deb"
 [ "$(dpkg-query --admindir="$system/var/lib/dpkg" --show --showformat='${db:Status-Status}' uccl-tcpx)" = installed ] || fail "not installed"
 (cd "$system" && md5sum --quiet -c "$system/var/lib/dpkg/info/uccl-tcpx.md5sums")
 [ -s "$system/usr/share/doc/uccl-tcpx/copyright" ] && [ -s "$system/usr/share/doc/uccl-tcpx/THIRD-PARTY-NOTICES.txt" ] || fail "no licences"
-[ -s "$system/usr/share/man/man3/uccl_engine_write.3.gz" ] && [ -s "$system/usr/share/doc/uccl-tcpx/docs/README.md" ] || fail "no documentation"
+# A page for each function, tool and for the library, and each can be shown without a warning.
+for page in $(sed 's/$/.3/' "$root/cmake/exported-symbols.txt") tcpx-info.1 tcpx-perf.1 tcpx-top.1 uccl_p2p.7; do
+    [ -s "$system/usr/share/man/man${page##*.}/$page.gz" ] || fail "no manual page $page"
+done
+if command -v man >/dev/null; then
+    for page in "$system"/usr/share/man/man?/*; do
+        warnings=$(MANWIDTH=80 man --warnings -l "$page" 2>&1 >"$work/page") && [ -z "$warnings" ] && grep -q '^NAME' "$work/page" || fail "$page: $warnings"
+    done
+else
+    echo "SKIPPED: man is not installed"
+fi
+[ -s "$system/usr/share/doc/uccl-tcpx/docs/README.md" ] || fail "no documentation"
 gcc -Wall -Wextra -Werror -fsyntax-only -I"$system/usr/include" "$system/usr/share/doc/uccl-tcpx/examples/two_processes.c" || fail "the example does not compile"
 
 lib=$system/usr/lib/$multiarch
