@@ -282,12 +282,12 @@ impl Nic {
         }
         let limited = flow.limited.saturating_sub(seen.limited).min(gap);
         let held = if flow.in_flight <= HELD_UP { limited } else { Duration::ZERO };
-        if self.probes.has_just_begun(now) {
-            // It is judged at its end: what of it stands still first would count, and what moves then would not.
-            self.busy = Span::default();
-        } else if seen.backlog.saturating_sub(moved) >= TAIL {
-            self.busy.add(moved, gap, held);
-            self.sample(flow.round_trip, now);
+        if seen.backlog.saturating_sub(moved) >= TAIL {
+            // A probe is judged at its end: what of it stands still first would count, and what moves then would not.
+            if !self.probes.has_just_begun(now) {
+                self.busy.add(moved, gap, held);
+                self.sample(flow.round_trip, now);
+            }
         } else if moved > 0 {
             self.least.add(moved, gap, Duration::ZERO);
             self.at_least();
