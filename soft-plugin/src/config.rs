@@ -94,7 +94,7 @@ const SOCKBUF: Variable = var(
     "UCCL_TCPX_SOFT_SOCKBUF",
     Kind::Number(0, 1 << 30),
     "0",
-    "Socket buffer size, bytes; the system caps it at net.core.{r,w}mem_max; 0: the kernel tunes it, but a send buffer has 512 KiB where the round trip is below 50 us.",
+    "Socket buffer size, bytes; the system caps it at net.core.{r,w}mem_max; 0: the kernel tunes it, but with fewer than 4 cores a send buffer has 256 KiB where the round trip is below 50 us.",
 );
 const KEEPALIVE_S: Variable = var("UCCL_TCPX_SOFT_KEEPALIVE_S", Kind::Number(0, 32_000), "15", "Idle seconds after which TCP keepalive probes the peer of a data socket; the connection fails when three more probes in as long again have no answer; 0 turns it off.");
 const USER_TIMEOUT_MS: Variable = var("UCCL_TCPX_SOFT_USER_TIMEOUT_MS", Kind::Number(0, i32::MAX as u64), "0", "TCP_USER_TIMEOUT of the data sockets: how long sent bytes may stay unacknowledged, and how long a receiver may leave its window closed; 0: the system's limit.");
@@ -140,6 +140,8 @@ pub struct Config {
     pub ports: Option<RangeInclusive<u16>>,
     /// `UCCL_TCPX_SOFT_STRICT`.
     pub strict: bool,
+    /// Cores that the process may use.
+    pub cores: usize,
     /// `UCCL_TCPX_SOFT_THREADS`.
     pub threads: usize,
     /// `UCCL_TCPX_SOFT_SPIN_US`: the usual limit, and the limit while requests come at that rate.
@@ -235,6 +237,7 @@ impl Reader<'_> {
             message_limit: if message == 0 { self.default_limit() } else { message.min(MAX_MESSAGE) },
             ports: self.ports("UCCL_TCPX_PORT_RANGE")?,
             strict: self.flag(&STRICT)?,
+            cores,
             threads: self.size(&THREADS, cores.min(16))?,
             spin_us: spin.map_or(if cores < 4 { [0, 0] } else { [20, 100] }, |us| [us, us]),
             inline_bytes: self.size(&INLINE, 0)?,

@@ -2,8 +2,9 @@
 //! cannot go another way, and a small message behind it waits. A fast connection fills its buffer in less than that moment, so nothing
 //! changes for it.
 //!
-//! On a path of tens of microseconds a large buffer gains nothing, and the bytes of many connections in theirs exceed the caches: the
-//! receiver then reads from memory what the sender wrote there. So the buffer stays small.
+//! Where threads compete for few cores, a sender fills its buffers before a receiver runs, and the bytes of many of them exceed the caches:
+//! the receiver then reads from memory what the sender wrote there. On a path of tens of microseconds a large buffer gains nothing either,
+//! so there it stays small.
 
 use std::time::{Duration, Instant};
 
@@ -14,10 +15,12 @@ use crate::tcp;
 const MOMENT: f64 = 0.25;
 const LEAST: u64 = 64 << 10;
 const MOST: u64 = 16 << 20;
-/// A path with a shorter round trip is so short, and the buffer that it gets. The kernel doubles that for its own overhead: about 700 KiB in
+/// A path with a shorter round trip is so short, and the buffer that it gets. The kernel doubles that for its own overhead: about 350 KiB in
 /// each round trip are more than one connection moves.
 const NEAR_US: u32 = 50;
-const NEAR_BUFFER: usize = 512 << 10;
+const NEAR_BUFFER: usize = 256 << 10;
+/// Fewer cores are few.
+const MANY_CORES: usize = 4;
 /// How often the rate is read, while the buffer is full.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -26,14 +29,14 @@ const PAUSE: Duration = Duration::from_millis(100);
 pub struct Unsent {
     looked: Option<Instant>,
     limit: u64,
-    /// The kernel tunes the buffer.
-    tuned: bool,
+    /// The buffer is made small once the path is known to be near.
+    shrinks: bool,
 }
 
 impl Unsent {
     /// The limit of a new socket.
     pub fn new(config: &Config) -> Unsent {
-        Unsent { tuned: config.socket_buffer == 0, ..Unsent::default() }
+        Unsent { shrinks: config.socket_buffer == 0 && config.cores < MANY_CORES, ..Unsent::default() }
     }
 
     /// The socket takes no more bytes now.
@@ -42,8 +45,8 @@ impl Unsent {
             return;
         }
         self.looked = Some(now);
-        if self.tuned && tcp::min_rtt(fd).is_some_and(|us| us < NEAR_US) {
-            self.tuned = false;
+        if self.shrinks && tcp::min_rtt(fd).is_some_and(|us| us < NEAR_US) {
+            self.shrinks = false;
             tcp::limit_buffer(fd, NEAR_BUFFER);
         }
         let Some(limit) = tcp::delivery_rate(fd).map(limit) else { return };
