@@ -271,15 +271,7 @@ impl Config {
     /// # Errors
     /// `InvalidArgument` names the variable or setting that is unknown, invalid, or applies to the whole process.
     pub fn from_env_with(settings: &[(&str, &str)]) -> Result<Config> {
-        for (name, _) in settings {
-            match VARIABLES.iter().find(|v| v.name == *name) {
-                Some(v) if v.of_the_process => {
-                    bail!(InvalidArgument, "{name} applies to the whole process and cannot be set for one engine")
-                }
-                Some(_) => {}
-                None => bail!(InvalidArgument, "no variable is named {name:?}"),
-            }
-        }
+        check_settings(settings)?;
         let source = Source(settings);
         check_process(source)?;
         let (plugin, transport_tcpx) = plugin_choice(source)?;
@@ -341,6 +333,20 @@ impl Config {
         let ours = VARIABLES.iter().map(|v| row(v.name, v.default, v.doc));
         ours.chain(soft_plugin::VARIABLES.iter().map(|v| row(v.name, v.default, v.doc))).collect()
     }
+}
+
+/// Refuses settings of one engine that are unknown, or apply to the whole process.
+fn check_settings(settings: &[(&str, &str)]) -> Result<()> {
+    for (name, _) in settings {
+        match VARIABLES.iter().find(|v| v.name == *name) {
+            Some(v) if v.of_the_process => {
+                bail!(InvalidArgument, "{name} applies to the whole process and cannot be set for one engine")
+            }
+            Some(_) => {}
+            None => bail!(InvalidArgument, "no variable is named {name:?}"),
+        }
+    }
+    Ok(())
 }
 
 /// Refuses invalid values of variables that apply to the whole process, and warns about unknown names.
