@@ -175,16 +175,20 @@ impl Comm {
 
     /// Prepares device receives, if the caller gave a device handle.
     pub fn prepare_unpack(&self) -> Result<(), ncclResult_t> {
+        if self.queue.lock().is_some() {
+            return Ok(());
+        }
+        // First: a turn takes the queue's lock under this one.
+        let bounce = match &self.io.lock().side {
+            Side::DeviceRecv(recv) => Bounce::Lent(recv.lent().ok_or(NCCL_INVALID_ARGUMENT)?.clone()),
+            _ => Bounce::Own(self.global.config.bounce_len()),
+        };
         let mut queue = self.queue.lock();
         if queue.is_some() {
             return Ok(());
         }
         let handle = self.late_handle.load(Ordering::Acquire);
         let (false, Some(memory)) = (handle.is_null(), &self.global.device) else { return Err(NCCL_INVALID_ARGUMENT) };
-        let bounce = match &self.io.lock().side {
-            Side::DeviceRecv(recv) => Bounce::Lent(recv.lent().ok_or(NCCL_INVALID_ARGUMENT)?.clone()),
-            _ => Bounce::Own(self.global.config.bounce_len()),
-        };
         let built = memory.unpack_queue(bounce).map_err(|e| {
             static LINE: Limited = Limited::new();
             LINE.warn(&format!("cannot set up device receives of {}: {e}", self.path));
