@@ -233,6 +233,15 @@ fn sends_directly(a: &mut Victim, b: &mut Victim) {
         let after = carried(a);
         after[0] > before[0] && after[1] > before[1]
     }));
+    // A message has no region: its landing is its grant.
+    assert!(!a.log().contains("refused") && !b.log().contains("refused"), "{}\n{}", a.log(), b.log());
+}
+
+#[test]
+fn messages_go_directly_without_a_claim() {
+    let (mut a, mut b) = two(&[ON], &[ON]);
+    sends_directly(&mut a, &mut b);
+    assert!(a.end(LIMIT) && b.end(LIMIT));
 }
 
 #[test]

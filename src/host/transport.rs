@@ -238,14 +238,22 @@ impl OneHost {
         Ok(())
     }
 
+    /// Slot and generation of the grant that a transfer uses: the peer's landing for a message, which has no region to claim, or that of
+    /// the region.
+    fn granted(&mut self, landing: Option<Landing>, pairing: &Pairing) -> Result<(u32, u64)> {
+        if let Some(landing) = landing {
+            return Ok((landing.slot, landing.generation));
+        }
+        match self.leases.claim(pairing.region, pairing.token, pairing.here) {
+            Claim::Granted(granted) => Ok((granted.slot, granted.generation)),
+            _ => bail!(Internal, "a transfer of region {}, which is not granted", pairing.region),
+        }
+    }
+
     fn start_write(&mut self, transfer: &mut Start<'_>, landing: Option<Landing>) -> Result<()> {
         let mut targets = Vec::with_capacity(transfer.pairings.len());
         for pairing in transfer.pairings {
-            let grant = match (landing, self.leases.claim(pairing.region, pairing.token, pairing.here)) {
-                (Some(landing), _) => (landing.slot, landing.generation),
-                (None, Claim::Granted(granted)) => (granted.slot, granted.generation),
-                _ => bail!(Internal, "a write to region {}, which is not granted", pairing.region),
-            };
+            let grant = self.granted(landing, pairing)?;
             match self.target(pairing, grant, transfer.hold) {
                 Reach::Yes(target) => targets.push(target),
                 _ => bail!(Internal, "a write from region {}, which the peer cannot read", pairing.local),
@@ -259,13 +267,9 @@ impl OneHost {
 
     fn start_staged(&mut self, transfer: &mut Start<'_>, landing: Option<Landing>) -> Result<()> {
         let mut sources = Vec::with_capacity(transfer.pairings.len());
-        for &Pairing { region, token, here, .. } in transfer.pairings {
-            let (slot, generation) = match (landing, self.leases.claim(region, token, here)) {
-                (Some(landing), _) => (landing.slot, landing.generation),
-                (None, Claim::Granted(granted)) => (granted.slot, granted.generation),
-                _ => bail!(Internal, "a staged transfer of region {region}, which is not granted"),
-            };
-            sources.push(gather::Source { slot, generation, here });
+        for pairing in transfer.pairings {
+            let (slot, generation) = self.granted(landing, pairing)?;
+            sources.push(gather::Source { slot, generation, here: pairing.here });
         }
         let OneHost { copies, imports, writes, staged, .. } = self;
         staged.start(transfer, sources, &mut gather::Around { copies, imports, out: &mut writes.out })?;
