@@ -222,7 +222,7 @@ begins() { # begins KIND NIC HOST; a NIC may lie under several faults, and an in
   down) ip -n $3 link set eth$2 down ;;
   address) ip -n $3 addr flush dev eth$2 ;;
   delete) ip -n $3 link del eth$2 ;;
-  reset) ip netns exec $3 ss -K -t state established src 10.78.$2.$([ "$3" = $a ] && echo 1 || echo 2) ;;
+  reset) ip netns exec $3 ss -K -t state established src "10.78.$2.$([ "$3" = $a ] && echo 1 || echo 2)" ;;
   rate) for host in $a $b; do tc -n $host qdisc change dev eth$2 root tbf rate 1mbit burst 128k latency 20ms; done ;;
   esac
 }
@@ -231,7 +231,7 @@ ends() { # ends KIND NIC HOST
   drop) for host in $a $b; do ip netns exec $host iptables -w -D INPUT -i eth$2 -j DROP; done ;;
   drop-one-way) ip netns exec $3 iptables -w -D INPUT -i eth$2 -j DROP ;;
   down) ip -n $3 link set eth$2 up ;;
-  address) ip -n $3 addr add 10.78.$2.$([ "$3" = $a ] && echo 1 || echo 2)/24 dev eth$2 ;;
+  address) ip -n $3 addr add "10.78.$2.$([ "$3" = $a ] && echo 1 || echo 2)/24" dev eth$2 ;;
   delete) [ -n "$(ip -n $a link show dev eth$2 2>/dev/null)" ] || nic "$2" $mbit ;;
   rate) for host in $a $b; do tc -n $host qdisc change dev eth$2 root tbf rate ${mbit}mbit burst 128k latency 20ms; done ;;
   esac
@@ -293,7 +293,7 @@ kill -0 $server 2>/dev/null || complain "the server has ended"
 # rate of 1 Mbit/s is no loss: chunks that are on their way take seconds. All else the kernel reports at once. Where no fault is near, bytes are
 # compared between two rows; only a hang would be too long. The scheduler adds half a second, and on a busy machine several times what
 # the loop above waited for it: a chunk passes through four threads.
-longest=0 because= silence=3000
+longest=0 because='' silence=3000
 # Where the plugin reports no bytes, half of the transfer timeout.
 [ "${STRICT_FOREIGN_CONTRACT:-}" != tcpxo ] || silence=6500
 while read -r from to late; do

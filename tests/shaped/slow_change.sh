@@ -10,15 +10,15 @@
 . "$(dirname "$0")/lib.sh"
 command -v iptables >/dev/null || skip "$name needs iptables"
 cases=("${@:2}")
-[ ${#cases[@]} != 0 ] || cases=(veth,20)
+[ ${#cases[@]} != 0 ] || cases=("veth,20")
 if [ "${cases[*]}" = matrix ]; then
   # Every pair of speeds, then every operation, congestion control, number of NICs and size with the speeds that tell most.
   cases=()
   for slow in 1 5 20 100 1% 5%; do
-    for fast in 1000 5000 10000 veth; do cases+=($fast,$slow); done
-    for op in read send; do cases+=(veth,$slow,$op); done
-    for fast in 1000 veth; do cases+=($fast,$slow,write,bbr $fast,$slow,read,cubic,4); done
-    cases+=(veth,$slow,write,cubic,2,1M veth,$slow,write,cubic,2,64M)
+    for fast in 1000 5000 10000 veth; do cases+=("$fast,$slow"); done
+    for op in read send; do cases+=("veth,$slow,$op"); done
+    for fast in 1000 veth; do cases+=("$fast,$slow,write,bbr" "$fast,$slow,read,cubic,4"); done
+    cases+=("veth,$slow,write,cubic,2,1M" "veth,$slow,write,cubic,2,64M")
   done
 fi
 after=${SECONDS_AFTER:-12} before=3
@@ -78,8 +78,8 @@ one() {
   op=$3 bytes=$6
   local all=() good=() bad=()
   for i in $(seq "$nics"); do
-    all+=(eth$i)
-    if [ "$i" -le $((nics / 2)) ]; then good+=(eth$i); else bad+=(eth$i); fi
+    all+=("eth$i")
+    if [ "$i" -le $((nics / 2)) ]; then good+=("eth$i"); else bad+=("eth$i"); fi
   done
   for host in $a $b; do
     ip netns exec $host iptables -F INPUT
