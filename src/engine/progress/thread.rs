@@ -253,8 +253,10 @@ impl<'a> Driving<'a> {
         let mut warm = if must { 0 } else { WARM };
         let mut hot = 0;
         let mut resting = Vec::new();
+        // Few connections are driven in each round while this thread works anyway: epoll, which it asks now and then, would name them later.
+        let few = !must && self.active.len() <= WARM;
         for (&id, active) in &mut self.active {
-            if let Some(waits) = active.waits.as_ref().filter(|waits| now < waits.due) {
+            if let Some(waits) = active.waits.as_ref().filter(|waits| !few && now < waits.due) {
                 count(&mut round, &waits.found, table.context.doorbells);
                 continue;
             }
