@@ -251,16 +251,15 @@ impl<'a> Driving<'a> {
         let mut round = Round { watched: !self.known.is_empty(), ..Round::default() };
         let table = self.table;
         let mut warm = if must { 0 } else { WARM };
-        let mut hot = 0;
-        let mut resting = Vec::new();
+        let (mut hot, mut resting) = (0, Vec::new());
         // Few connections are driven in each round while this thread works anyway: epoll, which it asks now and then, would name them later.
         let few = !must && self.active.len() <= WARM;
         for (&id, active) in &mut self.active {
-            if let Some(waits) = active.waits.as_ref().filter(|waits| !few && now < waits.due) {
+            active.waits = active.waits.take().filter(|waits| !few && now < waits.due);
+            if let Some(waits) = &active.waits {
                 count(&mut round, &waits.found, table.context.doorbells);
                 continue;
             }
-            active.waits = None;
             let driven = active.connection.driven_by_application();
             active.driven = driven.is_some();
             if let Some(since) = driven {
