@@ -250,8 +250,8 @@ pub unsafe extern "C" fn connect_recv(
     guard(|| {
         // SAFETY: the caller's buffers.
         let target = unsafe { device_handle(state::get()?, dev_handle) }?;
-        // SAFETY: as above.
         let interface = interface(state::get()?, dev)?;
+        // SAFETY: as above.
         match unsafe { dial(interface, handle, recv_comm, Direction::Back, None) }? {
             // SAFETY: as above.
             Some((global, pool, connected)) => unsafe { start_recv(global, pool, connected, target, recv_comm) },

@@ -24,10 +24,14 @@ pub fn limit(config: &Config) -> usize {
     config.message_limit.min(MESSAGE)
 }
 
+/// An area, or what is missing for it.
+type Opened = Result<Arc<Area>, String>;
+
 /// See the file's head. An area that cannot be opened stays so: what it lacks is set up before a process starts.
 #[derive(Default)]
 pub struct Areas {
-    open: Mutex<HashMap<(String, usize), Result<Arc<Area>, String>>>,
+    /// By the NIC's name and the GPU's number.
+    open: Mutex<HashMap<(String, usize), Opened>>,
     /// The devices of the table for device memory, by their numbers in the software plugin's.
     pub usable: Mutex<Vec<usize>>,
 }

@@ -130,7 +130,7 @@ impl DeviceRecv {
                 Err(e) => return Err(lost(format!("device memory: {e}"))),
             }
             self.at = 0;
-            let came: usize = self.pieces.iter().map(|piece| piece_len(piece)).sum();
+            let came: usize = self.pieces.iter().map(piece_len).sum();
             ledger.received.set(ledger.received.get() + came as u64);
             budget = budget.saturating_sub(came);
         }
