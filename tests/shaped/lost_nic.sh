@@ -4,27 +4,39 @@
 # the kernel announces costs a moment, silence the time after which a NIC is given up. A NIC at a tenth of its rate is not taken for a silent one.
 # Of four NICs all but one fall silent at once (all), or go down one after the other (turns). Exit status 77: skipped.
 #
-# usage: lost_nic.sh TCPX_PERF [FAULT OP]
+# usage: lost_nic.sh TCPX_PERF [long | FAULT OP]     without long: three faults at a time, each with one operation
 here=$0
 . "$(dirname "$0")/lib.sh"
 command -v iptables >/dev/null || skip "$name needs iptables"
 command -v ss >/dev/null || skip "$name needs ss"
 
-if [ $# -eq 1 ]; then
-  status=0
-  for fault in drop down address delete reset mtu rate all turns; do
-    pids=()
-    for op in write read send; do
-      "$here" "$perf" $fault $op >"$scratch/$fault-$op" 2>&1 &
-      pids+=($!)
-    done
-    for i in 0 1 2; do
-      wait "${pids[$i]}" || { rc=$?; [ $rc = 77 ] && [ $status = 0 ] && status=77 || status=1; }
-    done
-    cat "$scratch/$fault"-*
+# several FAULT:OP...: these at the same time
+several() {
+  local one pids=() rc
+  for one in "$@"; do
+    "$here" "$perf" "${one%:*}" "${one#*:}" >"$scratch/$one" 2>&1 &
+    pids+=($!)
   done
+  for one in "$@"; do
+    wait "${pids[0]}" || { rc=$?; [ $rc = 77 ] && [ $status = 0 ] && status=77 || status=1; }
+    pids=("${pids[@]:1}")
+    cat "$scratch/$one"
+  done
+}
+
+status=0
+case ${2-} in
+'')
+  several drop:write down:read address:send
+  several delete:write reset:read mtu:send
+  several rate:write all:read turns:send
   exit $status
-fi
+  ;;
+long)
+  for fault in drop down address delete reset mtu rate all turns; do several $fault:write $fault:read $fault:send; done
+  exit $status
+  ;;
+esac
 
 fault=$2 op=$3
 export UCCL_P2P_LOG_LEVEL=info
