@@ -74,6 +74,17 @@ impl Active {
         }
         self.armed = on;
     }
+
+    /// How long an application thread has been driving the connection, if one is. This thread leaves the events to it.
+    fn driven_elsewhere(&mut self, table: &ConnectionTable) -> Option<Duration> {
+        let driving = self.connection.driven_by_application();
+        self.driven = driving.is_some();
+        if self.driven {
+            self.arm(false);
+            watch(table, self, ELSEWHERE);
+        }
+        driving
+    }
 }
 
 /// A connection that this thread has seen.
@@ -260,13 +271,9 @@ impl<'a> Driving<'a> {
                 count(&mut round, &waits.found, table.context.doorbells);
                 continue;
             }
-            let driven = active.connection.driven_by_application();
-            active.driven = driven.is_some();
-            if let Some(since) = driven {
-                round.driven = Some(round.driven.map_or(since, |other| other.min(since)));
+            if let Some(driving) = active.driven_elsewhere(table) {
+                round.driven = Some(round.driven.map_or(driving, |other| other.min(driving)));
                 round.active = true;
-                active.arm(false);
-                watch(table, active, ELSEWHERE);
                 continue;
             }
             // Events before the arming ring no doorbell: it is armed before the drive that decides whether the connection waits.
