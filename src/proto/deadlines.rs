@@ -19,6 +19,9 @@ const WHOLE: u64 = 1 << 44;
 const SLACK: u64 = 1 << 20;
 /// Bytes on the control connection that an announcement and its answer may wait behind: a full backlog at either engine.
 const CONTROL: u64 = 2 * MAX_BACKLOG as u64;
+/// How often in a row a lost channel may give a transfer that has not moved its whole time again: a path that comes back only to be lost
+/// again keeps none alive.
+const RESTARTS: u8 = 8;
 /// How often the network's counters are read while any transfer must move.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -68,6 +71,8 @@ struct Mark {
     /// queued it before it learned of this transfer.
     begun: u64,
     late: u64,
+    /// How often lost channels have given it its whole time again since it moved.
+    restarts: u8,
     /// Bytes moved since then, and bytes to go.
     moved: u64,
     left: u64,
@@ -79,6 +84,12 @@ impl Mark {
     /// See [`turn`].
     fn turn(&self) -> u64 {
         turn(self.left, self.most)
+    }
+
+    /// Its time begins.
+    fn begin(&mut self, flow: &Flow, control: u64, now: Instant) {
+        (self.moved, self.since, self.flow, self.control) = (0, now, flow.bytes, control);
+        (self.ahead, self.begun, self.late) = (flow.ahead, flow.begun, 0);
     }
 }
 
@@ -133,7 +144,7 @@ impl Deadlines {
         let flow = self.flow(way);
         flow.begun += turn(len, most);
         let (begun, ahead) = (flow.begun, flow.ahead);
-        let mark = Mark { way, since: now, flow: flow.bytes, control, ahead, begun, late: 0, moved: 0, left: len, most };
+        let mark = Mark { way, since: now, flow: flow.bytes, control, ahead, begun, late: 0, restarts: 0, moved: 0, left: len, most };
         flow.ahead += turn(len, most);
         if let Some(old) = self.marks.insert(key, mark) {
             self.flow(old.way).ahead -= old.turn();
@@ -152,8 +163,8 @@ impl Deadlines {
         mark.moved += bytes;
         mark.left = mark.left.saturating_sub(bytes);
         if mark.moved >= FLOOR || mark.left == 0 {
-            (mark.moved, mark.since, mark.flow, mark.control) = (0, now, flow.bytes, *control);
-            (mark.ahead, mark.begun, mark.late) = (flow.ahead, flow.begun, 0);
+            mark.begin(flow, *control, now);
+            mark.restarts = 0;
         }
         flow.ahead += mark.turn();
     }
@@ -167,6 +178,21 @@ impl Deadlines {
         let flow = self.flow(way);
         flow.ahead = flow.ahead + after - before;
         self.marks.values_mut().filter(|mark| mark.way == way).for_each(|mark| mark.ahead += bytes);
+    }
+
+    /// A channel is lost: the time until this was known is not counted, since what goes on it goes again on others, where it may find the
+    /// next silent NIC.
+    pub(super) fn restart(&mut self, now: Instant) {
+        let Deadlines { out, incoming, control, marks, .. } = self;
+        for mark in marks.values_mut().filter(|mark| mark.restarts < RESTARTS) {
+            let flow = match mark.way {
+                Way::Out => &*out,
+                Way::In => &*incoming,
+            };
+            // The channels of one NIC are lost together.
+            mark.restarts += u8::from(now.saturating_duration_since(mark.since) > LOOK);
+            mark.begin(flow, *control, now);
+        }
     }
 
     /// A transfer has ended.
@@ -287,6 +313,30 @@ mod tests {
         assert!(overdue.still > T);
         d.end(A);
         assert!(!d.any() && d.overdue(T, at(start, 99.0)).is_none());
+    }
+
+    #[test]
+    fn a_lost_channel_gives_its_transfers_their_time_again_but_not_for_ever() {
+        let start = Instant::now();
+        let mut d = Deadlines::new(start);
+        d.start(A, Way::In, 1 << 20, start);
+        // Two channels of each NIC are lost, one NIC after the other.
+        for n in 1..=u32::from(RESTARTS) {
+            let now = at(start, 9.0 * f64::from(n));
+            assert_eq!(d.overdue(T, now), None, "NIC {n}");
+            d.restart(now);
+            d.restart(now);
+        }
+        let last = at(start, 9.0 * f64::from(RESTARTS));
+        let end = at(last, 11.0);
+        d.restart(at(last, 9.0));
+        assert_eq!(d.overdue(T, end).map(|overdue| overdue.still), Some(Duration::from_secs(11)));
+        // What has moved may be held up again.
+        d.flowed(Way::In, FLOOR, end);
+        d.moved(A, FLOOR, end);
+        d.restart(at(end, 9.0));
+        assert_eq!(d.overdue(T, at(end, 18.0)), None);
+        assert!(d.overdue(T, at(end, 20.0)).is_some());
     }
 
     #[test]

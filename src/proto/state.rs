@@ -292,6 +292,7 @@ impl State {
         self.liveness.look_soon(now);
         self.counts.resent_chunks += chunks as u64;
         let Some((ours, theirs)) = said else { return Ok(()) };
+        self.deadlines.restart(now);
         self.counts.lost_channels += 1;
         let open = self.losses.open(channels.count());
         self.log.log(

@@ -377,7 +377,7 @@ def cost_is_estimated_from_experience():
     there.close()
 
 
-@case(UCCL_P2P_DISABLE_IPC="0", UCCL_TCPX_METRICS="/tmp/nixl-tcpx-cost-%p")
+@case(UCCL_P2P_DISABLE_IPC="0", UCCL_TCPX_EMULATE_DEVICE="0", UCCL_TCPX_PLUGIN_PATH="", UCCL_TCPX_METRICS="/tmp/nixl-tcpx-cost-%p")
 def cost_on_one_host_is_that_of_its_path():
     size, path = 16 * MIB, f"/tmp/nixl-tcpx-cost-{os.getpid()}"
     told = {}
