@@ -144,7 +144,8 @@ impl Deadlines {
         let flow = self.flow(way);
         flow.begun += turn(len, most);
         let (begun, ahead) = (flow.begun, flow.ahead);
-        let mark = Mark { way, since: now, flow: flow.bytes, control, ahead, begun, late: 0, restarts: 0, moved: 0, left: len, most };
+        let mark =
+            Mark { way, since: now, flow: flow.bytes, control, ahead, begun, late: 0, restarts: 0, moved: 0, left: len, most };
         flow.ahead += turn(len, most);
         if let Some(old) = self.marks.insert(key, mark) {
             self.flow(old.way).ahead -= old.turn();

@@ -35,13 +35,13 @@ impl DirectTransfers<'_> {
         match direct.route(way, &pairings, &hold)? {
             Route::Direct => {}
             Route::Refused(error) => {
-                let id = self.state.transfers.start_timed(Kind::Direct, total, count, self.now);
+                let id = self.state.transfers.start_timed(Kind::direct(way), total, count, self.now);
                 self.refused(id, &error);
                 return Ok(Some((id, Ok(()))));
             }
             Route::Wait | Route::Channels => return Ok(None),
         }
-        let id = self.state.transfers.start_timed(Kind::Direct, total, count, self.now);
+        let id = self.state.transfers.start_timed(Kind::direct(way), total, count, self.now);
         let key = Key { id, mine: true };
         let begun = direct.start(&mut Start { key, way, total, count, pairings: &pairings, hold: &hold, blocks }, None);
         self.begin(key, way, total, Kept { hold, receive: None });
@@ -56,7 +56,7 @@ impl DirectTransfers<'_> {
 
     /// Starts a one-sided transfer on whichever route it takes.
     pub(super) fn start(mut self, way: Way, mut request: Request) -> Result<u64> {
-        let id = self.state.transfers.start_timed(Kind::Direct, request.total, request.segments.len(), self.now);
+        let id = self.state.transfers.start_timed(Kind::direct(way), request.total, request.segments.len(), self.now);
         if request.total == 0 {
             self.state.transfers.finish(id, Ok(()));
             return Ok(id);

@@ -1,5 +1,6 @@
 //! Transfers that this engine started: ids, kinds, progress, outcome. Decides which verdicts of the peer fit. Pure bookkeeping.
 
+use crate::direct::Way;
 use crate::hash::Map;
 use crate::status::{bail, Error, ErrorKind, Result};
 use std::collections::{BTreeMap, VecDeque};
@@ -28,7 +29,34 @@ pub(super) enum Kind {
     /// A two-sided receive: the peer does not know the id.
     Receive,
     /// A direct transfer, or one that may become one: the peer does not know the id.
-    Direct,
+    Direct(Op),
+}
+
+/// What the application asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Op {
+    Write,
+    Read,
+    Send,
+    Receive,
+}
+
+impl Kind {
+    /// A one-sided transfer whose route is undecided.
+    pub(super) fn direct(way: Way) -> Kind {
+        Kind::Direct(if way == Way::Out { Op::Write } else { Op::Read })
+    }
+
+    /// As the log names it.
+    fn op(self) -> Op {
+        match self {
+            Kind::Write => Op::Write,
+            Kind::Read => Op::Read,
+            Kind::Send { .. } => Op::Send,
+            Kind::Receive => Op::Receive,
+            Kind::Direct(op) => op,
+        }
+    }
 }
 
 /// A transfer in flight.
@@ -141,7 +169,7 @@ impl Transfers {
     fn add(&mut self, kind: Kind, total: u64, segments: usize, begun: Option<Instant>) -> u64 {
         self.given += 1;
         self.segments += segments;
-        log::trace!("transfer {} starts: {kind:?}, {total} bytes in {segments} segments", self.given);
+        log::trace!("transfer {} starts: {:?}, {total} bytes in {segments} segments", self.given, kind.op());
         self.running.insert(self.given, Running { kind, total, moved: 0, segments, verdict: None, alias: None, begun });
         self.given
     }
@@ -198,7 +226,7 @@ impl Transfers {
 
     /// The message goes straight into the buffer that the peer has granted.
     pub(super) fn goes_directly(&mut self, id: u64) {
-        self.goes_in_chunks(id, Kind::Direct);
+        self.goes_in_chunks(id, Kind::Direct(Op::Send));
     }
 
     /// A transfer whose route was undecided goes in chunks, as one of this kind.
@@ -241,7 +269,7 @@ impl Transfers {
         self.segments -= running.segments;
         log::trace!(
             "transfer {id} ({:?}, {} bytes) ended: {}",
-            running.kind,
+            running.kind.op(),
             running.total,
             match &result {
                 Ok(()) => "ok",
@@ -412,7 +440,7 @@ mod tests {
     fn the_time_of_what_succeeds_is_counted_once_and_of_messages_never() {
         let (mut t, begun) = (Transfers::default(), Instant::now());
         let timed = |t: &mut Transfers| t.take_timed().map(|timed| timed.bytes).collect::<Vec<_>>();
-        let ids = [10, 20, 30].map(|total| t.start_timed(Kind::Direct, total, 1, begun));
+        let ids = [10, 20, 30].map(|total| t.start_timed(Kind::Direct(Op::Write), total, 1, begun));
         let message = t.start(Kind::Receive, 0, 1);
         assert_eq!(timed(&mut t), [0; 0]);
         // Under a later id.
@@ -429,10 +457,10 @@ mod tests {
     #[test]
     fn a_transfer_that_is_announced_late_keeps_its_id() {
         let mut t = Transfers::default();
-        let (first, second) = (t.start(Kind::Direct, 10, 1), write(&mut t, 20));
+        let (first, second) = (t.start(Kind::Direct(Op::Read), 10, 1), write(&mut t, 20));
         assert_eq!(t.announced_as(second), second, "the newest");
         let late = t.announced_as(first);
-        assert!(late > second && t.kind(late) == Some(Kind::Direct) && t.kind(first).is_none());
+        assert!(late > second && t.kind(late) == Some(Kind::Direct(Op::Read)) && t.kind(first).is_none());
         t.moved(late, 4);
         assert_eq!(t.lookup(first).unwrap(), TransferState { complete: false, bytes_total: 10, bytes_done: 4 });
         t.finish(late, Err(err!(RemoteAccess, "no")));

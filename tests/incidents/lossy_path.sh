@@ -17,7 +17,7 @@ UCCL_P2P_LOG_LEVEL=trace client 60 --wait
 moving
 reads 30 "WARN ${address}: [0-9]+ of [0-9]+ segments \([0-9.]+ %\) were retransmitted recently, most of them on .* -> 10\.78\.1\.2:.* on eth1: the network loses packets" log
 reads 1 "TRACE.* transfer 1 starts: Write, [0-9]+ bytes in 1 segments" log
-reads 1 "TRACE.* transfer 1 \(Write, [0-9]+ bytes\) has ended: ok" log
+reads 1 "TRACE.* transfer 1 \(Write, [0-9]+ bytes\) ended: ok" log
 for step in "the peer is proved" "this engine offers 2 channels" "the peer offers 2 channels" "2 channels are up here" "2 channels are up on both sides"; do
   reads 1 "TRACE.* set-up with ${address//./\\.}: $step, [0-9.]+ ?[^ ]*s after its start" log
 done
