@@ -74,6 +74,7 @@ pub(crate) struct Start<'a> {
     /// Holds this engine's regions.
     pub hold: &'a Hold,
     pub blocks: &'a mut dyn Blocks,
+    pub now: Instant,
 }
 
 /// The route of a transfer.
@@ -100,8 +101,8 @@ pub(crate) struct Activity {
     pub copying: bool,
     /// The end of a copy shows in memory only: poll as often as possible.
     pub wants_polling: bool,
-    /// A small direct transfer has just started; spinning briefly beats returning to the caller.
-    pub worth_spinning: bool,
+    /// A small direct transfer has just started and should end by this time; spinning until then beats returning to the caller.
+    pub spin_until: Option<Instant>,
 }
 
 /// A transport that moves whole transfers.
@@ -139,7 +140,7 @@ pub(crate) trait Direct: Send {
     fn progress(&mut self, now: Instant, events: &mut Vec<Event>) -> Result<bool>;
 
     /// Its current activity.
-    fn activity(&self, now: Instant) -> Activity;
+    fn activity(&self) -> Activity;
 
     /// Prepares the peer for a region that it may soon want to reach.
     fn offer(&mut self, region: &Region);

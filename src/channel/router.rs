@@ -84,8 +84,8 @@ impl Channels {
     }
 
     /// The state of the direct transport.
-    pub(crate) fn activity(&self, now: Instant) -> Activity {
-        self.direct.as_ref().map_or_else(Activity::default, |direct| direct.activity(now))
+    pub(crate) fn activity(&self) -> Activity {
+        self.direct.as_ref().map_or_else(Activity::default, |direct| direct.activity())
     }
 
     /// Whether a direct transfer that the peer has started uses a region.
@@ -170,7 +170,7 @@ impl Channels {
     /// Advances all channels; returns their events.
     pub(crate) fn progress(&mut self, now: Instant, events: &mut Vec<Event>) -> Result<bool> {
         let mut any = false;
-        if let Some(direct) = self.direct.as_mut().filter(|direct| direct.activity(now).active) {
+        if let Some(direct) = self.direct.as_mut().filter(|direct| direct.activity().active) {
             any |= direct.progress(now, events)?;
         }
         let mut base = 0;
@@ -242,17 +242,17 @@ impl Channels {
 
     /// Whether chunks are announced, in flight or expected, or direct transfers are running.
     pub(crate) fn busy(&self) -> bool {
-        self.paths.iter().any(|path| path.busy()) || self.activity(Instant::now()).busy
+        self.paths.iter().any(|path| path.busy()) || self.activity().busy
     }
 
     /// Whether [`Channels::progress`] has work, chunks or not.
-    pub(crate) fn is_active(&self, now: Instant) -> bool {
-        self.paths.iter().any(|path| path.busy()) || self.activity(now).active
+    pub(crate) fn is_active(&self) -> bool {
+        self.paths.iter().any(|path| path.busy()) || self.activity().active
     }
 
     /// Whether a device is copying for this connection; its completion rings no doorbell.
     pub(crate) fn copies_pending(&self) -> bool {
-        self.copier.as_ref().is_some_and(|copier| copier.busy()) || self.activity(Instant::now()).copying
+        self.copier.as_ref().is_some_and(|copier| copier.busy()) || self.activity().copying
     }
 
     /// Bytes in whole chunks.

@@ -260,9 +260,11 @@ impl Known {
 
     /// Adds an item; returns its index.
     pub(crate) fn add(&mut self, mr: u64, item: &FifoItem) -> std::result::Result<usize, TryReserveError> {
-        self.list.try_reserve(1)?;
-        self.all.try_reserve(2)?;
         let at = self.list.len();
+        self.list.try_reserve_exact(if at == 0 { 1 } else { at })?;
+        if at > 0 {
+            self.all.try_reserve(2)?;
+        }
         if let [(first, known)] = &self.list[..] {
             self.all.insert((*first, known.idx), 0);
         }

@@ -60,11 +60,15 @@ pub(super) struct Copies {
     pub nvlink: u64,
     /// Room for the pieces of the next copy.
     pub pieces: Vec<Piece>,
+    /// Room for what the next poll finds.
+    pub done: Vec<Done>,
+    /// When the transport was last called: copies begin then.
+    pub now: Instant,
 }
 
 impl Copies {
     pub(super) fn new(host: Option<HostMemory>, device: Option<Box<dyn LocalMemory>>) -> Copies {
-        Copies { host, device, running: Vec::new(), nvlink: 0, pieces: Vec::new() }
+        Copies { host, device, running: Vec::new(), nvlink: 0, pieces: Vec::new(), done: Vec::new(), now: Instant::now() }
     }
 
     /// The memory that copies into a place.
@@ -106,17 +110,7 @@ impl Copies {
         let pull = unsafe { memory.pull(place, &pieces) };
         let n = pieces.len();
         self.pieces = pieces;
-        self.running.push(Running {
-            pull: pull?,
-            place,
-            exports,
-            pieces: n,
-            bytes,
-            nvlink,
-            moved: 0,
-            begun: Instant::now(),
-            owner,
-        });
+        self.running.push(Running { pull: pull?, place, exports, pieces: n, bytes, nvlink, moved: 0, begun: self.now, owner });
         Ok(())
     }
 
@@ -125,7 +119,7 @@ impl Copies {
     /// # Errors
     /// When the bytes of one will never be in place.
     pub(super) fn poll(&mut self, imports: &mut Imports) -> Result<Vec<Done>> {
-        let (mut done, mut i) = (Vec::new(), 0);
+        let (mut done, mut i) = (std::mem::take(&mut self.done), 0);
         while let Some(&Running { pull, place, bytes, nvlink, moved, .. }) = self.running.get(i) {
             let Some(memory) = self.memory(place) else { bail!(Internal, "no memory copies into {place:?}") };
             if !memory.poll(pull)? {
@@ -154,10 +148,9 @@ impl Copies {
         !self.running.is_empty()
     }
 
-    /// Something small has started so recently that it should end at once.
-    pub(super) fn end_soon(&self, now: Instant) -> bool {
-        let soon = |copy: &Running| copy.bytes <= SMALL && now.saturating_duration_since(copy.begun) < SOON;
-        self.running.last().is_some_and(soon)
+    /// When the newest copy should be over, if it is small.
+    pub(super) fn end_soon(&self) -> Option<Instant> {
+        self.running.last().filter(|copy| copy.bytes <= SMALL).map(|copy| copy.begun + SOON)
     }
 
     /// Copies run whose end rings no doorbell.

@@ -427,9 +427,9 @@ impl OneHost {
 
     /// Reports copies that have moved on or ended.
     fn report_copies(&mut self, events: &mut Vec<Event>) -> Result<bool> {
-        let done = self.copies.poll(&mut self.imports)?;
+        let mut done = self.copies.poll(&mut self.imports)?;
         let any = !done.is_empty();
-        for happened in done {
+        for happened in done.drain(..) {
             let (owner, bytes, ended) = match happened {
                 Done::Moved(owner, bytes) => (owner, bytes, None),
                 Done::Ended { owner, rest, pieces } => (owner, rest, Some(pieces)),
@@ -470,6 +470,7 @@ impl OneHost {
                 }
             }
         }
+        self.copies.done = done;
         Ok(any)
     }
 
@@ -573,6 +574,7 @@ impl Direct for OneHost {
 
     fn start(&mut self, transfer: &mut Start<'_>, landing: Option<Landing>) -> Result<()> {
         let staged = transfer.pairings.first().is_some_and(|pairing| self.staged.joins(pairing.here, pairing.there));
+        self.copies.now = transfer.now;
         match transfer.way {
             _ if staged => self.start_staged(transfer, landing),
             Way::In => self.start_read(transfer),
@@ -611,7 +613,8 @@ impl Direct for OneHost {
         !self.orders.has_landing(key) && self.grants.end_landing(key)
     }
 
-    fn progress(&mut self, _now: Instant, events: &mut Vec<Event>) -> Result<bool> {
+    fn progress(&mut self, now: Instant, events: &mut Vec<Event>) -> Result<bool> {
+        self.copies.now = now;
         let mut any = self.wire.news.swap(false, Ordering::AcqRel) && self.hear(events)?;
         any |= self.advance(events)?;
         any |= self.answer()?;
@@ -623,7 +626,7 @@ impl Direct for OneHost {
         Ok(any)
     }
 
-    fn activity(&self, now: Instant) -> Activity {
+    fn activity(&self) -> Activity {
         let waiting = self.orders.inn.waiting();
         let queues = [&self.wire.outbox, &self.shares.outbox, &self.grants.outbox, &self.leases.outbox];
         let staged = self.staged.doing();
@@ -635,7 +638,7 @@ impl Direct for OneHost {
             active: busy || waiting || news || self.staged.speaks() || queues.iter().any(|queue| !queue.is_empty()),
             copying: self.copies.copying(),
             wants_polling: staged.busy || self.writes.len() > 0 || self.copies.any() || waiting,
-            worth_spinning: self.writes.end_soon(now) || self.copies.end_soon(now),
+            spin_until: self.writes.end_soon().max(self.copies.end_soon()),
         }
     }
 

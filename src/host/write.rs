@@ -84,7 +84,7 @@ impl Writes {
             total: transfer.total,
             moved: 0,
             bulk,
-            begun: Instant::now(),
+            begun: transfer.now,
             targets,
             rest: Rest::default(),
             unsent: VecDeque::new(),
@@ -267,10 +267,9 @@ impl Writes {
         self.list.iter().any(|writing| !writing.rest.is_done() || !writing.unsent.is_empty())
     }
 
-    /// The newest write is small and has just started.
-    pub(super) fn end_soon(&self, now: Instant) -> bool {
-        let soon = |writing: &Writing| !writing.bulk && now.saturating_duration_since(writing.begun) < SOON;
-        self.list.back().is_some_and(soon)
+    /// When the newest write should be over, if it is small.
+    pub(super) fn end_soon(&self) -> Option<Instant> {
+        self.list.back().filter(|writing| !writing.bulk).map(|writing| writing.begun + SOON)
     }
 
     /// Bytes that have moved, and those of writes that have ended.

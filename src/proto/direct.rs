@@ -43,7 +43,8 @@ impl DirectTransfers<'_> {
         }
         let id = self.state.transfers.start_timed(Kind::direct(way), total, count, self.now);
         let key = Key { id, mine: true };
-        let begun = direct.start(&mut Start { key, way, total, count, pairings: &pairings, hold: &hold, blocks }, None);
+        let begun =
+            direct.start(&mut Start { key, way, total, count, pairings: &pairings, hold: &hold, blocks, now: self.now }, None);
         self.begin(key, way, total, Kept { hold, receive: None });
         Ok(Some((id, begun)))
     }
@@ -80,7 +81,8 @@ impl DirectTransfers<'_> {
                     (usize::from(of), Piece { src, dst, len: near.len })
                 });
                 let (mut blocks, count) = (listed(items), of.len());
-                let start = &mut Start { key, way, total, count, pairings: &pairings, hold: &hold, blocks: &mut blocks };
+                let start =
+                    &mut Start { key, way, total, count, pairings: &pairings, hold: &hold, blocks: &mut blocks, now: self.now };
                 let begun = direct.start(start, None);
                 drop(blocks);
                 begun?;
@@ -237,7 +239,8 @@ impl DirectTransfers<'_> {
             dst = dst.saturating_add(len);
         }
         let (mut blocks, count) = (listed(of.into_iter()), segments.len());
-        let start = &mut Start { key, way: Way::Out, total, count, pairings: &pairings, hold: &hold, blocks: &mut blocks };
+        let start =
+            &mut Start { key, way: Way::Out, total, count, pairings: &pairings, hold: &hold, blocks: &mut blocks, now: self.now };
         direct.start(start, Some(landing))?;
         self.state.transfers.goes_directly(id);
         self.begin(key, Way::Out, total, Kept { hold, receive: None });

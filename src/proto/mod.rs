@@ -172,13 +172,18 @@ impl Machine {
     ///
     /// # Errors
     /// The error that ended the connection; `Resource` at a limit; `Unsupported` for places that no channel connects.
-    pub(crate) fn admit(&self, segments: usize, pairs: &[(Place, Place)], channels: &Channels) -> Result<()> {
+    pub(crate) fn admit(
+        &self,
+        segments: usize,
+        mut pairs: impl Iterator<Item = (Place, Place)>,
+        channels: &Channels,
+    ) -> Result<()> {
         self.alive()?;
         if let Some(why) = self.state.losses.ending() {
             return Err(why.clone());
         }
         limits::admit(self.state.transfers.in_flight(), self.state.transfers.segments(), segments)?;
-        match pairs.iter().find(|&&(local, peer)| channels.route(local, peer).is_none()) {
+        match pairs.find(|&(local, peer)| channels.route(local, peer).is_none()) {
             Some((local, peer)) => Err(err!(Unsupported, "no channel connects {local:?} here with {peer:?} at the peer")),
             None => Ok(()),
         }

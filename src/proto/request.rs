@@ -28,7 +28,7 @@ pub(crate) struct Sketch {
 
 impl Sketch {
     /// The pairs of places (here, at the peer) that occur.
-    pub(crate) fn places(&self) -> Vec<(Place, Place)> {
-        self.pairings.iter().map(|p| (p.here, p.there)).collect()
+    pub(crate) fn places(&self) -> impl Iterator<Item = (Place, Place)> + '_ {
+        self.pairings.iter().map(|p| (p.here, p.there))
     }
 }

@@ -71,7 +71,7 @@ impl Core {
     /// One round: reads the control connection, advances the channels, schedules chunks, flushes, checks deadlines. `true` when
     /// something moved; an error means that the connection must end.
     pub(super) fn round(&mut self, now: Instant) -> Result<bool> {
-        let hurries = self.channels.activity(now).wants_polling && now.saturating_duration_since(self.read) < READ_PAUSE;
+        let hurries = self.channels.activity().wants_polling && now.saturating_duration_since(self.read) < READ_PAUSE;
         let heard = !hurries && self.read(now)?;
         let moved = self.advance(now).map_err(|e| self.prefer_goodbye(e, now)).map_err(|e| self.say_suspended(e))?;
         Ok(heard || moved)
@@ -98,7 +98,7 @@ impl Core {
 
     /// A round without the read.
     fn advance(&mut self, now: Instant) -> Result<bool> {
-        let any = self.channels.is_active(now) && self.machine.drive_channels(&mut self.channels, now)?;
+        let any = self.channels.is_active() && self.machine.drive_channels(&mut self.channels, now)?;
         let more = self.pump(now)?;
         self.tick(now)?;
         Ok(any || more)
@@ -116,7 +116,7 @@ impl Core {
 
     /// Whether work is in progress or data waits to be sent.
     pub(super) fn is_active(&self) -> bool {
-        self.machine.busy() || self.channels.is_active(Instant::now()) || self.wants_room()
+        self.machine.busy() || self.channels.is_active() || self.wants_room()
     }
 
     /// Whether data waits for room in the control socket.

@@ -119,7 +119,8 @@ impl Waiter<'_> {
         let mut any = self.0.drive(core, now);
         while core.machine.ended() == ended && self.0.context.cores == Cores::Many {
             let at = Instant::now();
-            if at.saturating_duration_since(now) >= LINGER || !core.channels.activity(at).worth_spinning {
+            if at.saturating_duration_since(now) >= LINGER || core.channels.activity().spin_until.is_none_or(|until| at >= until)
+            {
                 break;
             }
             std::hint::spin_loop();

@@ -77,12 +77,12 @@ impl Submission<'_> {
         let mut core = self.0.lock();
         match built {
             Built::Refused(error) => {
-                self.admit(&core, 0, &[])?;
+                self.admit(&core, 0, std::iter::empty())?;
                 log::error!("{}: {error}", self.0.peer.name);
                 Ok(core.machine.start_failed(error))
             }
             Built::Request(request) => {
-                self.admit(&core, request.segments.len(), &request.pairs)?;
+                self.admit(&core, request.segments.len(), request.pairs.iter().copied())?;
                 let Core { machine, channels, .. } = &mut *core;
                 let started = machine.start(way, request, channels, now);
                 self.started(core, started, now)
@@ -97,7 +97,7 @@ impl Submission<'_> {
         }
         let now = Instant::now();
         let mut core = self.0.lock();
-        self.admit(&core, sketch.count, &sketch.places())?;
+        self.admit(&core, sketch.count, sketch.places())?;
         // A small read of host memory is complete when this returns.
         let at_once =
             way == Way::In && sketch.total <= AT_ONCE && sketch.pairings.iter().all(|pairing| !pairing.here.is_device());
@@ -120,7 +120,7 @@ impl Submission<'_> {
         let (segments, uses) = request::message(items, &self.0.context.registry)?;
         let now = Instant::now();
         let mut core = self.0.lock();
-        self.admit(&core, segments.len(), &[])?;
+        self.admit(&core, segments.len(), std::iter::empty())?;
         let Core { machine, channels, .. } = &mut *core;
         let id = machine.start_send(segments, uses, channels, now);
         self.started(core, Ok(id), now)
@@ -135,7 +135,7 @@ impl Submission<'_> {
         let segment = Segment { addr, len, region: 0, place: region.place, peer: Place::HOST };
         let now = Instant::now();
         let mut core = self.0.lock();
-        self.admit(&core, 1, &[])?;
+        self.admit(&core, 1, std::iter::empty())?;
         let Core { machine, channels, .. } = &mut *core;
         let id = machine.start_receive(segment, region, channels, now);
         self.started(core, Ok(id), now)
@@ -153,7 +153,7 @@ impl Submission<'_> {
             self.0.drive(&mut core, Instant::now());
             core.pause(Duration::from_micros(100));
         }
-        self.admit(&core, 0, &[])?;
+        self.admit(&core, 0, std::iter::empty())?;
         core.machine.tx().make_room(size)?;
         let now = Instant::now();
         core.machine.notify(name, message, now);
@@ -161,7 +161,7 @@ impl Submission<'_> {
     }
 
     /// Whether a transfer may start. An error here leaves the connection alive; a later one ends it.
-    fn admit(&self, core: &Core, segments: usize, pairs: &[(Place, Place)]) -> Result<()> {
+    fn admit(&self, core: &Core, segments: usize, pairs: impl Iterator<Item = (Place, Place)>) -> Result<()> {
         if core.closing {
             core.machine.alive()?;
             bail!(Canceled, "the connection is being closed");

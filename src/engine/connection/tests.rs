@@ -102,8 +102,8 @@ impl Direct for SimulatedHaste {
     fn progress(&mut self, _now: Instant, _events: &mut Vec<Event>) -> Result<bool> {
         Ok(false)
     }
-    fn activity(&self, _now: Instant) -> Activity {
-        Activity { worth_spinning: true, ..Activity::default() }
+    fn activity(&self) -> Activity {
+        Activity { spin_until: Some(Instant::now() + Duration::from_secs(1)), ..Activity::default() }
     }
     fn offer(&mut self, _region: &Region) {}
     fn forget(&mut self, _region: u64) {}

@@ -62,7 +62,16 @@ fn send(a: &mut End, b: &mut End, id: u64, (from, to): (&Memory, &Memory), chang
     let (near, far) = (from.region.span.addr, landing.addr);
     let mut blocks = Scattered::whole(near, far, total);
     let (hold, pairings) = (from.hold(), [Pairing { region: 0, token: [0; 16], ..pairing(from, to) }]);
-    let transfer = &mut Start { key, way: Way::Out, total, count: 1, pairings: &pairings, hold: &hold, blocks: &mut blocks };
+    let transfer = &mut Start {
+        key,
+        way: Way::Out,
+        total,
+        count: 1,
+        pairings: &pairings,
+        hold: &hold,
+        blocks: &mut blocks,
+        now: Instant::now(),
+    };
     a.host.start(transfer, Some(landing))
 }
 

@@ -81,7 +81,7 @@ impl End {
     }
 
     pub(super) fn busy(&self) -> bool {
-        self.host.activity(Instant::now()).busy
+        self.host.activity().busy
     }
 }
 
@@ -161,7 +161,16 @@ pub(super) fn start(a: &mut End, way: Way, id: u64, here: &Memory, there: &Memor
     let (at, remote, count) = (here.region.span.addr, there.region.span.addr, total / block);
     let mut blocks = Scattered { way, here: at, there: remote, block, count, next: 0 };
     let (pairings, hold, key) = ([pairing(here, there)], here.hold(), Key { id, mine: true });
-    let transfer = &mut Start { key, way, total, count: count as usize, pairings: &pairings, hold: &hold, blocks: &mut blocks };
+    let transfer = &mut Start {
+        key,
+        way,
+        total,
+        count: count as usize,
+        pairings: &pairings,
+        hold: &hold,
+        blocks: &mut blocks,
+        now: Instant::now(),
+    };
     a.host.start(transfer, None)
 }
 

@@ -188,7 +188,16 @@ fn send(a: &mut End, from: &Memory, landing: Landing, len: u64) {
     let pairing = Pairing { local: 0, here: HOST, region: 0, token: [0; 16], there: HOST, near: (src, src + len), far };
     let mut blocks = One(Some(Piece { src, dst: landing.addr, len }));
     let (hold, pairings) = (from.hold(), [pairing]);
-    let transfer = &mut Start { key, way: Way::Out, total: len, count: 1, pairings: &pairings, hold: &hold, blocks: &mut blocks };
+    let transfer = &mut Start {
+        key,
+        way: Way::Out,
+        total: len,
+        count: 1,
+        pairings: &pairings,
+        hold: &hold,
+        blocks: &mut blocks,
+        now: Instant::now(),
+    };
     a.host.start(transfer, Some(landing)).unwrap();
 }
 

@@ -212,7 +212,7 @@ impl Cluster {
         let builder = RequestBuilder::new(blocks.len(), &near.registry, far.id, None).expect("builder");
         let Ok(Built::Request(request)) = builder.build(items) else { panic!("a good request") };
         let began = self.fabric.now;
-        let started = me.machine.admit(request.segments.len(), &request.pairs, &me.channels);
+        let started = me.machine.admit(request.segments.len(), request.pairs.iter().copied(), &me.channels);
         let id = match started.and_then(|()| me.machine.start(direction.way(), request, &mut me.channels, now)) {
             Ok(id) => {
                 link.open[end.1].push(Open { id, tag, began, direction, blocks });

@@ -280,7 +280,7 @@ impl Direct for SimulatedDirect {
         Ok(events.len() > before)
     }
 
-    fn activity(&self, _now: Instant) -> Activity {
+    fn activity(&self) -> Activity {
         let net = &self.net.lock().direct;
         let busy = net.carried.iter().any(|carried| carried.side == self.side);
         let landed = net.landings.values().any(|lands| lands.side == self.side && lands.got > 0);

@@ -105,7 +105,7 @@ fn tiny_chunks(both: &mut Both, pieces: usize) -> u64 {
         .collect();
     let builder = RequestBuilder::new(pieces, &home.registry, peer, None).expect("builder");
     let Ok(Built::Request(request)) = builder.build(segments.into_iter()) else { panic!("a good request") };
-    me.machine.admit(request.segments.len(), &request.pairs, &me.channels).expect("admitted");
+    me.machine.admit(request.segments.len(), request.pairs.iter().copied(), &me.channels).expect("admitted");
     me.machine.start(Way::Out, request, &mut me.channels, now).expect("started")
 }
 

@@ -123,7 +123,7 @@ impl World {
         let (me, home) = (&mut self.victim, &self.engine);
         let (mr, addr) = (home.memory[memory].mr, home.memory[memory].addr());
         let local = LocalSegment { mr, addr: addr as usize, len };
-        if me.machine.admit(1, &[], &me.channels).is_err() {
+        if me.machine.admit(1, std::iter::empty(), &me.channels).is_err() {
             return;
         }
         let (id, target) = match a % 4 {

@@ -383,7 +383,7 @@ impl World {
         let me = &mut self.cluster.links[0].sides[here];
         let builder = RequestBuilder::new(items.len(), &self.cluster.engines[here].registry, peer_engine, None).expect("builder");
         let Ok(Built::Request(request)) = builder.build(items.into_iter()) else { return };
-        if me.machine.admit(request.segments.len(), &request.pairs, &me.channels).is_err() {
+        if me.machine.admit(request.segments.len(), request.pairs.iter().copied(), &me.channels).is_err() {
             return;
         }
         match me.machine.start(direction.way(), request, &mut me.channels, now) {
@@ -399,7 +399,7 @@ impl World {
         let me = &mut self.cluster.links[0].sides[side];
         let (sketch, known) = sketch(items.iter().copied(), &self.cluster.engines[side].registry, peer_engine)?;
         let mut feed = Feed::new(items.iter().copied(), known, direction.way(), sketch.count);
-        me.machine.admit(sketch.count, &sketch.places(), &me.channels).ok()?;
+        me.machine.admit(sketch.count, sketch.places(), &me.channels).ok()?;
         let started = me.machine.start_direct(sketch, direction.way(), &mut feed, &mut me.channels, now);
         let (id, begun) = match started {
             Ok(started) => started?,
@@ -425,7 +425,7 @@ impl World {
         let half = if len == 0 { 0 } else { b as usize % len };
         let items = [LocalSegment { mr, addr, len: half }, LocalSegment { mr, addr: addr + half, len: len - half }];
         let (segments, uses) = message(items.into_iter(), &home.registry).expect("own memory");
-        if me.machine.admit(segments.len(), &[], &me.channels).is_err() {
+        if me.machine.admit(segments.len(), std::iter::empty(), &me.channels).is_err() {
             return;
         }
         let id = me.machine.start_send(segments, uses, &mut me.channels, now);
@@ -440,7 +440,7 @@ impl World {
         let memory = self.cluster.engines[side].allocate(vec![0xEE; len], place);
         let now = self.cluster.now();
         let (me, home) = (&mut self.cluster.links[0].sides[side], &self.cluster.engines[side]);
-        if me.machine.admit(1, &[], &me.channels).is_err() {
+        if me.machine.admit(1, std::iter::empty(), &me.channels).is_err() {
             return;
         }
         let region = home.registry.local(home.memory[memory].mr).expect("own memory");
