@@ -370,11 +370,9 @@ impl Registrar for Plugin {
         Ok(mhandle)
     }
 
-    unsafe fn dereg_mr(&self, comm: *mut c_void, mhandle: MHandle) {
+    unsafe fn dereg_mr(&self, comm: *mut c_void, mhandle: MHandle) -> Result<()> {
         // SAFETY: by the caller's contract.
-        if let Err(e) = self.set_up("deregMr", || unsafe { self.table.dereg_mr(comm, mhandle) }) {
-            log::warn!("{e}");
-        }
+        self.set_up("deregMr", || unsafe { self.table.dereg_mr(comm, mhandle) })
     }
 }
 
