@@ -10,6 +10,7 @@ use super::secure::{Guard, Secret};
 use super::signals::Quiet;
 use super::table::{Answer, Ext, NetTable, Properties};
 use super::tcpxo::Machine;
+pub use super::tcpxo::{findings as tcpxo_findings, Finding};
 use super::traits::{is_tcpx, is_tcpxo, DeviceTraits, Traits};
 use super::{within, Scope};
 use crate::config::{Config, PluginChoice};
