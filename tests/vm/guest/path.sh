@@ -241,14 +241,15 @@ agent_is_asked_for_too_much() {
 # consumes none (held).
 neighbour() {
   prepare fragment=1448 offset=64 || return 1
-  export NCCL_GPUDIRECTTCPX_SOCKET_IFNAME=vmnic
+  # Chunks of other plugins than this one may be longer than its messages.
+  export NCCL_GPUDIRECTTCPX_SOCKET_IFNAME=vmnic UCCL_TCPX_CHUNK_BYTES=1M
   mkdir -p $out/meet
   ip netns exec $b devmem_neighbour receive $out/meet "$1" >$out/server 2>&1 &
   local receiver=$! status=0
   timeout 100 ip netns exec $a devmem_neighbour send $out/meet "$1" >$out/client 2>&1 || status=1
   [ $status = 0 ] || kill $receiver
   wait $receiver || status=1
-  unset NCCL_GPUDIRECTTCPX_SOCKET_IFNAME
+  unset NCCL_GPUDIRECTTCPX_SOCKET_IFNAME UCCL_TCPX_CHUNK_BYTES
   grep -E '^(held|the neighbour)' $out/server | sed 's/^/note: /'
   echo "note: $(counter $b vmnic1 rx_starved) packets found no place"
   return $status
