@@ -194,7 +194,7 @@ pub struct uccl_channel_stats_t {
     /// Name of the plugin that carries the channel, or "direct" for direct transfers between two processes on one host; NUL-terminated,
     /// cut to 31 bytes.
     pub plugin: [c_char; 32],
-    /// The word for what carries the channel, as in UCCL_TCPX_REQUIRE: "tcp", "tcpx", "tcpxo" or "direct", else the plugin's name;
+    /// The word for what carries the channel, as in UCCL_TCPX_REQUIRE: "tcp", "devmem", "tcpx", "tcpxo" or "direct", else the plugin's name;
     /// NUL-terminated, cut to 15 bytes. Of "direct", nvlink_bytes are "nvlink".
     pub carrier: [c_char; 16],
 }
