@@ -174,7 +174,7 @@ impl Areas {
 pub(super) struct Targets {
     /// Mapped for a place of this side, by that and the peer's.
     open: Map<(Place, Place), Mapping>,
-    told: Vec<(Place, Place)>,
+    announced: Vec<(Place, Place)>,
     /// Told, and not opened yet: opening takes long. An area that is told for several GPUs is kept once.
     waiting: Vec<(Place, Place, Arc<Export>)>,
 }
@@ -184,11 +184,11 @@ impl Targets {
     ///
     /// # Errors
     /// `Protocol` for a second one, or one of another length.
-    pub(super) fn told(&mut self, here: Place, there: Place, export: Export) -> Result<()> {
-        if export.len != area_bytes(there) || self.told.contains(&(here, there)) {
+    pub(super) fn announced(&mut self, here: Place, there: Place, export: Export) -> Result<()> {
+        if export.len != area_bytes(there) || self.announced.contains(&(here, there)) {
             bail!(Protocol, "the peer offers {} bytes at {there:?} for {here:?}", export.len);
         }
-        self.told.push((here, there));
+        self.announced.push((here, there));
         let known = self.waiting.iter().find(|&&(_, other, _)| other == there).map(|(.., export)| export.clone());
         self.waiting.push((here, there, known.unwrap_or_else(|| Arc::new(export))));
         Ok(())

@@ -19,11 +19,11 @@ const SHORTEST: u64 = 64 << 10;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    Told,
+    Announced,
     Open,
     Refused,
     /// It could not be told.
-    Untold,
+    Failed,
 }
 
 /// An allocation, by where it begins, its length, and the places of both sides.
@@ -107,7 +107,7 @@ impl Shares {
     pub(crate) fn share(&mut self, region: &Region, there: Place, memory: &mut dyn LocalMemory) -> Reach<()> {
         let name = (region.span.id, there);
         if !self.regions.contains_key(&name) {
-            let keys = self.tell(region, there, memory);
+            let keys = self.announce(region, there, memory);
             if let Err(e) = &keys {
                 log::debug!("region {} is not shared with processes of this host: {e}", region.span.id);
             }
@@ -115,11 +115,11 @@ impl Shares {
         }
         let Shares { regions, allocations, .. } = self;
         let Some(Some(shared)) = regions.get_mut(&name) else { return Reach::No };
-        let state = |key: &Key| allocations.get(key).map_or(State::Untold, |allocation| allocation.state);
+        let state = |key: &Key| allocations.get(key).map_or(State::Failed, |allocation| allocation.state);
         shared.open = shared.open || shared.keys.iter().all(|key| state(key) == State::Open);
         match shared.open {
             true => Reach::Yes(()),
-            false if shared.keys.iter().any(|key| matches!(state(key), State::Refused | State::Untold)) => Reach::No,
+            false if shared.keys.iter().any(|key| matches!(state(key), State::Refused | State::Failed)) => Reach::No,
             false => Reach::Pending,
         }
     }
@@ -132,7 +132,7 @@ impl Shares {
         Shared { stretches: keys.iter().filter_map(stretch).collect(), keys, open: false }
     }
 
-    fn tell(&mut self, region: &Region, there: Place, memory: &mut dyn LocalMemory) -> Result<Vec<Key>> {
+    fn announce(&mut self, region: &Region, there: Place, memory: &mut dyn LocalMemory) -> Result<Vec<Key>> {
         let exports = memory.export(region.place, region.span.addr, region.span.len)?;
         let inner = exports.len().saturating_sub(1);
         if exports.is_empty() || exports[..inner].iter().any(|e| e.len < SHORTEST) {
@@ -151,7 +151,7 @@ impl Shares {
             }
             self.last += 1;
             let id = self.last;
-            self.allocations.insert(key, Allocation { id, state: State::Told, regions: 1 });
+            self.allocations.insert(key, Allocation { id, state: State::Announced, regions: 1 });
             self.ids.insert(id, key);
             self.outbox.push_back(Message::Share { id, there: region.place, here: there, export });
         }
@@ -168,7 +168,7 @@ impl Shares {
         }
         // It may have ended meanwhile.
         if let Some(allocation) = self.ids.get(&id).and_then(|key| self.allocations.get_mut(key)) {
-            if allocation.state != State::Told {
+            if allocation.state != State::Announced {
                 bail!(Protocol, "export {id} is answered twice");
             }
             allocation.state = if open { State::Open } else { State::Refused };
@@ -187,7 +187,7 @@ impl Shares {
                 Err(e) => {
                     log::debug!("export {id} is not shared with a process of this host: {e}");
                     if let Some(allocation) = self.ids.get(id).and_then(|key| self.allocations.get_mut(key)) {
-                        allocation.state = State::Untold;
+                        allocation.state = State::Failed;
                     }
                     self.outbox.pop_front();
                 }
@@ -221,7 +221,7 @@ impl Shares {
                     // Its descriptor would be of whatever lies there next.
                     let waiting = self.outbox.len();
                     self.outbox.retain(|message| !matches!(message, Message::Share { id: other, .. } if *other == id));
-                    if state != State::Untold && self.outbox.len() == waiting {
+                    if state != State::Failed && self.outbox.len() == waiting {
                         self.outbox.push_back(Message::End { id });
                     }
                 }
@@ -267,7 +267,7 @@ impl Imports {
     ///
     /// # Errors
     /// `Protocol` when its number does not rise, or there are too many.
-    pub(crate) fn told(&mut self, id: u32, reader: Reader, export: Export) -> Result<()> {
+    pub(crate) fn announced(&mut self, id: u32, reader: Reader, export: Export) -> Result<()> {
         self.number(id)?;
         if self.open.len() + self.waiting.len() >= 2 * MAX_SHARED {
             bail!(Protocol, "the peer shares {} allocations", self.open.len() + self.waiting.len());
@@ -287,7 +287,7 @@ impl Imports {
     /// The peer shares an allocation whose descriptor did not come; the answer for the peer.
     ///
     /// # Errors
-    /// As [`Imports::told`].
+    /// As [`Imports::announced`].
     pub(crate) fn missed(&mut self, id: u32) -> Result<Message> {
         self.number(id)?;
         log::debug!("export {id} of a process of this host cannot be opened: this process has no descriptor left");
@@ -483,7 +483,7 @@ mod tests {
     }
 
     #[test]
-    fn what_gets_no_descriptor_is_not_told() {
+    fn what_gets_no_descriptor_is_not_announced() {
         let (mut shares, mut memory) = (Shares::default(), Simulated(false));
         (1..=2).for_each(|id| assert_eq!(shares.share(&region(id), GPU, &mut memory), Reach::Pending));
         shares.prepare(&mut memory);

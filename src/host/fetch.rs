@@ -103,7 +103,7 @@ impl Fetches {
         *ahead += pieces.len();
         pieces.iter_mut().for_each(|piece| piece.dst = 0);
         let (last, bulk) = (reading.queue.is_empty(), reading.bulk);
-        out.tell(Head { order, slot, generation, export: Kind::Fetch.export(reading.place), last, bulk }, pieces)?;
+        out.announce(Head { order, slot, generation, export: Kind::Fetch.export(reading.place), last, bulk }, pieces)?;
         Ok(true)
     }
 

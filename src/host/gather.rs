@@ -29,7 +29,7 @@ struct Write {
     key: Key,
     total: u64,
     /// Bytes that were told to the peer, and that were reported.
-    told: u64,
+    announced: u64,
     moved: u64,
     _hold: Hold,
 }
@@ -96,7 +96,7 @@ impl Gathers {
     /// `Resource` without memory.
     pub(super) fn start(&mut self, transfer: &mut Start<'_>, sources: Vec<Source>, there: Place) -> Result<()> {
         let queue = Queue::of(transfer.blocks, transfer.count)?;
-        let write = Write { key: transfer.key, total: transfer.total, told: 0, moved: 0, _hold: transfer.hold.clone() };
+        let write = Write { key: transfer.key, total: transfer.total, announced: 0, moved: 0, _hold: transfer.hold.clone() };
         let bulk = !is_small(transfer.total, transfer.count);
         self.list.push_back(Outgoing { write: Some(write), order: None, there, bulk, sources, queue, gathers: 0 });
         Ok(())
@@ -135,7 +135,7 @@ impl Gathers {
     /// # Errors
     /// `Protocol` when the other side claims what cannot be, or why the connection must end.
     pub(super) fn advance(&mut self, targets: &Targets, around: &mut Around<'_>) -> Result<bool> {
-        let told = self.tell(around)?;
+        let announced = self.announce(around)?;
         for bulk in [false, true] {
             let mut idle = 0;
             while idle < self.list.len() {
@@ -144,27 +144,27 @@ impl Gathers {
                 idle = if went { 0 } else { idle + 1 };
             }
         }
-        Ok(told)
+        Ok(announced)
     }
 
     /// Tells the slots that are full, in order.
-    fn tell(&mut self, around: &mut Around<'_>) -> Result<bool> {
+    fn announce(&mut self, around: &mut Around<'_>) -> Result<bool> {
         let (Gathers { lanes, list, answered, .. }, mut any) = (self, false);
         for (&there, lane) in lanes {
-            let (scattered, told) = (areas::count(around.out.shared(), there)?, lane.used - lane.gathers.len() as u64);
-            if scattered < lane.scattered || scattered > told {
-                bail!(Protocol, "the peer has scattered {scattered} slots of {told}, after {}", lane.scattered);
+            let (scattered, announced) = (areas::count(around.out.shared(), there)?, lane.used - lane.gathers.len() as u64);
+            if scattered < lane.scattered || scattered > announced {
+                bail!(Protocol, "the peer has scattered {scattered} slots of {announced}, after {}", lane.scattered);
             }
             lane.scattered = scattered;
             while let Some(Gather { head, blocks, bytes, mine, .. }) = lane.gathers.front().filter(|gather| gather.done) {
                 if !around.out.fits(blocks.len(), head.bulk)? {
                     break;
                 }
-                around.out.tell(*head, blocks)?;
+                around.out.announce(*head, blocks)?;
                 let of = list.iter_mut().find(|next| next.order == Some(head.order) && next.write.is_some() == *mine);
                 if let Some(of) = of {
                     of.gathers -= 1;
-                    of.write.iter_mut().for_each(|write| write.told += bytes);
+                    of.write.iter_mut().for_each(|write| write.announced += bytes);
                 }
                 if !mine {
                     answered.push((head.order, *bytes));
@@ -231,8 +231,8 @@ impl Gathers {
     /// A slot is full.
     pub(super) fn copied(&mut self, slot: Slot) {
         let Some(lane) = self.lanes.get_mut(&slot.place) else { return };
-        let told = lane.used - lane.gathers.len() as u64;
-        if let Some(gather) = slot.number.checked_sub(told).and_then(|at| lane.gathers.get_mut(at as usize)) {
+        let announced = lane.used - lane.gathers.len() as u64;
+        if let Some(gather) = slot.number.checked_sub(announced).and_then(|at| lane.gathers.get_mut(at as usize)) {
             gather.done = true;
         }
     }
@@ -259,7 +259,7 @@ impl Gathers {
             }
             let at = match outcome {
                 Some(true) => write.total,
-                None => out.progress(order).min(write.told),
+                None => out.progress(order).min(write.announced),
                 Some(false) => write.moved,
             };
             let more = at.saturating_sub(write.moved);

@@ -406,7 +406,7 @@ mod tests {
     }
 
     #[test]
-    fn a_region_is_claimed_once_and_a_refusal_is_told_once() {
+    fn a_region_is_claimed_once_and_a_refusal_is_reported_once() {
         let (_grants, mut leases) = both();
         let name = (7, [7; 16], Place::HOST);
         let claim = |leases: &mut Leases| leases.claim(name.0, name.1, name.2);

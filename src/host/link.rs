@@ -25,9 +25,9 @@ const MAC: usize = 32;
 /// GPUs of a process at most.
 pub(crate) const MAX_GPUS: usize = 32;
 /// How long the two sides look for each other at most.
-const PATIENCE: Duration = Duration::from_secs(5);
+const MEETING_TIMEOUT: Duration = Duration::from_secs(5);
 /// Processes that may be at a listening socket and have not proved themselves.
-const MAX_STRANGERS: usize = 8;
+const MAX_CANDIDATES: usize = 8;
 /// How often the connecting side comes back that was sent away.
 const CUTS: usize = 8;
 
@@ -114,20 +114,20 @@ impl Opening {
             connecting,
             directory: self.directory,
             listeners: self.listeners,
-            strangers: Vec::new(),
+            candidates: Vec::new(),
             cut: None,
             cuts: 0,
             keys,
             have: Some(have),
             outbox: Some(outbox),
             met: None,
-            deadline: now + PATIENCE,
+            deadline: now + MEETING_TIMEOUT,
         })
     }
 }
 
 /// A socket whose other end has not proved itself.
-struct Stranger {
+struct Candidate {
     socket: Socket,
     who: Who,
     introduced: bool,
@@ -153,7 +153,7 @@ struct Met {
     unread: Option<String>,
     /// What can come to this side, once that was tried: places here and there, and how.
     ours: Option<Vec<Found>>,
-    told: bool,
+    findings_sent: bool,
 }
 
 /// What both sides have agreed on.
@@ -181,7 +181,7 @@ pub(crate) struct Meeting {
     directory: Directory,
     listeners: Vec<Listener>,
     /// The oldest first.
-    strangers: Vec<Stranger>,
+    candidates: Vec<Candidate>,
     /// Why the connecting side's last socket ended.
     cut: Option<Error>,
     /// How often one has.
@@ -217,33 +217,33 @@ impl Meeting {
 
     /// Gets hold of sockets, and introduces this side on each.
     fn approach(&mut self, now: Instant) -> Result<()> {
-        if self.connecting && self.strangers.is_empty() {
+        if self.connecting && self.candidates.is_empty() {
             let socket = self.connect().map_err(|e| self.cut.take().unwrap_or(e))?;
             if let Some(socket) = socket {
                 let who = socket.who()?;
                 allowed(who)?;
-                self.strangers.push(Stranger { socket, who, introduced: false });
+                self.candidates.push(Candidate { socket, who, introduced: false });
             }
         }
         // Others may come as fast as they are sent away.
-        for _ in 0..2 * MAX_STRANGERS {
+        for _ in 0..2 * MAX_CANDIDATES {
             let Some(socket) = self.listeners.iter().find_map(Listener::accept) else { break };
             // No other process can be the peer.
             if let Some(who) = socket.who().ok().filter(|&who| allowed(who).is_ok()) {
-                if self.strangers.len() >= MAX_STRANGERS {
+                if self.candidates.len() >= MAX_CANDIDATES {
                     // The one that has been silent for longest makes room; the peer speaks at once, and comes back if it was slow.
                     self.listen(now)?;
                     if self.met.is_some() {
                         return Ok(());
                     }
-                    self.strangers.drain(..(self.strangers.len() + 1).saturating_sub(MAX_STRANGERS));
+                    self.candidates.drain(..(self.candidates.len() + 1).saturating_sub(MAX_CANDIDATES));
                 }
-                self.strangers.push(Stranger { socket, who, introduced: false });
+                self.candidates.push(Candidate { socket, who, introduced: false });
             }
         }
         // A listening side says nothing before it was proved to: its introduction follows the peer's.
         if self.connecting {
-            for i in 0..self.strangers.len() {
+            for i in 0..self.candidates.len() {
                 if let Err(e) = self.introduce(i) {
                     return self.cut_off(e);
                 }
@@ -254,7 +254,7 @@ impl Meeting {
 
     /// The connecting side's socket has ended. Where that was for others, who were many, the next attempt succeeds.
     fn cut_off(&mut self, error: Error) -> Result<()> {
-        self.strangers.clear();
+        self.candidates.clear();
         self.cuts += 1;
         if self.cuts > CUTS || !matches!(error.kind(), ErrorKind::RemoteDisconnect | ErrorKind::System) {
             return Err(error);
@@ -278,22 +278,22 @@ impl Meeting {
     }
 
     fn introduce(&mut self, index: usize) -> Result<()> {
-        let (Some(have), Some(outbox), Some(stranger)) = (&self.have, &self.outbox, self.strangers.get_mut(index)) else {
+        let (Some(have), Some(outbox), Some(candidate)) = (&self.have, &self.outbox, self.candidates.get_mut(index)) else {
             return Ok(());
         };
-        if !stranger.introduced {
+        if !candidate.introduced {
             let message = introduction(&have.gpus, &self.keys.send)?;
-            stranger.introduced = stranger.socket.send(&message, Some(outbox.fd()))?;
+            candidate.introduced = candidate.socket.send(&message, Some(outbox.fd()))?;
         }
         Ok(())
     }
 
-    /// Hears strangers. The first that proves itself is the peer; others are dropped at their first wrong byte.
+    /// Hears candidates. The first that proves itself is the peer; others are dropped at their first wrong byte.
     fn listen(&mut self, now: Instant) -> Result<()> {
         let mut i = 0;
-        while let Some(stranger) = self.strangers.get(i) {
+        while let Some(candidate) = self.candidates.get(i) {
             let mut buffer = [0; MAX_MESSAGE];
-            let heard = match stranger.socket.receive(&mut buffer) {
+            let received = match candidate.socket.receive(&mut buffer) {
                 Ok(Received::Nothing) => {
                     i += 1;
                     continue;
@@ -303,12 +303,12 @@ impl Meeting {
                 Ok(Received::End) => Err(crate::status::err!(RemoteDisconnect, "the peer's process closed its Unix socket")),
                 Err(e) => Err(e),
             };
-            match heard {
+            match received {
                 Ok((introduction, fds)) => return self.meet(i, introduction, fds, now),
                 Err(e) if self.connecting => return self.cut_off(e),
                 Err(e) => {
                     log::debug!("a process of this host did not prove itself: {e}");
-                    self.strangers.remove(i);
+                    self.candidates.remove(i);
                 }
             }
         }
@@ -319,18 +319,18 @@ impl Meeting {
     fn meet(&mut self, index: usize, intro: Introduction, mut fds: Vec<OwnedFd>, now: Instant) -> Result<()> {
         self.introduce(index)?;
         let (Some(fd), true) = (fds.pop(), fds.is_empty()) else { bail!(Protocol, "the peer's process sent no ring") };
-        let Stranger { socket, who, introduced } = self.strangers.swap_remove(index);
+        let Candidate { socket, who, introduced } = self.candidates.swap_remove(index);
         let (Some(have), Some(outbox), true) = (self.have.take(), self.outbox.take(), introduced) else {
             bail!(Resource, "the peer's Unix socket has no room");
         };
         let inbox = RingIn::open(fd.as_fd())?;
         self.listeners.clear();
-        self.strangers.clear();
+        self.candidates.clear();
         let same_process = is_this_process(who.pid, intro.witness)?;
         let probe = Probe::new("the first read of its memory", now, move || HostMemory::new(who.pid, intro.witness));
         let gpus = intro.gpus;
-        let (host, unread, ours, told) = (None, None, None, false);
-        self.met = Some(Met { socket, who, same_process, inbox, outbox, have, gpus, probe, host, unread, ours, told });
+        let (host, unread, ours, findings_sent) = (None, None, None, false);
+        self.met = Some(Met { socket, who, same_process, inbox, outbox, have, gpus, probe, host, unread, ours, findings_sent });
         Ok(())
     }
 
@@ -363,8 +363,8 @@ impl Meeting {
     fn conclude(&mut self) -> Result<Option<Linked>> {
         let Some(met) = &mut self.met else { return Ok(None) };
         let Some(ours) = &met.ours else { return Ok(None) };
-        if !met.told {
-            met.told = met.socket.send(&findings(ours), None)?;
+        if !met.findings_sent {
+            met.findings_sent = met.socket.send(&findings(ours), None)?;
         }
         let mut buffer = [0; MAX_MESSAGE];
         let theirs = match met.socket.receive(&mut buffer)? {
@@ -375,7 +375,7 @@ impl Meeting {
             Received::End => bail!(RemoteDisconnect, "the peer's process closed its Unix socket"),
         };
         let Some(met) = self.met.take() else { return Ok(None) };
-        if !met.told {
+        if !met.findings_sent {
             bail!(Resource, "the peer's Unix socket has no room");
         }
         let Met { socket, who, mut host, unread, inbox, outbox, have, gpus, ours, .. } = met;
@@ -623,22 +623,22 @@ pub(crate) mod tests {
     }
 
     /// Somebody at the listening side's socket who says this. Afterwards the peer still gets in.
-    fn with_stranger(message: &[u8], fds: usize) {
+    fn with_candidate(message: &[u8], fds: usize) {
         let (mut a, mut b) = both([1, 1]);
-        let stranger = Socket::connect(&a.id, Where::Abstract).unwrap().unwrap();
+        let candidate = Socket::connect(&a.id, Where::Abstract).unwrap().unwrap();
         let file = shm::create(c"test", super::super::layout::END * 8).unwrap();
         if !message.is_empty() {
-            assert!(stranger.send(message, (fds > 0).then(|| file.as_fd())).unwrap());
+            assert!(candidate.send(message, (fds > 0).then(|| file.as_fd())).unwrap());
         }
         assert!(a.poll(Instant::now()).unwrap().is_none());
         let (ours, _theirs) = meet(&mut a, &mut b).unwrap();
         assert_eq!(ours.pairs.len(), 2);
         // It was told nothing.
-        assert!(matches!(stranger.receive(&mut [0; MAX_MESSAGE]), Ok(Received::End)));
+        assert!(matches!(candidate.receive(&mut [0; MAX_MESSAGE]), Ok(Received::End)));
     }
 
     #[test]
-    fn strangers_are_told_nothing_and_do_not_keep_the_peer_out() {
+    fn candidates_are_told_nothing_and_do_not_keep_the_peer_out() {
         let wrong = introduction(&[(Place::gpu(0), [7; 16])], &Secret::new([9; 32]).unwrap()).unwrap();
         let mut garbled = introduction(&[(Place::gpu(0), [7; 16])], &keys(true).send).unwrap();
         garbled[9] ^= 1;
@@ -646,26 +646,26 @@ pub(crate) mod tests {
         for (message, fds) in
             [(&b"x"[..], 0), (&[0; 4000], 1), (&wrong, 1), (&garbled, 1), (&reflected, 1), (&wrong[..40], 0), (&[], 0)]
         {
-            with_stranger(message, fds);
+            with_candidate(message, fds);
         }
     }
 
     #[test]
-    fn a_crowd_of_silent_strangers_ends_in_time() {
+    fn a_crowd_of_silent_candidates_ends_in_time() {
         let (mut a, _b) = both([0, 0]);
         let crowd: Vec<_> =
-            (0..2 * MAX_STRANGERS).map_while(|_| Socket::connect(&a.id, Where::Abstract).ok().flatten()).collect();
+            (0..2 * MAX_CANDIDATES).map_while(|_| Socket::connect(&a.id, Where::Abstract).ok().flatten()).collect();
         for _ in 0..5 {
             assert!(a.poll(Instant::now()).unwrap().is_none());
         }
-        assert!(a.strangers.len() <= MAX_STRANGERS && crowd.len() > MAX_STRANGERS);
-        let error = a.poll(Instant::now() + PATIENCE + Duration::from_secs(1)).err().unwrap();
+        assert!(a.candidates.len() <= MAX_CANDIDATES && crowd.len() > MAX_CANDIDATES);
+        let error = a.poll(Instant::now() + MEETING_TIMEOUT + Duration::from_secs(1)).err().unwrap();
         assert_eq!(error.kind(), ErrorKind::TimedOut);
     }
 
     #[test]
-    fn a_crowd_of_silent_strangers_keeps_the_peer_out_for_no_time() {
-        for crowd in [MAX_STRANGERS, 2 * MAX_STRANGERS, 4 * MAX_STRANGERS] {
+    fn a_crowd_of_silent_candidates_keeps_the_peer_out_for_no_time() {
+        for crowd in [MAX_CANDIDATES, 2 * MAX_CANDIDATES, 4 * MAX_CANDIDATES] {
             let (mut a, mut b) = both([1, 1]);
             let mut silent = Vec::new();
             for _ in 0..crowd {
@@ -673,7 +673,7 @@ pub(crate) mod tests {
                 assert!(a.poll(Instant::now()).unwrap().is_none());
             }
             meet(&mut a, &mut b).unwrap();
-            assert!(silent.len() >= MAX_STRANGERS);
+            assert!(silent.len() >= MAX_CANDIDATES);
         }
     }
 
@@ -682,14 +682,14 @@ pub(crate) mod tests {
         let (mut a, mut b) = both([1, 1]);
         // Connected, and nothing said yet.
         let who = Who { pid: 1, uid: 0 };
-        b.strangers.push(Stranger { socket: Socket::connect(&a.id, Where::Abstract).unwrap().unwrap(), who, introduced: true });
+        b.candidates.push(Candidate { socket: Socket::connect(&a.id, Where::Abstract).unwrap().unwrap(), who, introduced: true });
         let mut crowd = Vec::new();
         for _ in 0..2 {
-            crowd.extend((0..MAX_STRANGERS - 1).filter_map(|_| Socket::connect(&a.id, Where::Abstract).ok().flatten()));
+            crowd.extend((0..MAX_CANDIDATES - 1).filter_map(|_| Socket::connect(&a.id, Where::Abstract).ok().flatten()));
             a.poll(Instant::now()).unwrap();
         }
         let (ours, _) = meet(&mut a, &mut b).unwrap();
-        assert!(ours.pairs.len() == 2 && b.cuts == 1 && crowd.len() == 2 * (MAX_STRANGERS - 1));
+        assert!(ours.pairs.len() == 2 && b.cuts == 1 && crowd.len() == 2 * (MAX_CANDIDATES - 1));
     }
 
     /// A peer that proves itself to a listening side, with such changes to what it says and this for its ring.
@@ -713,7 +713,7 @@ pub(crate) mod tests {
             assert!(peer.send(second, None)?);
         }
         a.poll(Instant::now())?;
-        a.poll(Instant::now() + PATIENCE)?;
+        a.poll(Instant::now() + MEETING_TIMEOUT)?;
         drop(b);
         Ok(())
     }
@@ -776,7 +776,7 @@ pub(crate) mod tests {
         for _ in 0..3 {
             assert!(a.poll(now).unwrap().is_none(), "it still looks");
         }
-        let linked = a.poll(now + PATIENCE).unwrap().unwrap();
+        let linked = a.poll(now + MEETING_TIMEOUT).unwrap().unwrap();
         assert_eq!((linked.pairs, linked.pushed), (vec![(Place::HOST, Place::HOST), gpus], vec![(Place::HOST, Place::HOST)]));
         assert!(linked.unread.is_some_and(|why| why.contains("took longer")));
         drop(fd);

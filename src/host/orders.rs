@@ -33,7 +33,7 @@ struct Order {
     reads: bool,
     /// Bytes that are in place, and that were told.
     moved: u64,
-    told: u64,
+    announced: u64,
     /// What it writes, by grant.
     targets: Vec<(u32, u64, Target)>,
 }
@@ -204,11 +204,11 @@ impl Orders {
                 _ => bail!(Protocol, "a record of {count} blocks with {sum} bytes, at most {MAX_BYTES}"),
             }
         }
-        if target.landing.is_some() && order.told.saturating_add(sum) > target.len {
+        if target.landing.is_some() && order.announced.saturating_add(sum) > target.len {
             pieces.clear();
             bail!(Protocol, "a message of more than {} bytes", target.len);
         }
-        order.told += sum;
+        order.announced += sum;
         (copy.place, copy.bulk, copy.bytes) = (Some(here), head.bulk, copy.bytes + sum);
         copy.slot = slot.map(|(slot, _)| slot);
         if here.is_device() && slot.is_none() && !copy.exports.contains(&head.export) {
@@ -231,7 +231,8 @@ impl Orders {
             }
             (*seen, self.unfinished) = (number, self.unfinished + 1);
             self.inn.begin(number);
-            let order = Order { number, copies: 0, last: false, refused: false, reads, moved: 0, told: 0, targets: Vec::new() };
+            let order =
+                Order { number, copies: 0, last: false, refused: false, reads, moved: 0, announced: 0, targets: Vec::new() };
             self.open.insert(place(number), order);
         }
         // What is left of an order that was refused has nowhere to go.
@@ -271,7 +272,7 @@ impl Orders {
         let Some(order) = open.get_mut(&place(head.order)) else { bail!(Internal, "a record of no order") };
         let used = order.targets.iter().find(|(slot, generation, _)| (*slot, *generation) == (head.slot, head.generation));
         let Some((.., target)) = used else { bail!(Internal, "a grant that was not entered") };
-        let (mut sum, mut inside) = (order.told, target.there == there);
+        let (mut sum, mut inside) = (order.announced, target.there == there);
         let mut pieces = Vec::with_capacity(count);
         inn.take(|piece| {
             inside &= holds(target.len, piece.src.wrapping_sub(target.addr), piece.len);
@@ -281,7 +282,7 @@ impl Orders {
         if !inside || sum == u64::MAX {
             bail!(Protocol, "a read of {count} blocks, some of them outside of what is granted");
         }
-        order.told = sum;
+        order.announced = sum;
         around.staged.ask(&head, (target.used.place, there), &pieces)
     }
 
@@ -338,7 +339,7 @@ impl Orders {
 
     /// Ends an order of which nothing is under way or to come.
     fn settle(&mut self, number: u64, grants: &mut Grants, events: &mut Vec<Event>) -> Result<()> {
-        let over = |order: &&mut Order| order.copies == 0 && order.moved == order.told && (order.last || order.refused);
+        let over = |order: &&mut Order| order.copies == 0 && order.moved == order.announced && (order.last || order.refused);
         let Some(order) = self.order(number).filter(over) else { return Ok(()) };
         let (done, targets, moved) = (!order.refused, std::mem::take(&mut order.targets), order.moved);
         if let Some((.., Target { landing: Some(key), len, .. })) = targets.first() {

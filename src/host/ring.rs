@@ -172,7 +172,7 @@ impl RingOut {
     ///
     /// # Errors
     /// `Internal` when they do not.
-    pub(crate) fn tell(&mut self, head: Head, blocks: &[Piece]) -> Result<()> {
+    pub(crate) fn announce(&mut self, head: Head, blocks: &[Piece]) -> Result<()> {
         let words = HEAD_WORDS + BLOCK_WORDS * blocks.len();
         let (free, at) = (RING - (self.tail - self.head) as usize, self.tail as usize % RING);
         if blocks.is_empty() || blocks.len() > MAX_BLOCKS || words > free || at + words > RING {
@@ -418,7 +418,7 @@ mod tests {
     proptest! {
         /// Whatever sizes and however often the ring goes round, what comes out is what went in.
         #[test]
-        fn orders_arrive_as_they_were_told(rounds in proptest::collection::vec((1usize..2 * MAX_BLOCKS, 0usize..3), 1..80)) {
+        fn orders_arrive_as_they_were_announced(rounds in proptest::collection::vec((1usize..2 * MAX_BLOCKS, 0usize..3), 1..80)) {
             let (mut out, mut inn) = both();
             let (mut waiting, mut got) = (VecDeque::new(), Record::default());
             for (i, (n, reads)) in rounds.into_iter().enumerate() {
@@ -432,7 +432,7 @@ mod tests {
                         continue;
                     }
                     let record = Record { head: head(i as u64, room == left.len()), blocks: left.drain(..room).collect() };
-                    out.tell(record.head, &record.blocks).unwrap();
+                    out.announce(record.head, &record.blocks).unwrap();
                     prop_assert!(inn.waiting());
                     waiting.push_back(record);
                 }
@@ -457,7 +457,7 @@ mod tests {
             let (mut out, mut inn) = both();
             let mut got = Record::default();
             out.room(5, false).unwrap();
-            out.tell(head(1, true), &blocks(5, 7)).unwrap();
+            out.announce(head(1, true), &blocks(5, 7)).unwrap();
             for (at, front, value, small) in writes {
                 let at = if front { at % 96 } else { RECORDS + at };
                 out.shared.word(at).store(if small { value % 5000 } else { value }, Ordering::SeqCst);
@@ -497,17 +497,17 @@ mod tests {
         let all = blocks(MAX_BLOCKS, 1);
         let mut n = 0;
         while out.room(MAX_BLOCKS, true).unwrap() == MAX_BLOCKS {
-            out.tell(head(1, false), &all).unwrap();
+            out.announce(head(1, false), &all).unwrap();
             n += 1;
         }
         assert!(n >= 8, "{n}");
         assert_eq!(out.room(MAX_BLOCKS, false).unwrap(), MAX_BLOCKS, "kept for small orders");
-        out.tell(head(2, false), &all).unwrap();
+        out.announce(head(2, false), &all).unwrap();
         while out.room(MAX_BLOCKS, false).unwrap() > 0 {
             let n = out.room(MAX_BLOCKS, false).unwrap();
-            out.tell(head(2, false), &all[..n]).unwrap();
+            out.announce(head(2, false), &all[..n]).unwrap();
         }
-        assert!(out.tell(head(1, false), &all).is_err());
+        assert!(out.announce(head(1, false), &all).is_err());
         let mut got = Record::default();
         assert!(inn.next().unwrap().is_some());
         inn.skip();

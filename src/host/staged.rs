@@ -83,8 +83,8 @@ impl Staged {
     ///
     /// # Errors
     /// `Protocol` for one that was not agreed.
-    pub(super) fn told(&mut self, here: Place, there: Place, export: Export) -> Result<()> {
-        self.targets.told(here, there, export)
+    pub(super) fn announced(&mut self, here: Place, there: Place, export: Export) -> Result<()> {
+        self.targets.announced(here, there, export)
     }
 
     /// Opens the peer's area for a pair of places; whether it is open.

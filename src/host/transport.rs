@@ -280,7 +280,7 @@ impl OneHost {
     // ---- messages ----
 
     /// Reads what the peer's process says; whether there may be more.
-    fn hear(&mut self, events: &mut Vec<Event>) -> Result<bool> {
+    fn receive(&mut self, events: &mut Vec<Event>) -> Result<bool> {
         let mut buffer = [0; MAX_MESSAGE];
         for _ in 0..MESSAGES {
             if self.imports.is_full() {
@@ -312,12 +312,12 @@ impl OneHost {
                 self.answered = true;
             }
             (Message::Share { id, there, here, export }, Some(_)) if self.wire.joins(here, there) => {
-                self.imports.told(id, (here, self.wire.by_nvlink(here, there)), export)?;
+                self.imports.announced(id, (here, self.wire.by_nvlink(here, there)), export)?;
             }
             (Message::End { id }, Some(device)) => self.imports.ended(id, &mut **device)?,
             (Message::Claim { region, token, place }, _) => self.claimed((region, token, place), events)?,
             (Message::Area { there, here, export }, _) if self.staged.joins(here, there) => {
-                self.staged.told(here, there, export)?;
+                self.staged.announced(here, there, export)?;
                 if self.staged.takes_messages(here, there) {
                     self.staged.provide(here, &mut self.copies);
                 }
@@ -500,15 +500,15 @@ impl OneHost {
 
     fn advance_staged(&mut self, events: &mut Vec<Event>) -> Result<bool> {
         let OneHost { copies, imports, writes, staged, orders, grants, .. } = self;
-        let told = staged.advance(&mut gather::Around { copies, imports, out: &mut writes.out })?;
+        let announced = staged.advance(&mut gather::Around { copies, imports, out: &mut writes.out })?;
         for (number, bytes) in staged.take_answered() {
             orders.answered(number, bytes, grants, events)?;
         }
         let ended = staged.report(&mut writes.out, events)?;
-        if told || staged.rings() {
+        if announced || staged.rings() {
             self.ring_if(false);
         }
-        Ok(told || ended)
+        Ok(announced || ended)
     }
 }
 
@@ -615,7 +615,7 @@ impl Direct for OneHost {
 
     fn progress(&mut self, now: Instant, events: &mut Vec<Event>) -> Result<bool> {
         self.copies.now = now;
-        let mut any = self.wire.news.swap(false, Ordering::AcqRel) && self.hear(events)?;
+        let mut any = self.wire.news.swap(false, Ordering::AcqRel) && self.receive(events)?;
         any |= self.advance(events)?;
         any |= self.answer()?;
         events.extend(self.late.drain(..).map(|key| Event::Ended(key, false)));

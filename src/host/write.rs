@@ -43,7 +43,7 @@ struct Writing {
     stride: Stride,
     /// Steps that are told and not copied: the bytes of the write up to the end of each, and its blocks; and bytes told so far.
     steps: VecDeque<(u64, usize)>,
-    told: u64,
+    announced: u64,
     /// The peer copies it over NVLink.
     nvlink: bool,
     _hold: Hold,
@@ -90,25 +90,25 @@ impl Writes {
             unsent: VecDeque::new(),
             stride: Stride::first(transfer.total),
             steps: VecDeque::new(),
-            told: 0,
+            announced: 0,
             nvlink,
             _hold: transfer.hold.clone(),
         };
-        let told = self.tell(&mut writing, transfer.blocks);
+        let announced = self.announce(&mut writing, transfer.blocks);
         rest.take(transfer.blocks);
         writing.rest = rest;
         self.list.push_back(writing);
-        told.map(drop)
+        announced.map(drop)
     }
 
     /// Tells of a write what fits; whether something was told.
-    fn tell(&mut self, writing: &mut Writing, blocks: &mut dyn Blocks) -> Result<bool> {
+    fn announce(&mut self, writing: &mut Writing, blocks: &mut dyn Blocks) -> Result<bool> {
         let mut any = false;
         if writing.order.is_none() {
             writing.order = self.out.begin();
         }
         let Some(order) = writing.order else { return Ok(false) };
-        while self.tell_unsent(writing, &mut any)? && !blocks.is_done() {
+        while self.announce_unsent(writing, &mut any)? && !blocks.is_done() {
             if writing.bulk && (self.ahead.bytes >= AHEAD.bytes || self.ahead.blocks >= AHEAD.blocks) {
                 break;
             }
@@ -120,21 +120,21 @@ impl Writes {
             let mut pieces = std::mem::take(&mut self.pieces);
             pieces.clear();
             let pairing = blocks.fill(room, writing.stride.bytes, &mut pieces);
-            writing.told += pieces.iter().map(|piece| piece.len).sum::<u64>();
+            writing.announced += pieces.iter().map(|piece| piece.len).sum::<u64>();
             self.note_step(writing, pieces.len());
             let Some(Target { slot, generation, stretches }) = pairing.and_then(|at| writing.targets.get(at)) else {
                 bail!(Internal, "blocks of no pairing")
             };
             let last = blocks.is_done();
             let head = Head { order, slot: *slot, generation: *generation, export: 0, last, bulk: writing.bulk };
-            let told = match &stretches[..] {
+            let announced = match &stretches[..] {
                 // There is room for them as they are.
-                [] => self.out.tell(head, &pieces),
-                [only] => self.out.tell(Head { export: only.id, ..head }, &pieces),
+                [] => self.out.announce(head, &pieces),
+                [only] => self.out.announce(Head { export: only.id, ..head }, &pieces),
                 _ => records(head, stretches, &mut pieces, &mut writing.unsent),
             };
             self.pieces = pieces;
-            told?;
+            announced?;
             any = true;
             writing.stride = writing.stride.next();
         }
@@ -145,21 +145,21 @@ impl Writes {
     fn note_step(&mut self, writing: &mut Writing, blocks: usize) {
         if writing.bulk {
             let before = writing.steps.back().map_or(writing.moved, |&(end, _)| end);
-            self.ahead.bytes += writing.told - before;
+            self.ahead.bytes += writing.announced - before;
             self.ahead.blocks += blocks;
-            writing.steps.push_back((writing.told, blocks));
+            writing.steps.push_back((writing.announced, blocks));
         }
     }
 
     /// Tells the records of a write that wait for room; whether none is left.
-    fn tell_unsent(&mut self, writing: &mut Writing, any: &mut bool) -> Result<bool> {
+    fn announce_unsent(&mut self, writing: &mut Writing, any: &mut bool) -> Result<bool> {
         while let Some(record) = writing.unsent.front_mut() {
             let room = self.out.room(record.blocks.len(), writing.bulk)?;
             if room == 0 {
                 return Ok(false);
             }
             let rest = record.blocks.split_off(room.min(record.blocks.len()));
-            self.out.tell(Head { last: record.head.last && rest.is_empty(), ..record.head }, &record.blocks)?;
+            self.out.announce(Head { last: record.head.last && rest.is_empty(), ..record.head }, &record.blocks)?;
             *any = true;
             record.blocks = rest;
             if record.blocks.is_empty() {
@@ -180,10 +180,10 @@ impl Writes {
                 let Some(mut writing) = self.list.pop_front() else { break };
                 if writing.bulk == bulk && (!writing.rest.is_done() || !writing.unsent.is_empty()) {
                     let mut rest = std::mem::take(&mut writing.rest);
-                    let told = self.tell(&mut writing, &mut rest);
+                    let announced = self.announce(&mut writing, &mut rest);
                     writing.rest = rest;
                     self.list.push_back(writing);
-                    any |= told?;
+                    any |= announced?;
                 } else {
                     self.list.push_back(writing);
                 }
@@ -215,7 +215,7 @@ impl Writes {
             }
             let at = match (outcome, writing.order) {
                 (Some(true), _) => writing.total,
-                (None, Some(order)) => self.out.progress(order).min(writing.told),
+                (None, Some(order)) => self.out.progress(order).min(writing.announced),
                 _ => writing.moved,
             };
             self.advance_to(&mut writing, at, events);
@@ -249,7 +249,7 @@ impl Writes {
         self.out.forget(order);
         self.ahead.blocks -= writing.steps.iter().map(|&(_, blocks)| blocks).sum::<usize>();
         if writing.bulk {
-            self.ahead.bytes = self.ahead.bytes.saturating_sub(writing.told - writing.moved);
+            self.ahead.bytes = self.ahead.bytes.saturating_sub(writing.announced - writing.moved);
         }
         self.running -= writing.moved;
         self.done += if done { writing.total } else { 0 };

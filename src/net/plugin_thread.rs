@@ -121,7 +121,11 @@ impl PluginThread {
                 return result;
             }
             if let Some(error) = self.standing(&mut state) {
-                state.calls.retain(|job| job.number != number);
+                let at = state.calls.iter().position(|job| job.number == number);
+                let never_begun = at.and_then(|at| state.calls.remove(at));
+                drop(state);
+                // What it has ends here, without the lock.
+                drop(never_begun);
                 return Err(refused(name, &error));
             }
             let until = state.running.as_ref().map_or_else(Instant::now, |running| running.since) + LIMIT;

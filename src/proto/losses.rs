@@ -7,7 +7,7 @@ use crate::status::{bail, err, Error, Result};
 use std::time::{Duration, Instant};
 
 /// How long this engine waits for the peer to open a channel that came back.
-const PATIENCE: Duration = Duration::from_secs(5);
+const UP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The two ends of a channel, as far as they differ from those of one that was never lost.
 #[derive(Debug)]
@@ -319,7 +319,7 @@ impl Losses {
 
     /// Channels that came back at this engine alone.
     pub(super) fn overdue(&self, now: Instant) -> impl Iterator<Item = u16> + '_ {
-        let late = move |ends: &Ends| ends.waits.is_some_and(|since| now.saturating_duration_since(since) > PATIENCE);
+        let late = move |ends: &Ends| ends.waits.is_some_and(|since| now.saturating_duration_since(since) > UP_TIMEOUT);
         self.ends.iter().enumerate().filter(move |(_, ends)| late(ends)).map(|(channel, _)| channel as u16)
     }
 }
@@ -400,8 +400,8 @@ mod tests {
         let mut losses = lost();
         losses.begin(&[0], None).unwrap();
         losses.up_here(0, 1, now).unwrap();
-        assert_eq!(losses.overdue(now + PATIENCE).count(), 0);
-        assert_eq!(losses.overdue(now + 2 * PATIENCE).collect::<Vec<_>>(), [0]);
+        assert_eq!(losses.overdue(now + UP_TIMEOUT).count(), 0);
+        assert_eq!(losses.overdue(now + 2 * UP_TIMEOUT).collect::<Vec<_>>(), [0]);
         losses.ours(0, 0, why());
         assert!(losses.is_lost(0), "the next attempt may follow");
         losses.begin(&[0], None).unwrap();

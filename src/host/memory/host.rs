@@ -108,7 +108,7 @@ impl Peer {
         }
         match witness == self.0.witness.bytes {
             true => Ok(()),
-            false => Err(Failed::Stranger),
+            false => Err(Failed::OtherProcess),
         }
     }
 
@@ -117,7 +117,7 @@ impl Peer {
         match failed {
             Failed::TooMany => err!(Internal, "a slice has too many pieces"),
             Failed::Call(e) => err!(RemoteDisconnect, "memory of process {} cannot be read: {e}", self.0.pid),
-            Failed::Stranger => err!(RemoteDisconnect, "process {} is not the peer any more", self.0.pid),
+            Failed::OtherProcess => err!(RemoteDisconnect, "process {} is not the peer any more", self.0.pid),
             Failed::Partly { got, of } => match self.is_readable(pieces) {
                 // A place here that the kernel cannot write: the caller has unmapped it, or made it read-only.
                 true => err!(
@@ -165,7 +165,7 @@ enum Failed {
         of: u64,
     },
     /// The witness is another.
-    Stranger,
+    OtherProcess,
 }
 
 /// Bytes between two sources if both are one stretch there.

@@ -160,7 +160,7 @@ fn a_peer_that_lies_writes_nothing_but_what_it_may() {
         let mut head = Head { order, slot, generation, export: Kind::Write.export(HOST), last: true, bulk: false };
         let mut block = Piece { src: 0, dst: granted.addr, len: 100 };
         lie(&mut head, &mut block);
-        a.host.writes.out.tell(head, &[block]).unwrap();
+        a.host.writes.out.announce(head, &[block]).unwrap();
         let error = (0..20).find_map(|_| b.step(&mut Vec::new()).err());
         drop(b);
         assert!(error.is_some_and(|e| e.kind() == ErrorKind::Protocol) && there.seen() == [2; 1000], "lie {n}");
