@@ -22,7 +22,7 @@ pub(crate) struct Asked {
     pub connections: BTreeMap<u64, Vec<LostChannel>>,
     /// Connections whose control connection has failed.
     pub urgent: BTreeSet<u64>,
-    /// An interface of this host has come back: attempts need not wait.
+    /// An interface on this host has come back: attempts need not wait.
     pub hurry: bool,
 }
 

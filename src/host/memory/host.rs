@@ -38,8 +38,8 @@ pub(crate) fn hint() -> String {
     }
 }
 
-/// Whether the kernel reads memory of this process for another one: not what a device or nobody but this process has mapped, which it
-/// finds out here as there. The two ends of a region tell.
+/// Whether the kernel reads memory of this process for another one: not what a device has mapped or this process alone can map, which it
+/// finds out here as there. Testing both ends of a region suffices.
 pub(crate) fn is_readable(region: &Span) -> bool {
     let mut bytes = [0u8; 2];
     let part = |base: u64, len: usize| libc::iovec { iov_base: base as *mut _, iov_len: len };
@@ -117,17 +117,19 @@ impl Peer {
         match failed {
             Failed::TooMany => err!(Internal, "a slice has too many pieces"),
             Failed::Call(e) => err!(RemoteDisconnect, "memory of process {} cannot be read: {e}", self.0.pid),
-            Failed::OtherProcess => err!(RemoteDisconnect, "process {} is not the peer any more", self.0.pid),
+            Failed::OtherProcess => {
+                err!(RemoteDisconnect, "process {} is no longer the peer: its number was taken by another process", self.0.pid)
+            }
             Failed::Partly { got, of } => match self.is_readable(pieces) {
                 // A place here that the kernel cannot write: the caller has unmapped it, or made it read-only.
                 true => err!(
                     InvalidArgument,
-                    "registered memory of this process (process {}) cannot be written any more: {got} of {of} bytes came from process {}",
+                    "registered memory of this process ({}) can no longer be written: {got} of {of} bytes came from process {}",
                     std::process::id(),
                     self.0.pid
                 ),
                 false => {
-                    err!(RemoteDisconnect, "process {} gave {got} of {of} bytes: its memory cannot be read any more", self.0.pid)
+                    err!(RemoteDisconnect, "process {} gave {got} of {of} bytes: its memory can no longer be read", self.0.pid)
                 }
             },
         }
@@ -561,7 +563,7 @@ mod tests {
             let piece = Piece { src: source.as_ptr() as u64, dst: dest.as_mut_ptr() as u64, len };
             // SAFETY: as above.
             let result = unsafe { memory.pull(Place::HOST, &[piece]) }.and_then(|pull| finish(&mut memory, pull));
-            assert!(result.is_err_and(|e| e.to_str().contains("not the peer")), "{len} bytes");
+            assert!(result.is_err_and(|e| e.to_str().contains("no longer the peer")), "{len} bytes");
         }
     }
 
@@ -760,7 +762,7 @@ mod tests {
             libc::kill(child, libc::SIGKILL);
             libc::waitpid(child, std::ptr::null_mut(), 0);
         }
-        assert!(wrong.is_some_and(|e| e.to_str().contains("not the peer")), "the page is empty there");
+        assert!(wrong.is_some_and(|e| e.to_str().contains("no longer the peer")), "the page is empty there");
         assert!(HostMemory::new(child, own).is_err());
         assert!(HostMemory::new(0, own).is_err());
     }
