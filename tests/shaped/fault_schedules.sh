@@ -152,10 +152,10 @@ for ((phase = 0; phase < phases; phase++)); do
 done
 # When the faults of a phase end, ms.
 duration() { printf '%s\n' "${plan[@]}" | awk -v phase="$1" '$1 == phase && $2 > last { last = $2 } END { print last + 0 }'; }
-# After the faults, each NIC must carry data within this time.
+# After the faults, each NIC must carry data within this time. Twice that is for transfers, as commands take their time on a busy machine.
 back=5000
 total=0
-for ((phase = 0; phase < phases; phase++)); do total=$((total + $(duration $phase) + back + 2000)); done
+for ((phase = 0; phase < phases; phase++)); do total=$((total + $(duration $phase) + 2 * back)); done
 
 # ---- hosts and transfers ----
 mbit=50
