@@ -440,7 +440,7 @@ CASE(uccl_engine_channel_stats)
             /* The software plugin always reports TCP statistics; on one host there are none. */
             const char *plugin = getenv("UCCL_TCPX_PLUGIN_PATH");
             CHECK(stats.segments > 0 || strcmp(stats.nic, "local") == 0 || (plugin && !strstr(plugin, "tcpx_soft")));
-            /* A program that was built before the channel's plugin was told. */
+            /* A program that was built before the structure had the channel's plugin. */
             uccl_channel_stats_t older = {.size = offsetof(uccl_channel_stats_t, lost), .lost = UNTOUCHED, .plugin = "untouched"};
             CHECK_OK(uccl_engine_channel_stats(f.conn, i, &older));
             CHECK_EQ(older.size, offsetof(uccl_channel_stats_t, lost));
@@ -637,9 +637,9 @@ CASE(uccl_engine_metadata_into)
         CHECK_STATUS(uccl_engine_metadata_into(f.engine, NULL, 0, &needed), UCCL_ERR_RESOURCE);
         CHECK_EQ(needed, strlen(text) + 1);
         for (size_t len = 0; len < needed; len++) {
-            size_t told = 0;
-            CHECK_STATUS(uccl_engine_metadata_into(f.engine, buf, len, &told), UCCL_ERR_RESOURCE);
-            CHECK_EQ(told, needed);
+            size_t length = 0;
+            CHECK_STATUS(uccl_engine_metadata_into(f.engine, buf, len, &length), UCCL_ERR_RESOURCE);
+            CHECK_EQ(length, needed);
         }
         CHECK(is_wiped((uint8_t *)buf, sizeof buf));
         CHECK_STATUS(uccl_engine_metadata_into(f.engine, buf, 1, NULL), UCCL_ERR_RESOURCE);
@@ -1241,6 +1241,40 @@ CASE(uccl_engine_poll)
         CHECK_STATUS(uccl_engine_poll(f.conn, id + 1000, NULL), UCCL_ERR_NOT_FOUND);
         CHECK_OK(outcome(f.conn, id));
         CHECK_OK(uccl_engine_poll(f.conn, id, NULL));
+    }
+}
+
+CASE(uccl_engine_xfer_path)
+{
+    WITH_FIXTURE(f)
+    {
+        uint64_t id, large;
+        uccl_xfer_path_t path = {.size = sizeof path, .channels = UNTOUCHED};
+        CHECK_OK(uccl_engine_read(f.conn, f.mr, f.mem, 64, f.item, &id));
+        CHECK_OK(outcome(f.conn, id));
+        uccl_conn_t *conn;
+        FOR_EACH(conn, f.bad_conns) CHECK_MISUSE(uccl_engine_xfer_path(conn, id, &path));
+        CHECK_MISUSE(uccl_engine_xfer_path(f.conn, id, NULL));
+        CHECK_STATUS(uccl_engine_xfer_path(f.conn, 0, &path), UCCL_ERR_NOT_FOUND);
+        CHECK_STATUS(uccl_engine_xfer_path(f.conn, id + 1000, &path), UCCL_ERR_NOT_FOUND);
+        path.size = 8;
+        CHECK_MISUSE(uccl_engine_xfer_path(f.conn, id, &path));
+        CHECK(path.channels == UNTOUCHED);
+        path.size = sizeof path;
+        CHECK_OK(uccl_engine_xfer_path(f.conn, id, &path));
+        CHECK(strcmp(path.carriers, "eager") == 0 || strcmp(path.carriers, "direct") == 0 || path.nics[0]);
+        /* What it says of a large transfer is what the channels have counted. */
+        CHECK_OK(uccl_engine_write(f.conn, f.mr, f.mem, LEN, f.item, &large));
+        CHECK_OK(outcome(f.conn, large));
+        CHECK_OK(uccl_engine_xfer_path(f.conn, large, &path));
+        CHECK(path.channels != 0 && path.carriers[0] && !strchr(path.carriers, ','));
+        for (size_t i = 0; i < 64; i++) {
+            uccl_channel_stats_t stats = {.size = sizeof stats};
+            if (!(path.channels >> i & 1)) continue;
+            CHECK_OK(uccl_engine_channel_stats(f.conn, i, &stats));
+            CHECK(stats.sent_bytes > 0 && strcmp(stats.carrier, path.carriers) == 0);
+            CHECK(strcmp(stats.carrier, "direct") == 0 || strstr(path.nics, stats.nic));
+        }
     }
 }
 

@@ -1,5 +1,5 @@
-//! Writes of the peer, carried out by this side, which owns the destinations: records are read from the peer's ring, checked against grants and
-//! exports, and copied. Nothing that the peer says is believed. Knows nothing of how copies run.
+//! Writes of the peer, carried out by this engine, which owns the destinations: records are read from the peer's ring, checked against grants and
+//! exports, and copied. Nothing from the peer is trusted. Knows nothing of how copies run.
 
 use super::areas::{Kind, Slot};
 use super::blocks::Stride;
@@ -15,7 +15,7 @@ use crate::hash::Map;
 use crate::status::{bail, Result};
 use crate::types::{Key, Piece, Place};
 
-/// Blocks and copies of large orders under way at once, and of all. A peer tells no more of large ones than half of that, so that small ones
+/// Blocks and copies of large orders under way at once, and of all. A peer announces no more of large ones than half of that, so that small ones
 /// always find room.
 const UNDER_WAY: usize = 64 << 10;
 const COPIES: usize = 256;
@@ -31,7 +31,7 @@ struct Order {
     refused: bool,
     /// It reads what lies here, and is answered.
     reads: bool,
-    /// Bytes that are in place, and that were told.
+    /// Bytes that are in place, and that were announced.
     moved: u64,
     announced: u64,
     /// What it writes, by grant.
@@ -103,7 +103,7 @@ impl Orders {
         self.open.get_mut(&place(number)).filter(|order| order.number == number)
     }
 
-    /// Starts copies for what the peer has told; whether there was something.
+    /// Starts copies for what the peer has announced; whether there was anything.
     ///
     /// # Errors
     /// `Protocol` for what cannot be, or why the connection must end.
@@ -158,7 +158,7 @@ impl Orders {
             Some(slot) => Owner::Staged(slot, parts),
             None => Owner::Orders(parts),
         };
-        // SAFETY: `add` has checked that sources lie in the peer's process, its open exports or a slot of this side's area, and destinations in
+        // SAFETY: `add` has checked that sources lie in the peer's process, its open exports or a slot of this engine's area, and destinations in
         // targets that the orders hold until the copy has ended.
         unsafe { around.copies.start(to, exports, bytes, owner, around.imports) }
     }
@@ -286,7 +286,7 @@ impl Orders {
         around.staged.ask(&head, (target.used.place, there), &pieces)
     }
 
-    /// So many more bytes that the peer has asked for were told.
+    /// So many more bytes that the peer has asked for were announced.
     ///
     /// # Errors
     /// `Internal` for what cannot be.
@@ -297,7 +297,7 @@ impl Orders {
 
     /// So many more bytes of a copy are in place.
     pub(super) fn moved(&mut self, parts: &[(u64, u64)], bytes: u64, events: &mut Vec<Event>) {
-        // Of several orders only the end of their common copy is told.
+        // Of several orders only the end of their common copy is reported.
         if let &[(number, _)] = parts {
             self.moved_of(number, bytes, events);
         }
@@ -312,7 +312,7 @@ impl Orders {
         }
     }
 
-    /// A copy has ended: the bytes of it that were not told are in place. Perhaps its orders have ended too.
+    /// A copy has ended: the bytes of it that were not reported are in place. Perhaps its orders have ended too.
     ///
     /// # Errors
     /// `Protocol` for a message that is too short.
@@ -357,7 +357,7 @@ impl Orders {
         Ok(())
     }
 
-    /// Ends all of them. `quiet`: no copy runs any more; else what they use stays for ever.
+    /// Ends all of them. `quiet`: no copy runs; else what they use stays for ever.
     pub(super) fn end(&mut self, quiet: bool) {
         let open = std::mem::take(&mut self.open);
         if !quiet {

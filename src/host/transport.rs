@@ -46,11 +46,11 @@ pub(crate) struct Watched {
     pub listening: Listening,
 }
 
-/// The peer's process, and what waits to be said to it.
+/// The peer's process, and what waits to be sent to it.
 struct Wire {
     socket: Socket,
     who: Who,
-    /// Pairs of places, here and there, between which the side where the data goes copies it out of the other's memory.
+    /// Pairs of places, here and there, between which the engine at the destination copies out of the other's memory.
     pairs: Vec<(Place, Place)>,
     /// Pairs that NVLink joins.
     nvlink: Vec<(Place, Place)>,
@@ -95,7 +95,7 @@ impl Wire {
 pub(crate) struct OneHost {
     wire: Wire,
     lookup: Lookup,
-    /// GPUs of the peer whose memory is in use: what they may want to reach is told in advance.
+    /// GPUs of the peer whose memory is in use: regions are announced for them in advance.
     likely: Vec<Place>,
     copies: Copies,
     shares: Shares,
@@ -106,7 +106,7 @@ pub(crate) struct OneHost {
     writes: Writes,
     orders: Orders,
     staged: Staged,
-    /// Bytes that came to this side.
+    /// Bytes that arrived at this engine.
     received: u64,
     /// The peer has answered a claim, or said that it can reach an allocation.
     answered: bool,
@@ -151,7 +151,7 @@ impl OneHost {
 
     // ---- which way a transfer goes ----
 
-    /// Whether the peer can read a region of this side for its memory at `there`.
+    /// Whether the peer can read a region of this engine for its memory at `there`.
     fn share(&mut self, region: &Region, there: Place) -> Reach<()> {
         match (region.place.is_device(), &mut self.copies.device) {
             (false, _) if region.is_readable(host::is_readable) => Reach::Yes(()),
@@ -179,7 +179,7 @@ impl OneHost {
         match self.share(region, pairing.there) {
             Reach::Yes(()) => {}
             Reach::Pending => {
-                // It is told for the first time.
+                // It is announced for the first time.
                 self.wire.wake();
                 return Reach::Pending;
             }
@@ -205,7 +205,7 @@ impl OneHost {
             Claim::Granted(granted) => granted,
             Claim::Asked => {
                 self.wire.wake();
-                // What the peer is to read is told meanwhile.
+                // Meanwhile the source is announced, which the peer is to read.
                 if !staged && way == Way::Out && self.target(pairing, (0, 0), hold) == Reach::No {
                     return Route::Channels;
                 }
@@ -218,7 +218,7 @@ impl OneHost {
             return Route::Refused(error);
         }
         if !self.leases.stands(granted.slot, granted.generation) {
-            return Route::Refused(err!(RemoteAccess, "region {} is not registered any more", granted.region));
+            return Route::Refused(err!(RemoteAccess, "region {} is no longer registered", granted.region));
         }
         if staged {
             return self.staged.route(way, pairing, &granted);
@@ -295,7 +295,7 @@ impl OneHost {
 
     // ---- messages ----
 
-    /// Reads what the peer's process says; whether there may be more.
+    /// Reads messages of the peer's process; whether there may be more.
     fn receive(&mut self, events: &mut Vec<Event>) -> Result<bool> {
         let mut buffer = [0; MAX_MESSAGE];
         for _ in 0..MESSAGES {
@@ -311,7 +311,7 @@ impl OneHost {
                     }
                     continue;
                 }
-                // At its end the control connection tells why.
+                // The control connection reports why it ended.
                 Received::Nothing | Received::End => return Ok(false),
             };
             self.take(message, events)?;
@@ -352,7 +352,7 @@ impl OneHost {
                 self.answered = true;
             }
             (Message::Revoke { slot, generation }, _) => self.leases.revoked(slot, generation)?,
-            (message, _) => bail!(Protocol, "the peer's process says what was not agreed: {message:?}"),
+            (message, _) => bail!(Protocol, "the peer's process sent a message that was not agreed on: {message:?}"),
         }
         Ok(())
     }
@@ -380,14 +380,14 @@ impl OneHost {
     fn grant(&mut self, region: &RegionUse, there: Place) -> bool {
         if self.staged.joins(region.place, there) {
             let direct = self.staged.access(region.place, there, &mut self.copies);
-            // Its end is to be told.
+            // The peer must learn of its end.
             region.to_share();
             return (direct.read || direct.write) && self.grants.give(region.region(), there, direct, Vec::new());
         }
         if !self.wire.joins(region.place, there) {
             return false;
         }
-        // Its end is to be told.
+        // The peer must learn of its end.
         let readable = self.share(region.to_share(), there) != Reach::No;
         let exports = match region.place.is_device() {
             true => self.shares.exports(region.span.id, there).filter(|ids| ids.len() <= MAX_EXPORTS),
@@ -528,7 +528,7 @@ impl OneHost {
     }
 }
 
-/// Why the peer refuses a pairing, which its grant tells.
+/// Why the peer refuses a pairing, by its grant.
 fn forbidden(way: Way, pairing: &Pairing, granted: &Granted) -> Option<Error> {
     let (id, (begin, end)) = (granted.region, pairing.far);
     let (allowed, verb) = match way {
@@ -559,7 +559,7 @@ fn send(socket: &Socket, queue: &mut VecDeque<Message>) -> Result<bool> {
             Ok(true)
         }
         Ok(false) => Ok(false),
-        // The control connection tells why it is gone.
+        // The control connection reports why it ended.
         Err(_) => {
             queue.clear();
             Ok(false)
@@ -693,6 +693,10 @@ impl Direct for OneHost {
         }
     }
 
+    fn by_nvlink(&self, here: Place, there: Place) -> bool {
+        self.wire.by_nvlink(here, there)
+    }
+
     fn flowed(&self) -> (u64, u64) {
         (self.writes.moved().0 + self.staged.doing().moved.0, self.received)
     }
@@ -738,7 +742,7 @@ impl Drop for OneHost {
         match ended {
             Err(e) => {
                 self.staged.end(None);
-                log::error!("a copy from another process has not ended; its memory stays in use: {e}");
+                log::error!("a copy from another process has not ended; its memory stays in use until this process ends: {e}");
                 std::mem::forget((self.copies.host.take(), self.copies.device.take()));
             }
             Ok(()) => {

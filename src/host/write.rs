@@ -1,4 +1,4 @@
-//! Writes of this side: it tells which blocks the owner of the destination is to copy, a few steps of each large write at a time, so that a
+//! Writes of this engine: it orders the owner of the destination to copy blocks, a few steps of each large write at a time, so that a
 //! large write holds up no small one. Knows nothing of how the owner copies.
 
 use super::blocks::{is_small, Rest, Stride};
@@ -12,12 +12,12 @@ use crate::types::{Key, Piece};
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// Bytes and blocks of all large writes that are told and not copied at most: as much as keeps the owner busy until it hears more.
+/// Most bytes and blocks of all large writes that are announced and not copied: enough to keep the owner busy until the next announcement.
 const AHEAD: Stride = Stride { blocks: 32 << 10, bytes: 256 << 20 };
 /// Time in which a small write should be over.
 const SOON: Duration = Duration::from_micros(15);
 
-/// Where a pairing's blocks go: a grant, and the allocations of this side that they come from, rising; none where addresses are valid as they
+/// Where a pairing's blocks go: a grant, and the allocations of this engine that they come from, rising; none where addresses are valid as they
 /// are.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Target {
@@ -26,7 +26,7 @@ pub(super) struct Target {
     pub stretches: Vec<Stretch>,
 }
 
-/// A write of this side.
+/// A write of this engine.
 struct Writing {
     key: Key,
     /// Its number; `None` while it waits for one.
@@ -41,7 +41,7 @@ struct Writing {
     /// Records that found no room.
     unsent: VecDeque<Record>,
     stride: Stride,
-    /// Steps that are told and not copied: the bytes of the write up to the end of each, and its blocks; and bytes told so far.
+    /// Steps that are announced and not copied: the bytes of the write up to the end of each, and its blocks; and bytes announced so far.
     steps: VecDeque<(u64, usize)>,
     announced: u64,
     /// The peer copies it over NVLink.
@@ -54,9 +54,9 @@ pub(super) struct Writes {
     pub out: RingOut,
     list: VecDeque<Writing>,
     pieces: Vec<Piece>,
-    /// Bytes and blocks of large writes that are told and not copied.
+    /// Bytes and blocks of large writes that are announced and not copied.
     ahead: Stride,
-    /// What the other side had moved at the last look.
+    /// What the peer had moved at the last look.
     seen: u64,
     /// Bytes of writes that have ended, and of those under way that were reported.
     done: u64,
@@ -71,7 +71,7 @@ impl Writes {
         Writes { out, list: VecDeque::new(), pieces: Vec::new(), ahead, seen: 0, done: 0, running: 0, nvlink: 0 }
     }
 
-    /// Starts a write: tells what fits of it, and keeps the rest for later. `nvlink`: the peer copies it over NVLink.
+    /// Starts a write: announces what fits, and keeps the rest for later. `nvlink`: the peer copies it over NVLink.
     ///
     /// # Errors
     /// When the connection must end.
@@ -101,7 +101,7 @@ impl Writes {
         announced.map(drop)
     }
 
-    /// Tells of a write what fits; whether something was told.
+    /// Announces what fits of a write; whether it announced any.
     fn announce(&mut self, writing: &mut Writing, blocks: &mut dyn Blocks) -> Result<bool> {
         let mut any = false;
         if writing.order.is_none() {
@@ -151,7 +151,7 @@ impl Writes {
         }
     }
 
-    /// Tells the records of a write that wait for room; whether none is left.
+    /// Announces the records of a write that wait for room; whether none is left.
     fn announce_unsent(&mut self, writing: &mut Writing, any: &mut bool) -> Result<bool> {
         while let Some(record) = writing.unsent.front_mut() {
             let room = self.out.room(record.blocks.len(), writing.bulk)?;
@@ -169,7 +169,7 @@ impl Writes {
         Ok(true)
     }
 
-    /// Tells more of the writes that wait, small ones first, large ones in turns; whether something was told.
+    /// Announces more of the writes that wait, small ones first, large ones in turns; whether it announced any.
     ///
     /// # Errors
     /// When the connection must end.
@@ -195,7 +195,7 @@ impl Writes {
     /// Reports writes that have ended, and how far others are; whether some has ended.
     ///
     /// # Errors
-    /// `Protocol` when the other side claims what cannot be.
+    /// `Protocol` when the peer reports an impossible count.
     pub(super) fn report(&mut self, events: &mut Vec<Event>) -> Result<bool> {
         if self.list.is_empty() {
             return Ok(false);
@@ -211,7 +211,7 @@ impl Writes {
             let Some(mut writing) = self.list.pop_front() else { break };
             let outcome = writing.order.and_then(|order| self.out.outcome(order));
             if outcome == Some(true) && !(writing.rest.is_done() && writing.unsent.is_empty()) {
-                bail!(Protocol, "the peer has ended an order that it has not read");
+                bail!(Protocol, "the peer reports the end of an order before it has read all of it");
             }
             let at = match (outcome, writing.order) {
                 (Some(true), _) => writing.total,
@@ -285,7 +285,7 @@ impl Writes {
 
 /// Turns the blocks of a step into records, one for each allocation that they lie in.
 fn records(head: Head, stretches: &[Stretch], pieces: &mut Vec<Piece>, out: &mut VecDeque<Record>) -> Result<()> {
-    // Addresses of this side stay as they are; no piece crosses the end of an allocation.
+    // Addresses of this engine stay as they are; no piece crosses the end of an allocation.
     locate(pieces, 0, stretches, |_| {})?;
     let mut rest = &pieces[..];
     while let Some(first) = rest.first() {

@@ -11,6 +11,7 @@
 //! - I4: everything that a peer can make this engine keep has a limit (`limits`).
 //! - I5: only [`Machine::admit`] may fail and leave the connection open. Every later error ends it.
 
+mod carriers;
 mod deadlines;
 mod direct;
 mod eager;
@@ -31,6 +32,7 @@ mod simulation;
 mod state;
 mod transfers;
 
+pub use carriers::Carriers;
 pub(crate) use limits::MAX_BACKLOG;
 pub(crate) use liveness::heartbeat;
 pub(crate) use outgoing::tag;
@@ -116,14 +118,14 @@ impl Machine {
         self.state.transfers.in_flight()
     }
 
-    /// How many transfers of this engine have ended; a change tells a waiter to look again.
+    /// How many transfers of this engine have ended; a waiter looks again when it changes.
     pub(crate) fn ended(&self) -> u64 {
         self.state.transfers.ended()
     }
 
     /// Why a transfer of this engine failed, if the log does not have it yet.
-    pub(crate) fn tell(&mut self, id: u64) -> Option<Error> {
-        self.state.transfers.tell(id)
+    pub(crate) fn take_failure(&mut self, id: u64) -> Option<Error> {
+        self.state.transfers.take_failure(id)
     }
 
     /// Where a transfer of this engine stands, or why it failed.
@@ -133,6 +135,14 @@ impl Machine {
             Some(e) if !state.complete => Err(e.clone()),
             _ => Ok(state),
         }
+    }
+
+    /// What has carried bytes of a transfer of this engine.
+    ///
+    /// # Errors
+    /// `NotFound` for an id that was never given out.
+    pub(crate) fn carriers(&self, id: u64) -> Result<Carriers> {
+        self.state.transfers.carriers(id)
     }
 
     /// Whether nothing is kept of ended transfers of either engine.
@@ -199,7 +209,7 @@ impl Machine {
         let id = self.state.transfers.start(Kind::Write, 0, 0);
         self.state.transfers.finish(id, Err(error));
         // The caller reports the failure.
-        self.state.transfers.tell(id);
+        self.state.transfers.take_failure(id);
         id
     }
 
@@ -406,8 +416,8 @@ impl Machine {
         // While nothing must move, a plugin with doorbells reports a failed channel by itself.
         if self.state.deadlines.must_look(timeout, now) && (self.state.deadlines.any() || !self.state.setting.doorbells) {
             self.note_network(channels, now)?;
-            let (nic_timeout, heard) = (self.state.setting.nic_timeout, self.state.liveness.received());
-            channels.close_silent([nic_timeout, nic_timeout.max(timeout / 2)], heard, now)?;
+            let (nic_timeout, received) = (self.state.setting.nic_timeout, self.state.liveness.received());
+            channels.close_silent([nic_timeout, nic_timeout.max(timeout / 2)], received, now)?;
             if let Some(why) = channels.dead_nic(timeout, now) {
                 bail!(TimedOut, "{why}");
             }

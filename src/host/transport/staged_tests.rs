@@ -350,7 +350,7 @@ fn a_region_that_ends_refuses_what_comes_later() {
     }
 }
 
-/// A stopped source goes on after the other side has ended the connection: it writes to pages that no process reads, and that are not
+/// A stopped source goes on after the peer has ended the connection: it writes to pages that no process reads, and that are not
 /// those of a later connection.
 #[test]
 fn late_writes_of_a_source_reach_no_memory_in_use() {

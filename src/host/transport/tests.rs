@@ -52,7 +52,7 @@ fn blocks_of_all_sizes_arrive_either_way() {
     }
 }
 
-/// Simulated: memory of a GPU that another process can map.
+/// Simulated: GPU memory that another process can map.
 fn shareable(id: u64, fill: u8, len: usize) -> Memory {
     // SAFETY: a terminated name; a new mapping that stays until the test ends.
     let at = unsafe {
