@@ -180,6 +180,13 @@ pub(crate) fn reset_at_close(sock: &TcpStream) {
     let _ = socket2::SockRef::from(sock).set_linger(Some(Duration::ZERO));
 }
 
+/// Resets a connection whose descriptor stays open. A close at once would let another thread meet a descriptor of others.
+fn reset(sock: &TcpStream) {
+    let nowhere = libc::sockaddr { sa_family: libc::AF_UNSPEC as libc::sa_family_t, sa_data: [0; 14] };
+    // SAFETY: an open socket, and an address of the given length. An error means that the connection is gone already.
+    unsafe { libc::connect(sock.as_raw_fd(), &raw const nowhere, size_of::<libc::sockaddr>() as libc::socklen_t) };
+}
+
 /// The size of the receive buffer at first.
 const BUFFER: usize = 8 << 10;
 
@@ -362,7 +369,9 @@ impl ControlStream {
     }
 
     /// Gives up the socket. Returns how many records of the peer were opened; no more of it will be, so the peer may send the others again.
+    /// The kernel must not go on acknowledging them: a peer that the socket still answers would wait on it instead of making another.
     pub(crate) fn suspend(&mut self, why: Error) -> u64 {
+        reset(&self.voice.sock);
         self.voice.out.lock().lost.get_or_insert_with(|| why.clone());
         self.lost.get_or_insert(why);
         // The record that has arrived in part comes again.
@@ -718,6 +727,18 @@ mod tests {
         let ended = std::iter::from_fn(|| Some(b.read(&mut rx))).find(Result::is_err).unwrap();
         assert_eq!(ended.unwrap_err().kind(), crate::status::ErrorKind::RemoteDisconnect);
         assert!(b.lost().is_none());
+    }
+
+    #[test]
+    fn a_stream_that_is_suspended_stops_answering_its_peer() {
+        let [mut a, mut b] = pair();
+        let mut rx = RxBuffer::default();
+        a.suspend(err!(RemoteDisconnect, "simulated"));
+        let until = Instant::now() + Duration::from_secs(60);
+        while b.lost().is_none() {
+            assert_eq!(b.read(&mut rx), Ok((0, false)), "an end of the stream");
+            assert!(Instant::now() < until, "the peer does not learn of it");
+        }
     }
 
     /// A socket that fails as it is written to still brings what the peer sent before.
