@@ -298,7 +298,7 @@ impl Channels {
         if self.faults.is_empty() {
             return Ok(());
         }
-        self.close_nics(fault)
+        self.close_nics(fault).map(drop)
     }
 
     /// What this host knows to be wrong with NICs of the connection, open or not: for an error text, behind its end.
@@ -306,9 +306,10 @@ impl Channels {
         self.faults.iter().map(|fault| format!("; {fault}")).collect()
     }
 
-    fn close_nics(&mut self, fault: &dyn Fn(&str, Option<IpAddr>) -> Option<String>) -> Result<()> {
+    /// Returns whether it has closed any.
+    fn close_nics(&mut self, fault: &dyn Fn(&str, Option<IpAddr>) -> Option<String>) -> Result<bool> {
         // The last path carries everything, each other one only memory of its pair of GPUs.
-        let mut general = None;
+        let (mut general, mut any) = (None, false);
         for path in self.paths.iter_mut().rev() {
             let (mut faulty, mut sound, mut number) = (Vec::new(), false, 0);
             path.network(&mut |line| {
@@ -320,10 +321,11 @@ impl Channels {
                 number += 1;
             })?;
             if sound || *general.get_or_insert(sound) {
+                any |= !faulty.is_empty();
                 faulty.into_iter().try_for_each(|(number, why)| path.change(number, Change::Close(why)))?;
             }
         }
-        Ok(())
+        Ok(any)
     }
 
     /// Closes the channels of a NIC on which the peer's kernel has acknowledged nothing for `timeout` although it should have, if the
@@ -345,8 +347,10 @@ impl Channels {
         }
         let what = if reports_moved { "the peer has acknowledged nothing" } else { "no chunk was finished" };
         let (nic, why) = (nic.to_owned(), format!("is silent: {what} for {still:.1?}, though it lives{}", size_text(too_large)));
-        self.silent = Some(now);
-        self.close_nics(&|name, _| (name == nic).then(|| why.clone()))
+        if self.close_nics(&|name, _| (name == nic).then(|| why.clone()))? {
+            self.silent = Some(now);
+        }
+        Ok(())
     }
 
     /// Closes channels of NICs that have become slow, if others deliver sooner what they hold. Returns whether to call it again soon.

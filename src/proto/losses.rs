@@ -85,6 +85,9 @@ pub(super) struct Back {
     pub after: Duration,
 }
 
+/// Channels of one NIC that are lost within this time have one line of the log.
+const TOGETHER: Duration = Duration::from_secs(1);
+
 /// How a cause begins that the peer has given: it needs no answer.
 const BY_PEER: &str = "the peer has closed it: ";
 
@@ -97,6 +100,8 @@ pub(super) struct Losses {
     back: Vec<(u16, Duration)>,
     /// A channel may be set up again that could not before.
     news: bool,
+    /// NICs whose loss the log has, and when each was written.
+    named: Vec<(String, Instant)>,
 }
 
 /// The cause of a loss that the peer gives as this text.
@@ -125,6 +130,16 @@ pub(super) fn cause(ours: &Error, theirs: &str) -> String {
 impl Losses {
     fn of(&mut self, channel: u16) -> &mut Ends {
         lane(&mut self.ends, channel)
+    }
+
+    /// Whether the loss of a channel on a NIC is worth a line of the log: the channels of a NIC are lost together.
+    pub(super) fn names(&mut self, nic: &str, now: Instant) -> bool {
+        self.named.retain(|(_, at)| now.saturating_duration_since(*at) < TOGETHER);
+        let known = self.named.iter().any(|(known, _)| known == nic);
+        if !known {
+            self.named.push((nic.to_owned(), now));
+        }
+        !known
     }
 
     fn look(&self, channel: u16) -> Option<&Ends> {
@@ -396,6 +411,14 @@ mod tests {
         assert_eq!(losses.theirs(0, 0, String::new()).unwrap(), Next::Recover);
         assert!(losses.recover(0, now).unwrap().said.is_none() && !losses.is_theirs(1));
         assert!(losses.up_there(0, 2, now).unwrap() && losses.delivers(0));
+    }
+
+    #[test]
+    fn the_loss_of_a_nic_is_said_once_and_of_each() {
+        let (mut losses, now) = (Losses::default(), Instant::now());
+        let nics = || (0..40).map(|n| format!("eth{}", n % 20));
+        assert_eq!(nics().filter(|nic| losses.names(nic, now)).count(), 20);
+        assert_eq!(nics().filter(|nic| losses.names(nic, now + TOGETHER)).count(), 20);
     }
 
     #[test]

@@ -286,17 +286,29 @@ impl State {
         let Some((ours, theirs)) = said else { return Ok(()) };
         self.deadlines.restart(now);
         self.counts.lost_channels += 1;
-        let open = self.losses.open(channels.count());
-        self.log.log(
-            log::Level::Warn,
-            now,
-            format_args!(
-                "{}: channel {channel} is lost: {}; {chunks} chunks of {bytes} bytes go over the {open} channels that are left",
-                self.setting.peer,
-                cause(&ours, &theirs)
-            ),
-        );
+        let (peer, why) = (&self.setting.peer, cause(&ours, &theirs));
+        let open = self.open_nics(channels);
+        let goes = match open.is_empty() {
+            true => "wait for a channel to come back".to_owned(),
+            false => format!("go over {}", open.join(", ")),
+        };
+        let line = format!("{peer}: channel {channel} is lost: {why}; {chunks} chunks of {bytes} bytes {goes}");
+        // A NIC has a line, and its other channels none: a limit of lines leaves no NIC unnamed.
+        match self.losses.names(&channels.nic(channel), now) {
+            true => self.setting.lines.log(log::Level::Warn, now, format_args!("{line}")),
+            false => log::debug!("{line}"),
+        }
         Ok(())
+    }
+
+    /// The NICs with an open channel.
+    fn open_nics(&self, channels: &Channels) -> Vec<String> {
+        let closed: Vec<u16> = self.losses.closed().map(|(channel, _)| channel).collect();
+        let open = (0..channels.count() as u16).filter(|channel| !closed.contains(channel));
+        let mut nics: Vec<String> = open.map(|channel| channels.nic(channel)).collect();
+        nics.sort_unstable();
+        nics.dedup();
+        nics
     }
 
     /// A channel that was lost is open at both engines again.
@@ -306,7 +318,7 @@ impl State {
         self.liveness.look_soon(now);
         let Some(Back { channels: back, after }) = self.losses.take_back() else { return };
         let names: Vec<String> = back.iter().map(|&channel| format!("{channel} on {}", channels.nic(channel))).collect();
-        self.log.log(
+        self.setting.lines.log(
             log::Level::Info,
             now,
             format_args!("{}: lost channels are back after {after:.1?}: {}", self.setting.peer, names.join(", ")),
