@@ -109,41 +109,9 @@ impl World {
                 }
             }
             27 => self.now += Duration::from_millis(u64::from(b % 900)),
-            28 => self.join(a, channel),
-            29 if b % 8 == 0 => self.cut(b),
             _ => self.victim.poll(self.now),
         }
         self.engine.reclaim();
-    }
-
-    /// A set-up of a lost channel, under a number of the victim or of the liar. It may come to nothing, and the liar may say nothing.
-    fn join(&mut self, a: u32, channel: usize) {
-        let number = (a % 3 == 0).then_some(a >> 8 & 7);
-        let Ok(number) = self.victim.machine.begin_restore(&[channel as u16], number) else { return };
-        if a % 4 == 0 {
-            return;
-        }
-        let mut net = self.net.lock();
-        let wire = net.string();
-        net.restore(channel, 0, wire);
-        net.follow(channel, 0);
-        drop(net);
-        let Side { machine, channels, .. } = &mut self.victim;
-        if let Err(e) = machine.restore(channel as u16, number, channels, self.now) {
-            self.victim.fail(e, self.now);
-        }
-        if a % 5 > 0 {
-            self.say(&Frame::Up { channel: channel as u16, generation: number });
-        }
-    }
-
-    /// The control connection goes on over another socket, and the liar says how many records it has opened.
-    fn cut(&mut self, b: u32) {
-        if self.victim.machine.alive().is_ok() {
-            self.victim.suspend();
-            self.victim.out.clear();
-            self.victim.resume(u64::from(b >> 8) % 40, self.now);
-        }
     }
 
     /// The victim starts a transfer.
@@ -297,13 +265,13 @@ impl World {
         let len = if lies { len / 2 + 1 } else { len };
         let message =
             Message { tag: if b % 17 == 0 { !tag & 0x7FFF_FFFF } else { tag }, content: Content::Bytes(vec![LIE; len as usize]) };
-        self.net.lock().incoming(channel, 0).flying.push_back(message);
+        self.net.lock().wires[channel][1].flying.push_back(message);
     }
 
     /// Sends data that was not announced.
     fn fly(&mut self, a: u32, b: u32, channel: usize) {
         let message = Message { tag: (b & 0x7FFF_FFFF) as i32, content: Content::Bytes(vec![LIE; 1 + a as usize % CHUNK]) };
-        self.net.lock().incoming(channel, 0).flying.push_back(message);
+        self.net.lock().wires[channel][1].flying.push_back(message);
     }
 
     fn check(&mut self) -> Result<(), String> {
@@ -485,19 +453,6 @@ fn frames_that_fit_in_another_state_only_are_violations() {
         &mut world,
         &[Frame::Message { id: 5, len: 1, from: None }, Frame::Message { id: 5, len: 1, from: None }],
     );
-}
-
-/// The random liar takes part in what it is to attack.
-#[test]
-fn channels_come_back_to_a_victim_and_its_control_connection_moves() {
-    let (mut back, mut moves) = (0, 0);
-    for seed in (0..2000).filter(|&seed| super::play_of(seed) == super::Play::Liar) {
-        let mut world = World::new(seed);
-        super::script_of(seed).iter().for_each(|&action| world.step(action));
-        let counts = world.victim.machine.counts();
-        (back, moves) = (back + counts.restored_channels, moves + counts.control_moves);
-    }
-    assert!(back > 20 && moves > 20, "{back} channels came back, {moves} moves");
 }
 
 #[test]

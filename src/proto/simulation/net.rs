@@ -256,16 +256,6 @@ impl Net {
         &mut self.wires[self.ends[channel][side].wire][side]
     }
 
-    /// The wire on which a side receives for a channel.
-    pub(super) fn incoming(&mut self, channel: usize, side: usize) -> &mut Wire {
-        &mut self.wires[self.ends[channel][side].wire][1 - side]
-    }
-
-    /// The other side goes on over the wires of a side, as a liar does.
-    pub(super) fn follow(&mut self, channel: usize, side: usize) {
-        self.ends[channel][1 - side].wire = self.ends[channel][side].wire;
-    }
-
     /// New wires, for a channel that is being restored.
     pub(super) fn string(&mut self) -> usize {
         self.wires.push(Default::default());

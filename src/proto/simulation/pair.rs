@@ -357,6 +357,13 @@ impl World {
             return;
         }
         self.net().restore(channel.into(), side, wire);
+        // A NIC over which a channel comes back works, for all of its channels.
+        let nics = self.net().nics;
+        self.each_channel(|net, other| {
+            if other % nics == usize::from(channel) % nics {
+                [0, 1].into_iter().for_each(|side| net.wire(other, side).silent = false);
+            }
+        });
         let me = &mut self.cluster.links[0].sides[side];
         if let Err(e) = me.machine.restore(channel, number, &mut me.channels, now) {
             me.fail(e, now);
