@@ -69,8 +69,6 @@ pub(super) struct Wire {
     expected: VecDeque<Arrival>,
     arrived: VecDeque<(Key, u64)>,
     pub stalled: bool,
-    /// It takes nothing more; what it has taken arrives.
-    pub silent: bool,
     /// The sender's GPU is busy with what it is to send.
     pub packing: bool,
     pub failed: bool,
@@ -273,7 +271,7 @@ impl Net {
     /// Returns whether there was one.
     pub(super) fn transmit(&mut self, channel: usize, side: usize) -> bool {
         let wire = self.wire(channel, side);
-        if wire.stalled || wire.silent || wire.failed {
+        if wire.stalled || wire.failed {
             return false;
         }
         wire.take()

@@ -254,7 +254,7 @@ impl World {
         }
         match (a >> 1) % 16 {
             0 => self.each_channel(|net, channel| net.wire(channel, side).failed = true),
-            1 => self.silence(a >> 5),
+            1 => self.busy(1),
             2..=6 => self.net().wire(channel, side).failed = true,
             7..=11 => [0, 1].into_iter().for_each(|side| self.net().wire(channel, side).failed = true),
             _ => self.cluster.links[0].sides[side]
@@ -266,19 +266,6 @@ impl World {
     fn each_channel(&self, step: impl Fn(&mut Net, usize)) {
         let mut net = self.net();
         (0..DEVICE_CHANNELS + HOST_CHANNELS).for_each(|channel| step(&mut net, channel));
-    }
-
-    /// A NIC moves nothing any more, without a word, if no other one is like that.
-    fn silence(&mut self, nic: u32) {
-        let nics = self.net().nics;
-        if nics == 1 || self.net().wires.iter().flatten().any(|wire| wire.silent) {
-            return;
-        }
-        self.each_channel(|net, channel| {
-            if channel % nics == nic as usize % nics {
-                [0, 1].into_iter().for_each(|side| net.wire(channel, side).silent = true);
-            }
-        });
     }
 
     /// A step of a control connection that fails and is made again. The sides notice, and go on, one after the other; an attempt to make it
@@ -357,13 +344,6 @@ impl World {
             return;
         }
         self.net().restore(channel.into(), side, wire);
-        // A NIC over which a channel comes back works, for all of its channels.
-        let nics = self.net().nics;
-        self.each_channel(|net, other| {
-            if other % nics == usize::from(channel) % nics {
-                [0, 1].into_iter().for_each(|side| net.wire(other, side).silent = false);
-            }
-        });
         let me = &mut self.cluster.links[0].sides[side];
         if let Err(e) = me.machine.restore(channel, number, &mut me.channels, now) {
             me.fail(e, now);
