@@ -226,7 +226,7 @@ fn run_frozen(case: &str, more: &[(&str, &str)]) -> String {
     run(case, &environment)
 }
 
-/// The lines that say that a call stands still.
+/// The lines that say that a call has stalled.
 fn standing(log: &str) -> usize {
     log.lines()
         .filter(|line| line.contains("WARN") && line.contains("nothing is set up over the plugin until it returns"))
@@ -539,7 +539,7 @@ impl Drop for Frozen {
     }
 }
 
-/// Connects until the error says that the plugin stands still.
+/// Connects until the error says that the plugin has stalled.
 fn is_refused(a: &Engine, b: &Engine, call: &str) {
     let until = Instant::now() + Duration::from_secs(20);
     loop {

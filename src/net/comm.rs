@@ -121,7 +121,7 @@ struct Close {
     sockets: Sockets,
     keep: Keep,
 }
-// SAFETY: as for the comm that it closes, which nothing else uses any more.
+// SAFETY: as for the comm that it closes, which nothing else uses.
 unsafe impl Send for Close {}
 
 impl Close {

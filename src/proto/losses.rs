@@ -1,6 +1,6 @@
 //! Channels that were lost, and that came back. An engine that loses a channel closes its end of it, then says how many of the peer's
 //! chunks are in place. Only when both engines have closed it can nothing of it be read or written any more; then what it did not deliver is
-//! sent again, and the channel may be set up again. Each set-up has a generation, so that what crosses on the way is told apart. Pure.
+//! sent again, and the channel may be set up again. Each set-up has a generation, so that what crosses on the way is distinguished. Pure.
 
 use super::lanes::lane;
 use crate::status::{bail, err, Error, Result};
@@ -108,7 +108,7 @@ pub(super) fn by_peer(text: &str) -> Error {
     err!(RemoteDisconnect, "{BY_PEER}{text}")
 }
 
-/// What the peer must hear of a loss: nothing of what it said itself.
+/// What the peer must learn of a loss: nothing that it has sent itself.
 pub(super) fn for_peer(why: &Error) -> &str {
     if why.to_str().contains(BY_PEER) {
         ""
@@ -419,9 +419,9 @@ mod tests {
         let (down, reset) = (err!(RemoteDisconnect, "eth2 is down"), err!(RemoteDisconnect, "reset"));
         assert_eq!(cause(&down, ""), "eth2 is down");
         assert_eq!(cause(&reset, "eth2 is down"), "reset; the peer says: eth2 is down");
-        let told = by_peer("eth2 is down");
-        assert_eq!((for_peer(&told), for_peer(&down)), ("", "eth2 is down"));
-        assert_eq!(cause(&told, "eth2 is down"), "the peer has closed it: eth2 is down");
+        let from_peer = by_peer("eth2 is down");
+        assert_eq!((for_peer(&from_peer), for_peer(&down)), ("", "eth2 is down"));
+        assert_eq!(cause(&from_peer, "eth2 is down"), "the peer has closed it: eth2 is down");
     }
 
     #[test]

@@ -506,7 +506,7 @@ mod tests {
     use std::time::Instant;
 
     /// A process that does not exist.
-    fn nobody() -> Sources {
+    fn no_source() -> Sources {
         Sources::Peer(Peer(Process { pid: 0, witness: Witness { addr: 0, bytes: [0; WITNESS] } }))
     }
 
@@ -695,7 +695,7 @@ mod tests {
                 (src, dst) = (src + piece.len + gap, dst + piece.len + gap % 2);
                 piece
             }).collect();
-            let slices = Slices::new(nobody(), pieces.clone());
+            let slices = Slices::new(no_source(), pieces.clone());
             let mut all = Vec::new();
             for index in 0..slices.len() {
                 let part: Vec<Piece> = between(&slices.pieces, slices.marks[index], slices.marks[index + 1]).collect();
@@ -728,7 +728,7 @@ mod tests {
             (0..200).map(|i| Piece { src: (1 << 20) + i * stride, dst: (1 << 30) + i * 1000, len: 64 }).collect()
         };
         for (stride, calls) in [(64, 1), (128, 1), (2112, 1), (2113, 2), (4096, 2)] {
-            let slices = Slices::new(nobody(), blocks(stride));
+            let slices = Slices::new(no_source(), blocks(stride));
             assert_eq!(slices.len(), calls, "blocks every {stride} bytes");
         }
     }
@@ -737,7 +737,7 @@ mod tests {
     fn blocks_in_any_order_are_as_few_stretches_as_in_their_own() {
         let place = |i: u64| Piece { src: (1 << 20) + i * 37 % 200 * 64, dst: (1 << 30) + i * 1000, len: 64 };
         let mixed: Vec<Piece> = (0..200).map(place).collect();
-        let calls = |pieces: &[Piece]| Slices::new(nobody(), pieces.to_vec()).len();
+        let calls = |pieces: &[Piece]| Slices::new(no_source(), pieces.to_vec()).len();
         assert_eq!((calls(&mixed), calls(&by_source(&mixed))), (2, 1));
         let long: Vec<Piece> = mixed.iter().map(|&piece| Piece { len: LONG + 1, ..piece }).collect();
         assert_eq!(*by_source(&long), long);
