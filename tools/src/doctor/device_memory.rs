@@ -124,11 +124,26 @@ pub fn examine(found: &Found) -> Vec<Check> {
         all.extend(mtu(nic));
     }
     all.extend(buffers(found.receive_limit));
+    all.extend(export(&found.trial));
     all.push(match &found.trial {
         Ok(nics) => ok("trial", format!("an engine receives into device memory on {}", nics.join(", "))),
         Err(why) => missing("trial", why, "the text is the kernel's, or the driver's: docs/devmem.md says what follows from it"),
     });
     all
+}
+
+/// What the trial shows of the export of GPU memory; nothing, if it failed by something else.
+fn export(trial: &Result<Vec<String>, String>) -> Option<Check> {
+    const REFUSED: &str = "no dma-buf over device memory";
+    match trial {
+        Ok(_) => Some(ok("dma-buf export", "the trial exported GPU memory to the NICs")),
+        Err(why) if why.contains(REFUSED) => Some(missing(
+            "dma-buf export",
+            why,
+            "NVIDIA's open kernel modules export GPU memory; with emulated GPUs /dev/udmabuf does",
+        )),
+        Err(_) => None,
+    }
 }
 
 fn kernel(release: &str) -> Check {
@@ -299,6 +314,9 @@ mod tests {
             harm(&mut found);
             assert_eq!(faults(&found), [(name, status)]);
         }
+        let refused = Found { trial: Err("eth1: no dma-buf over device memory: not supported".into()), ..good() };
+        assert_eq!(faults(&refused), [("dma-buf export", Status::Missing), ("trial", Status::Missing)]);
+        assert!(examine(&good()).iter().any(|check| check.name == "dma-buf export"));
         let helped = Found { privileged: false, agent: Some("/run/x".into()), receive_limit: Some(212_992), ..good() };
         assert_eq!(faults(&helped), [("net.core.rmem_max", Status::Advice)]);
     }
