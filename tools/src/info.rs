@@ -240,6 +240,7 @@ fn with_peer(node: &Arc<Node>, address: &str, memory: Kind) -> Result<Vec<Measur
         budget: Duration::from_secs(1),
         verify: true,
         wait: true,
+        notify: 0,
         time: None,
         interval: None,
         progress: false,

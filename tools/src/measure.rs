@@ -33,6 +33,8 @@ pub struct Options {
     pub verify: bool,
     /// Block in the library instead of polling.
     pub wait: bool,
+    /// Notifications to send with each batch of iterations; their echoes are checked.
+    pub notify: u32,
     /// Measure for this long, whatever the number of iterations.
     pub time: Option<Duration>,
     /// Print a line at this interval while measuring, whether something moves or not.
@@ -404,8 +406,11 @@ impl Timed<'_> {
         let bar = progress_bar(self.case, limit, self.options.progress && self.options.interval.is_none() && limit < u64::MAX);
         let mut times = Times::new();
         let mut one = self.one;
+        let lengths: Vec<usize> = (0..self.options.notify as usize).map(|i| i * 997 % 8192).collect();
         let over = |done: u64| done >= limit || self.options.time.is_some_and(|time| started.elapsed() >= time);
         while !over(times.count()) && !out::is_stopping() {
+            let seed = random_seed()?;
+            run.client.notify(&lengths, seed)?;
             let (begin, batch) = (Instant::now(), self.batch(one, limit - times.count()));
             run.repeat(batch, |t| {
                 times.record(t);
@@ -416,6 +421,7 @@ impl Timed<'_> {
                 }
             })?;
             one = begin.elapsed().div_f64(batch as f64);
+            run.client.check_echoes(&lengths, seed)?;
             bar.set_position(times.count());
         }
         bar.finish_and_clear();
