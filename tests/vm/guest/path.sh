@@ -141,7 +141,6 @@ switched_off() { prepare && UCCL_TCPX_DEVMEM=off over_tcp --op write && [ "$(wri
 peer_without() { prepare && start_server UCCL_TCPX_DEVMEM=off && client --op write --require tcp && stop_server; }
 protected() { prepare && UCCL_TCPX_PROTECT=encrypt over_tcp --op write && [ "$(taken $a vmnic0)" = 0 ]; }
 no_header_split() { prepare && on $b ethtool -G vmnic1 tcp-data-split off && over_tcp --op write && says 'tcp-data-split is disabled'; }
-split_threshold() { prepare && on $b ethtool -G vmnic1 hds-thresh 128 && over_tcp --op write && says 'hds-thresh'; }
 no_spare_queue() { prepare && on $b ethtool -X vmnic1 default && over_tcp --op write && says 'ordinary connections use every queue'; }
 no_privileges() {
   prepare && chmod 666 /dev/udmabuf || return 1
@@ -210,16 +209,6 @@ server_killed() {
   # What it has left behind does not harm its successor.
   echo "note: $(rules $b vmnic1) rules are left behind"
   over_devmem --op write && [ "$(rules $b vmnic1)" -le 4 ]
-}
-
-sender_killed() {
-  prepare && start_server || return 1
-  long 1000
-  until_true flowing || return 1
-  pkill -9 -P $client
-  wait $client
-  # The server goes on: the next client gets what the dead one held.
-  client --op write --require devmem && stop_server && all_by_device
 }
 
 # Two processes that receive on one NIC, each on a queue of its own.
@@ -343,9 +332,9 @@ doctor_names_faults() {
 declare -A groups=(
   [transfers]="write read_back messages both_ways scattered many_at_once fragments_of_a_packet odd_offsets unsplit unsplit_fragments large paced"
   [links]="lost_packets delay netem_loss netem_reorder netem_duplicate netem_corrupt sender_down receiver_down"
-  [fallback]="switched_off peer_without protected no_header_split split_threshold no_spare_queue no_privileges no_export area_too_small not_steered lost_writes
+  [fallback]="switched_off peer_without protected no_header_split no_spare_queue no_privileges no_export area_too_small not_steered lost_writes
     required required_of_the_peer"
-  [faults]="area_is_full rules_deleted server_killed sender_killed two_processes foreign_binding"
+  [faults]="area_is_full rules_deleted server_killed two_processes foreign_binding"
   [agent]="unprivileged unprivileged_both_ways agent_killed agent_restarted agent_frozen agent_refuses client_of_agent_killed agent_is_asked_for_too_much"
   [others]="unread_neighbour held_neighbour doctor_content doctor_names_faults"
 )
