@@ -15,7 +15,8 @@ use tcpx_tools::case::{Case, Op};
 use tcpx_tools::cli::parse_requirement;
 use tcpx_tools::client::Client;
 use tcpx_tools::error::{Context, Result};
-use tcpx_tools::measure::{measure, random_seed, together, Measured, Options};
+use tcpx_tools::interval::Meter;
+use tcpx_tools::measure::{measure, random_seed, together, Measured, Options, Watcher};
 use tcpx_tools::memory::Kind;
 use tcpx_tools::report::{headline, write_csv, write_json, Row};
 use tcpx_tools::units::{parse_size, show_size};
@@ -144,8 +145,8 @@ struct Measuring {
     /// Measure each row for this many seconds.
     #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, conflicts_with = "iters")]
     time: Option<Duration>,
-    /// Print rate and latency to standard error at this interval, in seconds, while a row is measured; how long a transfer stands if
-    /// nothing moves.
+    /// Print rate and latency to standard error at this interval, in seconds, while a row is measured, its warm-up included: of all
+    /// clients together; how long a transfer stands if nothing moves.
     #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
     interval: Option<Duration>,
     /// Fail (exit status 1) if a row is slower than this, in GB/s: all its bytes by all its time.
@@ -221,8 +222,8 @@ impl Measuring {
     }
 
     fn options(&self, verify: bool, budget: Duration) -> Options {
-        let (time, interval) = (self.time, self.interval);
-        Options { iters: self.iters, warmup: self.warmup, budget, verify, wait: self.wait, time, interval, progress: true }
+        let progress = self.interval.is_none();
+        Options { iters: self.iters, warmup: self.warmup, budget, verify, wait: self.wait, time: self.time, progress }
     }
 
     /// Whether standard output carries JSON or CSV: the table then goes to standard error.
@@ -244,7 +245,7 @@ impl Measuring {
         out::stop_on_interrupt();
         self.print(&headline());
         for case in cases {
-            match measure_all(clients, case, options) {
+            match measure_all(clients, case, options, self.interval) {
                 Ok(measured) => {
                     self.print(&measured.row.line());
                     all.push(measured);
@@ -286,28 +287,37 @@ impl Measuring {
     }
 }
 
-/// One row, measured by all clients at once.
-fn measure_all(clients: &mut [Client], case: &Case, options: &Options) -> Result<Measured> {
+/// One row, measured by all clients at once, with lines about it to standard error.
+fn measure_all(clients: &mut [Client], case: &Case, options: &Options, interval: Option<Duration>) -> Result<Measured> {
+    let Some(every) = interval else { return measure_together(clients, case, options, None) };
+    let meter = Meter::new(case, clients.iter().map(|client| client.link.clone()).collect());
+    meter.watch(every, || measure_together(clients, case, options, Some(&meter)))
+}
+
+fn measure_together(clients: &mut [Client], case: &Case, options: &Options, meter: Option<&Meter>) -> Result<Measured> {
     if let [client] = clients {
-        return measure(client, case, options, &|| ());
+        let watcher = Watcher { meter: meter.map(|meter| (meter, 0)), ..Watcher::none() };
+        return measure(client, case, options, &watcher);
     }
     // A client that fails before the timed part must still arrive at the barrier, or the others would wait forever.
-    let (barrier, options) = (Barrier::new(clients.len()), Options { progress: false, interval: None, ..*options });
+    let (barrier, options) = (&Barrier::new(clients.len()), &Options { progress: false, ..*options });
     let results: Vec<Result<Measured>> = std::thread::scope(|scope| {
-        let one = |client| {
-            scope.spawn(|| {
+        let one = |(number, client)| {
+            scope.spawn(move || {
                 let arrived = std::cell::Cell::new(false);
-                let measured = measure(client, case, &options, &|| {
+                let ready = || {
                     arrived.set(true);
                     barrier.wait();
-                });
+                };
+                let watcher = Watcher { ready: &ready, meter: meter.map(|meter| (meter, number)) };
+                let measured = measure(client, case, options, &watcher);
                 if !arrived.get() {
                     barrier.wait();
                 }
                 measured
             })
         };
-        let threads: Vec<_> = clients.iter_mut().map(one).collect();
+        let threads: Vec<_> = clients.iter_mut().enumerate().map(one).collect();
         threads
             .into_iter()
             .map(|t| t.join().unwrap_or_else(|_| Err(tcpx_tools::error::Failure::new("a client panicked"))))

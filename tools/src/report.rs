@@ -72,7 +72,7 @@ pub struct Row {
     pub date: String,
     /// Version of this program and the library.
     pub version: String,
-    /// Congestion control of the data sockets.
+    /// Congestion control of the data sockets; empty if no channel carried bytes of the row, or the plugin does not report it.
     pub congestion_control: String,
 }
 
@@ -116,6 +116,7 @@ impl Row {
         (self.path, self.path_bytes) = (carried.to_string(), carried.bytes());
         if !carried.has_channels() {
             self.channels = 0;
+            self.congestion_control.clear();
         }
     }
 
