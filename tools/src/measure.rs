@@ -83,7 +83,7 @@ pub fn together(all: Vec<Measured>) -> Option<Measured> {
             sum.times.add(&one.times);
             sum.carried.merge(&one.carried);
             sum.row.iters += one.row.iters;
-            sum.row.gbytes_per_s += one.row.gbytes_per_s;
+            sum.row.set_rates(sum.row.gbytes_per_s + one.row.gbytes_per_s, sum.row.ops_per_s + one.row.ops_per_s);
             sum.row.gbytes_per_s_median += one.row.gbytes_per_s_median;
             sum.row.verified_bytes += one.row.verified_bytes;
             sum.row.retransmits += one.row.retransmits;
@@ -367,7 +367,6 @@ fn measure_case(client: &mut Client, case: &Case, options: &Options, watcher: &W
         clients: 1,
         iters: timed.times.count(),
         seconds: timed.seconds,
-        gbytes_per_s: gbytes_per_s(moved * timed.times.count(), timed.seconds * 1e6),
         cpu_s,
         retransmits: after.retransmits.saturating_sub(network.retransmits),
         verified: options.verify,
@@ -382,6 +381,8 @@ fn measure_case(client: &mut Client, case: &Case, options: &Options, watcher: &W
     };
     row.set_times(&timed.times);
     row.set_path(&carried);
+    let transfers = u64::from(shape.inflight) * ways.len() as u64 * timed.times.count();
+    row.set_rates(gbytes_per_s(moved * timed.times.count(), timed.seconds * 1e6), transfers as f64 / timed.seconds.max(1e-9));
     row.gbytes_per_s_median = gbytes_per_s(moved, row.p50_us);
     Ok(Measured { row, times: timed.times, carried })
 }

@@ -111,6 +111,11 @@ fn a_probe_tells_ready_from_not_ready_and_from_wrong() {
         ),
         (vec![("UCCL_TCPX_PLUGIN_PATH", "/no/such/plugin.so")], 1, "NOT READY: /no/such/plugin.so"),
         (vec![("UCCL_TCPX_REQUIRE", "fast")], 2, "WRONG CONFIGURATION: UCCL_TCPX_REQUIRE=fast: 'fast': expected tcpx, "),
+        (
+            vec![("UCCL_TCPX_REQUIRE", "devmem"), ("UCCL_TCPX_EMULATE_DEVICE", "1")],
+            1,
+            "devmem is required, but memory takes tcp lo (an engine would use TCPX-soft)",
+        ),
         (vec![("UCCL_TCPX_NUM_CHANNELS", "many")], 2, "WRONG CONFIGURATION: UCCL_TCPX_NUM_CHANNELS=many"),
         (vec![("UCCL_TCPX_AUTH_KEY_FILE", "/no/such/key")], 2, "WRONG CONFIGURATION: "),
         (vec![("UCCL_SOCKET_IFNAME", "=none7")], 2, "WRONG CONFIGURATION: no interface with a usable address matches"),
@@ -437,6 +442,13 @@ fn rows_say_what_carried_their_bytes() {
         let paths: Vec<(&str, &str, usize)> = all.iter().map(|row| (&*row.path, &*row.path_bytes, row.channels)).collect();
         let (network, direct) = (format!("tcp lo {bytes}"), format!("direct {bytes}"));
         assert_eq!(paths, [("tcp lo", &*network, 2), ("direct (one host)", &*direct, 0)], "{op}");
+        for row in &all {
+            let ops = (ITERS * factor) as f64 / row.seconds;
+            assert!(
+                (row.ops_per_s / ops - 1.0).abs() < 1e-6 && (row.gbits_per_s / row.gbytes_per_s - 8.0).abs() < 1e-6,
+                "{row:?}"
+            );
+        }
     }
     let eager = rows("--op write --total 4K", &[("UCCL_P2P_DISABLE_IPC", "1")]);
     assert_eq!((eager.len(), &*eager[0].path), (1, "eager (control message)"));
@@ -587,6 +599,9 @@ fn intervals_count_every_client_and_the_warm_up() {
         .collect();
     assert!(rates.len() >= 2 && rates.iter().all(|&rate| rate > 0.0), "{err}");
     assert!(rows.len() == 1 && rows[0].clients == 3, "{rows:?}");
+    // Each of their rates is by its own time, so the sum is that of one transfer's bytes.
+    let by_ops = rows[0].ops_per_s * 65_536.0 / 1e9;
+    assert!((rows[0].gbytes_per_s / by_ops - 1.0).abs() < 1e-6, "{rows:?}");
 }
 
 /// The committed manual pages are what the command lines say.
