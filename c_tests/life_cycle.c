@@ -656,9 +656,9 @@ CASE(deregistration_gives_up_waiting)
     local_pair_close(&a, &b);
 }
 
-/* Strangers. */
+/* Connections that are not authenticated. */
 
-static int stranger(int port, const char *words)
+static int other_client(int port, const char *words)
 {
     struct sockaddr_in a = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK), .sin_port = htons((uint16_t)port)};
     int fd = socket(AF_INET, SOCK_STREAM, 0);
@@ -668,12 +668,12 @@ static int stranger(int port, const char *words)
 }
 
 /* A client that speaks another protocol, or is silent, delays no other, and accept never returns it. */
-CASE(strangers_are_ignored)
+CASE(unauthenticated_connections_are_ignored)
 {
     uccl_engine_t *engine = engine_start();
     address self = engine_address(engine);
-    int silent = stranger(self.port, ""), web = stranger(self.port, "GET / HTTP/1.1\r\n\r\n");
-    close(stranger(self.port, ""));
+    int silent = other_client(self.port, ""), web = other_client(self.port, "GET / HTTP/1.1\r\n\r\n");
+    close(other_client(self.port, ""));
     uccl_conn_t *out = join(engine, &self, true), *in = take_connection(engine);
     uccl_engine_stop_accept(engine);
     accept_nothing(engine);

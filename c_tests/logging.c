@@ -311,7 +311,7 @@ static void *log_lines(void *unused)
     return unused;
 }
 
-/* Once a callback is replaced, it is not called any more, and its argument may be freed. */
+/* Once a callback is replaced, it is no longer called, and its argument may be freed. */
 CASE(a_replaced_callback_is_never_called)
 {
     log_from("warn");

@@ -236,7 +236,7 @@ static void send_too_large(side *s)
     send_numbered(s->conn, 7);
     meet(s);
     meet(s);
-    /* It may be told of the end already. */
+    /* It may have noticed the end already. */
     uccl_engine_send_notif_bytes(s->conn, "n", 1, message, LARGE);
     free(message);
     meet(s);

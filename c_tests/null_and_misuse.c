@@ -440,7 +440,7 @@ CASE(uccl_engine_channel_stats)
             /* The software plugin always reports TCP statistics; on one host there are none. */
             const char *plugin = getenv("UCCL_TCPX_PLUGIN_PATH");
             CHECK(stats.segments > 0 || strcmp(stats.nic, "local") == 0 || (plugin && !strstr(plugin, "tcpx_soft")));
-            /* A program that was built before the channel's plugin was told. */
+            /* A program that was built before the structure had the channel's plugin. */
             uccl_channel_stats_t older = {.size = offsetof(uccl_channel_stats_t, lost), .lost = UNTOUCHED, .plugin = "untouched"};
             CHECK_OK(uccl_engine_channel_stats(f.conn, i, &older));
             CHECK_EQ(older.size, offsetof(uccl_channel_stats_t, lost));
@@ -637,9 +637,9 @@ CASE(uccl_engine_metadata_into)
         CHECK_STATUS(uccl_engine_metadata_into(f.engine, NULL, 0, &needed), UCCL_ERR_RESOURCE);
         CHECK_EQ(needed, strlen(text) + 1);
         for (size_t len = 0; len < needed; len++) {
-            size_t told = 0;
-            CHECK_STATUS(uccl_engine_metadata_into(f.engine, buf, len, &told), UCCL_ERR_RESOURCE);
-            CHECK_EQ(told, needed);
+            size_t length = 0;
+            CHECK_STATUS(uccl_engine_metadata_into(f.engine, buf, len, &length), UCCL_ERR_RESOURCE);
+            CHECK_EQ(length, needed);
         }
         CHECK(is_wiped((uint8_t *)buf, sizeof buf));
         CHECK_STATUS(uccl_engine_metadata_into(f.engine, buf, 1, NULL), UCCL_ERR_RESOURCE);

@@ -173,7 +173,7 @@ static void kill_during(direction d)
 CASE(killed_during_write) { kill_during(WRITE); }
 CASE(killed_during_read) { kill_during(READ); }
 
-/* A pair whose peer stands still with transfers under way. */
+/* A pair whose peer is stopped with transfers under way. */
 static void start_frozen(side *s, flight *f, direction d, const char *silence)
 {
     start_pair(s, d, silence);
@@ -188,7 +188,7 @@ static void freeze_during(direction d)
     flight f;
     start_frozen(&s, &f, d, DEADLINE);
     int failed = check_crash(&s, &f);
-    /* What a process of the same host offers can be read while it stands still. */
+    /* What a process of the same host offers can be read while it is stopped. */
     CHECK_MSG(failed > 0 || d == READ, "the peer was stopped too late to prove anything");
     check_lost(&s);
     check_engine_lives(&s);

@@ -113,7 +113,7 @@ static void mix_good_and_bad(side *s)
 
 CASE(one_bad_segment) { run_pair(TARGET_LEN, mix_good_and_bad, NULL); }
 
-/* The target registers its memory again, sends access to that, and takes it away when told. */
+/* The target registers its memory again, sends access to that, and takes it away on request. */
 static void lend_region(side *s)
 {
     uccl_mr_t mr = region_add(s->engine, s->mine, s->len);

@@ -27,7 +27,8 @@ endforeach()
 install(DIRECTORY "${PROJECT_SOURCE_DIR}/docs/man/" DESTINATION "${CMAKE_INSTALL_MANDIR}/man3" FILES_MATCHING PATTERN "*.3")
 install(FILES "${PROJECT_SOURCE_DIR}/docs/man/uccl_p2p.7" DESTINATION "${CMAKE_INSTALL_MANDIR}/man7")
 
-# The folders as they are in the repository, so that links between pages work.
+# The folders as they are in the repository: links between installed pages work. Those to files of the repository alone
+# (CONTRIBUTING.md, SECURITY.md, packaging, tests) need a checkout.
 foreach(file LICENSE THIRD-PARTY-NOTICES.txt README.md CHANGELOG.md)
     install(FILES "${PROJECT_SOURCE_DIR}/${file}" DESTINATION "${CMAKE_INSTALL_DOCDIR}")
 endforeach()

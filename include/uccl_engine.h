@@ -101,7 +101,7 @@ typedef struct uccl_option_t {
 /** A registered memory region. 0 is never valid. */
 typedef uint64_t uccl_mr_t;
 
-/** Access to a range of a peer's region. Exchanged between hosts of the same byte order (x86-64, little-endian). */
+/** Access to a range of a peer's region. Exchanged between hosts of the same byte order (little-endian: x86-64, aarch64). */
 typedef struct FifoItem {
   /** First byte, in the address space of the region's owner. */
   uint64_t addr;
@@ -330,7 +330,7 @@ typedef struct uccl_channel_stats_t {
    */
   char plugin[32];
   /**
-   * The word for what carries the channel, as in UCCL_TCPX_REQUIRE: "tcp", "tcpx", "tcpxo" or "direct", else the plugin's name;
+   * The word for what carries the channel, as in UCCL_TCPX_REQUIRE: "tcp", "devmem", "tcpx", "tcpxo" or "direct", else the plugin's name;
    * NUL-terminated, cut to 15 bytes. Of "direct", nvlink_bytes are "nvlink".
    */
   char carrier[16];

@@ -520,21 +520,21 @@ class TcpxEndpoint {
     bool const ended = seen != std::exchange(caller.ends, seen);
     auto const now = std::chrono::steady_clock::now();
     if (transfer == nullptr) {
-      caller.told = std::exchange(caller.told_now, false) || ended;
+      caller.announced = std::exchange(caller.announced_now, false) || ended;
       caller.brief = now - caller.polled_since < 3 * kLookBriefly;
       return;
     }
     if (another) {
       caller.polled_since = now;
-      caller.told_now = false;
+      caller.announced_now = false;
     }
-    // It may be what it waits for: the next poll tells.
+    // It may be what it waits for: the next poll shows.
     if (ended) {
-      caller.told_now = true;
+      caller.announced_now = true;
       return;
     }
     auto const looks = now - caller.polled_since;
-    if (caller.told) {
+    if (caller.announced) {
       if (!caller.brief || looks >= kLookBriefly) sleep_until_an_end(seen, kWaitForEnd);
     } else if (looks < kLookHard) {
       std::this_thread::yield();
@@ -621,8 +621,8 @@ class TcpxEndpoint {
     std::chrono::steady_clock::time_point polled_since{};
     /* Requests that had ended when it last polled; whether one ended while it polled this transfer, and the one before. */
     uint32_t ends = 0;
-    bool told_now = false;
-    bool told = false;
+    bool announced_now = false;
+    bool announced = false;
     /* The one before was over soon. */
     bool brief = false;
     /* It has found a request ended, and has not woken the sleeping threads yet. */
@@ -646,7 +646,7 @@ class TcpxEndpoint {
   static Caller& caller_of_engine() {
     Caller& caller = caller_state();
     caller.of_engine = true;
-    tell_ends(caller);
+    announce_ends(caller);
     return caller;
   }
 
@@ -662,7 +662,7 @@ class TcpxEndpoint {
     sleepers_.fetch_sub(1, std::memory_order_seq_cst);
   }
 
-  static void tell_ends(Caller& caller) {
+  static void announce_ends(Caller& caller) {
     if (!std::exchange(caller.owes, false)) return;
     ends_.fetch_add(1, std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst) == 0) return;
@@ -707,7 +707,7 @@ class TcpxEndpoint {
     }
     // A thread of the engine marks its transfer as done before it comes here again, and sleeping threads check that mark.
     caller.owes = true;
-    if (!caller.of_engine) tell_ends(caller);
+    if (!caller.of_engine) announce_ends(caller);
     return verdict;
   }
 
@@ -811,7 +811,7 @@ class TcpxEndpoint {
     if (peer == nullptr || mr == 0 || ureq == nullptr) return kPostFailed;
     Caller& caller = caller_state();
     caller.busy = true;
-    tell_ends(caller);
+    announce_ends(caller);
     // The place in the table comes first: a transfer in flight must not lose its id if memory runs out.
     int64_t const id = new_request(peer);
     uint64_t transfer = 0;

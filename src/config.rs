@@ -208,7 +208,7 @@ fn plugin_choice(source: Source<'_>) -> Result<(PluginChoice, bool)> {
     Ok((choice, tcpx))
 }
 
-/// What carries the memory of GPUs on every connection of an engine that requires device memory TCP.
+/// What carries GPU memory on every connection of an engine that requires device memory TCP.
 const DEVICE_MEMORY: &str = "devmem|direct";
 
 fn requirement(source: Source<'_>, devmem: DeviceMemoryTcp) -> Result<Requirement> {

@@ -24,7 +24,7 @@ pub(crate) enum Event {
     Sent(u16, Key, u64),
     /// A chunk is in place.
     Received(u16, Key, u64),
-    /// A channel has failed, or was given up, and is closed: it touches no memory any more.
+    /// A channel has failed, or was given up, and is closed: it touches no memory.
     Closed(u16, Error),
     /// Bytes of a direct transfer are in place.
     Moved(Key, u64),

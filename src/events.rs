@@ -1,4 +1,4 @@
-//! Tells an application that sleeps in an event loop that something has happened at an engine: a descriptor that becomes readable.
+//! Wakes an application that sleeps in an event loop when something has happened at an engine: a descriptor becomes readable.
 //! Knows nothing about what has happened.
 
 use reactor::Waker;

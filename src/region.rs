@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 /// Permission for a peer to access a region without a request per transfer.
 pub(crate) trait AccessGrant: Send + Sync + std::fmt::Debug {
-    /// Ends the grant: no access starts any more.
+    /// Ends the grant: no access starts.
     fn end(&self);
     /// Whether the peer is accessing the region.
     fn in_use(&self) -> bool;

@@ -193,7 +193,7 @@ impl Requirement {
         Requirement(self.0.iter().filter(|term| !may_be_direct(term)).cloned().collect()).check(std::slice::from_ref(channels))
     }
 
-    /// Whether a term can be met with memory of GPUs alone.
+    /// Whether a term can be met with GPU memory alone.
     pub fn needs_gpus(&self) -> bool {
         let of_gpus = |word: &&str| matches!(*word, "tcpx" | "tcpxo" | DEVMEM | NVLINK);
         self.0.iter().any(|term| matches!(term, Term::Carriers(words) if words.iter().all(of_gpus)))

@@ -9,7 +9,7 @@ impl Place {
     /// Host memory.
     pub const HOST: Place = Place(0);
 
-    /// Memory of the GPU with this CUDA index.
+    /// GPU memory, by CUDA index.
     pub fn gpu(ordinal: u8) -> Place {
         Place(ordinal.saturating_add(1))
     }

@@ -464,8 +464,8 @@ fn silent_connections(name: &str, limit: u64, count: usize) {
     });
 }
 
-/// A connect is quick while strangers come as fast as they do and each says this.
-fn talking_strangers(name: &str, limit: u64, rate: usize, bytes: &[u8]) {
+/// A connect is quick while so many clients a second connect and each sends this.
+fn talking_clients(name: &str, limit: u64, rate: usize, bytes: &[u8]) {
     with_descriptors(name, limit, || {
         with_target(false, |target| {
             let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -499,18 +499,18 @@ fn talking_strangers(name: &str, limit: u64, rate: usize, bytes: &[u8]) {
 }
 
 #[test]
-fn eight_hundred_strangers_a_second_with_a_byte_each_at_1024_descriptors() {
-    talking_strangers("eight_hundred_strangers_a_second_with_a_byte_each_at_1024_descriptors", 1024, 800, b"U");
+fn eight_hundred_clients_a_second_with_a_byte_each_at_1024_descriptors() {
+    talking_clients("eight_hundred_clients_a_second_with_a_byte_each_at_1024_descriptors", 1024, 800, b"U");
 }
 
 #[test]
-fn eight_hundred_strangers_a_second_with_a_byte_each_at_256_descriptors() {
-    talking_strangers("eight_hundred_strangers_a_second_with_a_byte_each_at_256_descriptors", 256, 800, b"U");
+fn eight_hundred_clients_a_second_with_a_byte_each_at_256_descriptors() {
+    talking_clients("eight_hundred_clients_a_second_with_a_byte_each_at_256_descriptors", 256, 800, b"U");
 }
 
 #[test]
-fn eight_hundred_strangers_a_second_with_a_whole_message_each() {
-    talking_strangers("eight_hundred_strangers_a_second_with_a_whole_message_each", 1024, 800, &opening());
+fn eight_hundred_clients_a_second_with_a_whole_message_each() {
+    talking_clients("eight_hundred_clients_a_second_with_a_whole_message_each", 1024, 800, &opening());
 }
 
 #[test]

@@ -212,7 +212,7 @@ fn a_reset_by_the_network_ends_neither_process() {
     run("network_resets", &[TCPXO, ("UCCL_TCPX_NUM_CHANNELS", "4")]);
 }
 
-/// A file for STRICT_FOREIGN_FROZEN, which does not exist yet.
+/// A file for STRICT_FOREIGN_ANSWERS, which does not exist yet.
 fn frozen_file(case: &str) -> PathBuf {
     let file = std::env::temp_dir().join(format!("uccl-frozen-{case}-{}", std::process::id()));
     let _ = std::fs::remove_file(&file);
@@ -221,12 +221,12 @@ fn frozen_file(case: &str) -> PathBuf {
 
 fn run_frozen(case: &str, more: &[(&str, &str)]) -> String {
     let file = frozen_file(case);
-    let mut environment = vec![("STRICT_FOREIGN_FROZEN", file.to_str().expect("path")), ("UCCL_TCPX_NUM_CHANNELS", "4")];
+    let mut environment = vec![("STRICT_FOREIGN_ANSWERS", file.to_str().expect("path")), ("UCCL_TCPX_NUM_CHANNELS", "4")];
     environment.extend(more);
     run(case, &environment)
 }
 
-/// The lines that say that a call stands still.
+/// The lines that say that a call has stalled.
 fn standing(log: &str) -> usize {
     log.lines()
         .filter(|line| line.contains("WARN") && line.contains("nothing is set up over the plugin until it returns"))
@@ -515,7 +515,7 @@ struct Frozen {
 
 impl Frozen {
     fn new(calls: &str) -> Frozen {
-        let file = PathBuf::from(std::env::var("STRICT_FOREIGN_FROZEN").expect("file"));
+        let file = PathBuf::from(std::env::var("STRICT_FOREIGN_ANSWERS").expect("file"));
         std::fs::write(&file, calls).expect("file");
         let frozen = Frozen { file: file.clone(), thawed: Arc::default() };
         let thawed = frozen.thawed.clone();
@@ -539,7 +539,7 @@ impl Drop for Frozen {
     }
 }
 
-/// Connects until the error says that the plugin stands still.
+/// Connects until the error says that the plugin has stalled.
 fn is_refused(a: &Engine, b: &Engine, call: &str) {
     let until = Instant::now() + Duration::from_secs(20);
     loop {

@@ -333,7 +333,7 @@ fn calls_beside_a_busy_stream<const LEN: usize>(context: &Arc<cuda_driver::Conte
         time("write a word", &mut || stream.signal(pinned.mapped().device, 1).expect("write"));
         time("its end", &mut || finish());
     }
-    // What went back to the shelf would be taken from there the next time.
+    // What went back to the cache would be taken from there the next time.
     std::mem::forget(kept);
     all
 }

@@ -380,7 +380,7 @@ fn no_trait_has_many_methods() {
     assert!(faults.is_empty(), "\n{faults}");
 }
 
-/// An exception that is none any more leaves the list.
+/// An exception that has become unnecessary leaves the list.
 #[test]
 fn every_exception_is_one() {
     let large = [over(|krate| &krate.structs, FIELDS), over(|krate| &krate.traits, METHODS)].concat();

@@ -396,7 +396,7 @@ fn memory_that_takes_the_place_of_other_during_a_set_up_is_not_mistaken_for_it()
     let (sink, _) = a.buffer(LEN, 0);
     let (source, _) = b.buffer(LEN, 1);
     b.ask("accept");
-    // The set-up stands still where it writes its line.
+    // The set-up stops where it writes its line.
     b.ask("hold-log");
     assert_eq!(a.ask(&format!("connect 127.0.0.1 {}", b.port)), "0");
     std::thread::sleep(Duration::from_millis(500));

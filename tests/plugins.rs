@@ -172,7 +172,13 @@ fn tcpxo_is_not_initialised_where_it_would_end_the_process() {
     let silent = "the receive manager of GPUDirect-TCPXO does not answer";
     run("load_error", &[real, ("UCCL_TCPX_PLUGIN_PATH", &path)], silent);
     run("load_error", &[real, ("LD_LIBRARY_PATH", &dir), ("UCCL_TCPX_PLUGIN", "tcpxo")], silent);
-    let _listening = std::os::unix::net::UnixListener::bind(format!("{manager}/rxdm_uds_nic_mapping")).expect("socket");
+    let listening = std::os::unix::net::UnixListener::bind(format!("{manager}/rxdm_uds_nic_mapping")).expect("socket");
+    // It listens, and does not answer.
+    run("load_error", &[real, ("UCCL_TCPX_PLUGIN_PATH", &path)], "no answer in 5s");
+    std::thread::spawn(move || {
+        // A list without GPUs.
+        listening.incoming().flatten().for_each(|mut stream| drop(std::io::Write::write_all(&mut stream, &[0, 0])));
+    });
     // No GPU, or none that it knows.
     run("load_error", &[real, ("UCCL_TCPX_PLUGIN_PATH", &path)], "GPU");
     run("is_soft", &[real, ("LD_LIBRARY_PATH", &dir)], "the GPUDirect-TCPXO plugin cannot be used and is left out");

@@ -4,6 +4,7 @@
 //! user instead of freed: a free waits for all work of the GPU and blocks other calls to the driver meanwhile.
 //! Knows nothing of plugins, connections or kernels.
 
+mod allocation_cache;
 mod bdf;
 mod codes;
 mod context;
@@ -15,7 +16,6 @@ mod nvml;
 mod peer;
 mod pointer;
 mod share;
-mod shelf;
 mod stream;
 pub mod sys;
 

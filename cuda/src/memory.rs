@@ -1,10 +1,10 @@
 //! The kind of memory at an address; GPU memory and pinned, mapped host memory that the library owns. Knows nothing of its use.
 
+use crate::allocation_cache::{self, Kept, Sort};
 use crate::context::{in_use, Context};
 use crate::driver::{driver, Absence};
 use crate::error::{Error, Result};
 use crate::pointer::attribute;
-use crate::shelf::{self, Kept, Sort};
 use crate::sys::{self, Functions};
 use std::mem::ManuallyDrop;
 use std::ptr;
@@ -136,7 +136,7 @@ impl PinnedBuffer {
     pub fn new(context: &Arc<Context>, len: usize) -> Result<PinnedBuffer> {
         let cuda = context.enter()?;
         let (mut host, mut device) = (ptr::null_mut(), 0);
-        let kept = match shelf::take(&cuda, context, len, Sort::Pinned) {
+        let kept = match allocation_cache::take(&cuda, context, len, Sort::Pinned) {
             Some(kept) => kept,
             None => {
                 // SAFETY: the output is writable.
@@ -154,7 +154,7 @@ impl PinnedBuffer {
         match named {
             Ok(()) => Ok(PinnedBuffer { kept, ptr: MappedPtr { host, device } }),
             Err(e) => {
-                shelf::put(kept);
+                allocation_cache::put(kept);
                 Err(e)
             }
         }
@@ -179,7 +179,7 @@ impl PinnedBuffer {
 
 impl Drop for PinnedBuffer {
     fn drop(&mut self) {
-        shelf::put(self.kept.clone());
+        allocation_cache::put(self.kept.clone());
     }
 }
 
@@ -196,7 +196,7 @@ impl DeviceBuffer {
         // Small blocks are not page-aligned: allocate that much more.
         let whole = len + if align > 256 { align } else { 0 };
         let cuda = context.enter()?;
-        let kept = match shelf::take(&cuda, context, whole, Sort::Device) {
+        let kept = match allocation_cache::take(&cuda, context, whole, Sort::Device) {
             Some(kept) => kept,
             None => {
                 let mut at = 0;
@@ -231,7 +231,7 @@ impl DeviceBuffer {
 
 impl Drop for DeviceBuffer {
     fn drop(&mut self) {
-        shelf::put(self.kept.clone());
+        allocation_cache::put(self.kept.clone());
     }
 }
 

@@ -24,7 +24,7 @@ pub fn ordinal_of_uuid(uuid: &[u8; 16]) -> Result<Option<i32>> {
     Ok(None)
 }
 
-/// Whether memory of a GPU can be exported by handles of type FABRIC, which cross containers and hosts.
+/// Whether GPU memory can be exported by handles of type FABRIC, which cross containers and hosts.
 pub fn has_fabric_handles(ordinal: i32) -> Result<bool> {
     let cuda = functions()?;
     let mut supported = 0;

@@ -1,7 +1,7 @@
 //! Receives into, or sends from, a udmabuf over a NIC, and compares every byte: `devmem_transfer receive NIC QUEUE PORT BYTES` and
 //! `devmem_transfer send NIC ADDRESS:PORT BYTES`. tests/vm runs it; the bytes are those of tests/vm/devmem.c.
 
-use devmem::{completed, give_back, receive, send, Binding, Piece, Received, Tokens};
+use devmem::{completed, give_back, receive, send, Binding, Calls, Piece, Received, Tokens};
 use std::ffi::CString;
 use std::io;
 use std::net::{TcpListener, TcpStream};
@@ -126,13 +126,13 @@ fn sender(nic: &str, address: &str, total: usize) -> io::Result<()> {
     let (stream, pattern, yes) = (TcpStream::connect(address)?, pattern(), 1i32);
     // SAFETY: the option is read during the call.
     unsafe { libc::setsockopt(stream.as_raw_fd(), libc::SOL_SOCKET, libc::SO_ZEROCOPY, (&raw const yes).cast(), 4) };
-    let (stride, mut calls, mut done, mut sent) = (CHUNK + 4096, 0, 0, 0);
+    let (stride, mut calls, mut sent) = (CHUNK + 4096, Calls::default(), 0);
     let mut last = vec![0; AREA / stride];
     while sent < total {
         let slot = sent / CHUNK % last.len();
-        while done < last[slot] {
+        while !calls.reached(last[slot]) {
             wait(&stream, 0);
-            done = completed(stream.as_fd(), done)?;
+            completed(stream.as_fd(), &mut calls)?;
         }
         // At odd places.
         let (begin, length) = (slot * stride + (slot * 613 + 7) % 4096, CHUNK.min(total - sent));
@@ -141,20 +141,23 @@ fn sender(nic: &str, address: &str, total: usize) -> io::Result<()> {
         while put < length {
             match send(stream.as_fd(), binding.id(), begin + put, length - put) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => wait(&stream, libc::POLLOUT),
-                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => done = completed(stream.as_fd(), done)?,
-                taken => (put, calls) = (put + taken?, calls + 1),
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => completed(stream.as_fd(), &mut calls)?,
+                taken => {
+                    put += taken?;
+                    calls.add();
+                }
             }
         }
-        last[slot] = calls;
+        last[slot] = calls.made();
         sent += length;
     }
-    while done < calls {
+    while !calls.all_ended() {
         wait(&stream, 0);
-        done = completed(stream.as_fd(), done)?;
+        completed(stream.as_fd(), &mut calls)?;
     }
     stream.shutdown(std::net::Shutdown::Write)?;
     wait(&stream, libc::POLLIN);
-    println!("sent {sent} bytes in {calls} calls");
+    println!("sent {sent} bytes in {} calls", calls.made());
     Ok(())
 }
 

@@ -31,6 +31,40 @@ pub enum Piece {
     Linear(u32),
 }
 
+impl Piece {
+    /// How many bytes.
+    pub fn length(&self) -> usize {
+        match self {
+            Piece::Device(fragment) => fragment.length as usize,
+            Piece::Linear(length) => *length as usize,
+        }
+    }
+
+    /// As the kernel writes it.
+    #[cfg(test)]
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let (kind, fragment) = match *self {
+            Piece::Device(fragment) => (DEVICE, fragment),
+            Piece::Linear(length) => (LINEAR, Fragment { offset: 0, length, token: 0, binding: 0 }),
+        };
+        let mut body = fragment.offset.to_ne_bytes().to_vec();
+        for number in [fragment.length, fragment.token, fragment.binding, 0] {
+            body.extend(number.to_ne_bytes());
+        }
+        message(LEVEL_SOCKET, kind, &body)
+    }
+}
+
+#[cfg(test)]
+fn message(level: i32, kind: i32, body: &[u8]) -> Vec<u8> {
+    let mut bytes = ((HEAD + body.len()) as u64).to_ne_bytes().to_vec();
+    bytes.extend(level.to_ne_bytes());
+    bytes.extend(kind.to_ne_bytes());
+    bytes.extend(body);
+    bytes.resize(bytes.len().next_multiple_of(8), 0);
+    bytes
+}
+
 /// Bytes that are not what the kernel writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Malformed;
@@ -88,27 +122,6 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn message(level: i32, kind: i32, body: &[u8]) -> Vec<u8> {
-        let mut bytes = ((HEAD + body.len()) as u64).to_ne_bytes().to_vec();
-        bytes.extend(level.to_ne_bytes());
-        bytes.extend(kind.to_ne_bytes());
-        bytes.extend(body);
-        bytes.resize(bytes.len().next_multiple_of(8), 0);
-        bytes
-    }
-
-    fn write(piece: Piece) -> Vec<u8> {
-        let (kind, fragment) = match piece {
-            Piece::Device(fragment) => (DEVICE, fragment),
-            Piece::Linear(length) => (LINEAR, Fragment { offset: 0, length, token: 0, binding: 0 }),
-        };
-        let mut body = fragment.offset.to_ne_bytes().to_vec();
-        for number in [fragment.length, fragment.token, fragment.binding, 0] {
-            body.extend(number.to_ne_bytes());
-        }
-        message(LEVEL_SOCKET, kind, &body)
-    }
-
     fn any_piece() -> impl Strategy<Value = Piece> {
         prop_oneof![
             any::<u32>().prop_map(Piece::Linear),
@@ -123,7 +136,7 @@ mod tests {
             let mut control = Vec::new();
             for piece in &all {
                 control.extend(message(LEVEL_SOCKET, 1000 + i32::from(other), &[1, 2, 3]));
-                control.extend(write(*piece));
+                control.extend(piece.encode());
             }
             prop_assert_eq!(pieces(&control).collect::<Result<Vec<_>, _>>(), Ok(all));
         }
@@ -144,7 +157,7 @@ mod tests {
     fn a_message_of_another_length_is_refused() {
         let control = message(LEVEL_SOCKET, DEVICE, &[0; BODY - 1]);
         assert_eq!(pieces(&control).next(), Some(Err(Malformed)));
-        let mut long = write(Piece::Linear(1));
+        let mut long = Piece::Linear(1).encode();
         long[0] += 8;
         assert_eq!(pieces(&long).next(), Some(Err(Malformed)));
     }

@@ -2,10 +2,11 @@
 //! returns where the bytes of a connection lie, `give_back` returns the fragments to the NIC, `send` and `completed` send.
 //! `nic` says how a NIC is set up, and steers connections to queues. Knows nothing of the library and of GPUs.
 //!
-//! `netlink`, `control`, `tokens` and `rules` read and write the bytes of the interface without any system call.
+//! `netlink`, `control`, `calls`, `tokens` and `rules` read and write the bytes of the interface without any system call.
 
 pub mod agent;
 mod binding;
+mod calls;
 mod control;
 mod netlink;
 mod nic;
@@ -14,6 +15,7 @@ mod socket;
 mod tokens;
 
 pub use binding::{Binding, Refused};
+pub use calls::{Calls, Unknown};
 pub use control::{pieces, Fragment, Malformed, Piece, PIECE_SPACE};
 pub use netlink::{Attributes, Exchange, Outcome, Request};
 pub use nic::{Nic, Rings, Rule};

@@ -1,6 +1,7 @@
 //! The system calls on a connection: receiving, giving back, sending.
 
-use crate::control::{pieces, Piece, PIECE_SPACE};
+use crate::calls::Calls;
+use crate::control::{pieces, Malformed, Piece, PIECE_SPACE};
 use crate::tokens::Tokens;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -9,6 +10,7 @@ const GIVE_BACK: i32 = 80;
 const FROM_DEVICE: i32 = 79;
 const RECEIVE_DEVICE: i32 = 0x0200_0000;
 const ORIGIN_ZEROCOPY: u8 = 5;
+
 /// What a call of `receive` has taken off the connection.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Received {
@@ -35,12 +37,19 @@ pub fn receive(connection: BorrowedFd<'_>, buffer: &mut [u8], most: usize) -> io
     // SAFETY: the kernel has filled this part of control.
     let control =
         unsafe { std::slice::from_raw_parts(control.as_ptr().cast::<u8>(), message.msg_controllen.min(control.len() * 8)) };
-    let pieces = pieces(control).collect::<Result<Vec<_>, _>>().map_err(|_| io::ErrorKind::InvalidData)?;
-    Ok(match length {
-        0 => Received::End,
-        _ if pieces.is_empty() => Received::Plain(length),
-        _ => Received::Pieces(pieces),
-    })
+    read(length, control).map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+/// What a call that returned `length` has brought. Pieces must be as long together: otherwise bytes would be missing or come twice.
+fn read(length: usize, control: &[u8]) -> Result<Received, Malformed> {
+    let pieces = pieces(control).collect::<Result<Vec<_>, _>>()?;
+    let sum = pieces.iter().try_fold(0usize, |sum, piece| sum.checked_add(piece.length()));
+    match length {
+        _ if !pieces.is_empty() && sum != Some(length) => Err(Malformed),
+        0 => Ok(Received::End),
+        _ if pieces.is_empty() => Ok(Received::Plain(length)),
+        _ => Ok(Received::Pieces(pieces)),
+    }
 }
 
 /// Gives fragments back to the NIC, by the connection that they arrived on. An error leaves the rest waiting.
@@ -58,7 +67,8 @@ pub fn give_back(connection: BorrowedFd<'_>, tokens: &mut Tokens) -> io::Result<
     Ok(())
 }
 
-/// Sends bytes of a dma-buf, by the number of its binding: how many the kernel took. They must not change until `completed` counts this call. The connection needs SO_ZEROCOPY.
+/// Sends bytes of a dma-buf, by the number of its binding: how many the kernel took. They must not change until
+/// this call has ended by `completed`. The connection needs SO_ZEROCOPY.
 pub fn send(connection: BorrowedFd<'_>, binding: u32, offset: usize, length: usize) -> io::Result<usize> {
     // SAFETY: these compute sizes.
     let (space, filled) = unsafe { (libc::CMSG_SPACE(4) as usize, libc::CMSG_LEN(4) as usize) };
@@ -85,8 +95,8 @@ pub fn send(connection: BorrowedFd<'_>, binding: u32, offset: usize, length: usi
     })
 }
 
-/// How many calls of `send` on the connection are complete, of which `before` were known. Calls complete in order.
-pub fn completed(connection: BorrowedFd<'_>, mut before: u32) -> io::Result<u32> {
+/// Reads which calls of `send` on the connection have ended. They end in any order.
+pub fn completed(connection: BorrowedFd<'_>, calls: &mut Calls) -> io::Result<()> {
     loop {
         let mut control = [0u64; 16];
         // SAFETY: all zeros is a message without anything.
@@ -95,7 +105,7 @@ pub fn completed(connection: BorrowedFd<'_>, mut before: u32) -> io::Result<u32>
         message.msg_controllen = std::mem::size_of_val(&control);
         // SAFETY: control is exclusively ours during the call.
         match returned(unsafe { libc::recvmsg(connection.as_raw_fd(), &mut message, libc::MSG_ERRQUEUE | libc::MSG_DONTWAIT) }) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(before),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             other => other?,
         };
         // SAFETY: the kernel has filled control with one whole message, if any.
@@ -109,14 +119,29 @@ pub fn completed(connection: BorrowedFd<'_>, mut before: u32) -> io::Result<u32>
         if error.ee_origin != ORIGIN_ZEROCOPY {
             return Err(io::Error::from_raw_os_error(error.ee_errno as i32));
         }
-        // Numbers begin again after the largest.
-        let ended = error.ee_data.wrapping_add(1);
-        if ended.wrapping_sub(before) < 1 << 31 {
-            before = ended;
-        }
+        calls.end(error.ee_info, error.ee_data).map_err(|_| io::ErrorKind::InvalidData)?;
     }
 }
 
 pub(crate) fn returned(value: isize) -> io::Result<usize> {
     usize::try_from(value).map_err(|_| io::Error::last_os_error())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::Fragment;
+
+    #[test]
+    fn pieces_are_as_long_as_the_call_says() {
+        let device = |length| Piece::Device(Fragment { offset: 4096, length, token: 1, binding: 2 });
+        let control: Vec<u8> = [Piece::Linear(100), device(1448), device(52)].iter().flat_map(Piece::encode).collect();
+        assert_eq!(read(1600, &control), Ok(Received::Pieces(vec![Piece::Linear(100), device(1448), device(52)])));
+        for length in [0, 1599, 1601] {
+            assert_eq!(read(length, &control), Err(Malformed), "{length}");
+        }
+        let long: Vec<u8> = [device(u32::MAX), device(u32::MAX)].iter().flat_map(Piece::encode).collect();
+        assert_eq!(read(u32::MAX as usize - 1, &long), Err(Malformed));
+        assert_eq!((read(7, &[]), read(0, &[])), (Ok(Received::Plain(7)), Ok(Received::End)));
+    }
 }

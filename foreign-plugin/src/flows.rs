@@ -21,7 +21,9 @@ impl Rules {
 
     /// Removes the rules with the sockets' current addresses. Others stay.
     pub(crate) fn take_back(&self, data: &[TcpStream]) {
-        crate::manager::answer("close");
+        if let Err(fault) = crate::manager::answer_or_spin("close") {
+            return crate::logger::warn(&format!("update flow steering rule: {fault}"), 0);
+        }
         std::thread::sleep(crate::rules::settings().manager.close_time);
         for (socket, rule) in data.iter().zip(&self.0) {
             let peer = socket.peer_addr().unwrap_or_else(|e| violation!("closeRecv on a data socket that has no peer: {e}"));

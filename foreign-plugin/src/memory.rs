@@ -123,7 +123,9 @@ pub(crate) fn import() -> &'static Pool {
         // SAFETY: set, and never freed.
         return unsafe { &*there };
     }
-    crate::manager::answer("import");
+    if let Err(fault) = crate::manager::answer_or_spin("import") {
+        violation!("accept cannot import receive memory ({fault}): the plugin ends the process");
+    }
     let pool = Box::into_raw(Box::new(Pool::new(settings().pages)));
     IMPORTING.fetch_add(1, Ordering::AcqRel);
     // A thread that comes now imports as well; if calls are not serialised, the test needs one to.

@@ -86,8 +86,8 @@ pub(crate) struct Device {
 pub(crate) struct Manager {
     /// `STRICT_FOREIGN_CLOSE_MS`: how long it takes to remove the rules of a comm.
     pub close_time: Duration,
-    /// `STRICT_FOREIGN_FROZEN`: see `manager`.
-    pub frozen: Option<std::path::PathBuf>,
+    /// `STRICT_FOREIGN_ANSWERS`: see `manager`.
+    pub answers: Option<std::path::PathBuf>,
     /// `STRICT_FOREIGN_MANAGER=none`: there is none, for which TCPXO ends the process at its init.
     pub missing: bool,
 }
@@ -169,7 +169,7 @@ pub(crate) fn settings() -> &'static Settings {
             late: text("STRICT_FOREIGN_LATE").is_some(),
             manager: Manager {
                 close_time: Duration::from_millis(number("STRICT_FOREIGN_CLOSE_MS", 0)),
-                frozen: text("STRICT_FOREIGN_FROZEN").map(Into::into),
+                answers: text("STRICT_FOREIGN_ANSWERS").map(Into::into),
                 missing: text("STRICT_FOREIGN_MANAGER").is_some_and(|word| word == "none"),
             },
             unlocked: text("STRICT_FOREIGN_UNLOCKED").is_some(),

@@ -115,9 +115,9 @@ impl ListenComm {
                 crate::rules::raise_sigpipe();
                 std::thread::sleep(settings().accept_time);
                 if !dead {
-                    let result = gather(&listeners);
-                    crate::manager::answer("rule");
-                    *lock(&outcome) = Some(result);
+                    let sockets = gather(&listeners);
+                    let ruled = crate::manager::answer_or_spin("rule").map_err(|fault| format!("no flow rule: {fault}"));
+                    *lock(&outcome) = Some(ruled.and(sockets));
                 }
             });
             return Ok(None);

@@ -52,6 +52,9 @@ fn a_contract_violation_ends_the_process() {
         ("misaligned_size", "not whole pages"),
         ("beyond_the_end", "reaches beyond"),
         ("freed_before_it_was_dropped", "which was not dropped"),
+        ("came_back_before_it_was_dropped", "which was not dropped"),
+        ("dropped_again_after_an_error", "which is not registered"),
+        ("init_without_an_answer", "the plugin ends the process"),
         ("used_after_deregistration", "does not exist (or was dropped)"),
         ("deregistered_in_flight", "requests in flight"),
         ("deregistered_with_another_nic", "it belongs to NIC 0"),
@@ -80,10 +83,10 @@ fn other_behaviour_matches_tcpxo() {
     passes("messages_arrive_in_place", &[]);
     passes("any_order_of_tests", &[]);
     passes("many_in_flight", &[]);
-    passes("registered_twice", &[]);
     passes("a_dead_peer_is_an_error_of_test", &[]);
     passes("writes_after_the_close", &[]);
     passes("sends_after_the_close", &[]);
+    passes("answers_that_are_none", &[]);
 }
 
 // ---- the cases ----
@@ -226,15 +229,29 @@ fn child() {
             all.extend((0..40).map(|i| pair.isend(&memory, 100, i, mr)));
             finish(&all);
         }
-        "registered_twice" => {
-            let (pair, memory, mr) = registered();
-            let again = pair.register_at(pair.recv, memory.0, LEN, NCCL_PTR_CUDA);
-            // Each ends by itself, through any comm of the NIC.
-            pair.deregister(pair.recv, mr);
-            finish(&[pair.irecv(&memory, 100, 0, again), pair.isend(&memory, 100, 0, again)]);
-            pair.deregister(pair.send, again);
-            assert_eq!(counters().registrations.load(Acquire), 0);
+        // At the same address and size: the plugin finds the old entry.
+        "came_back_before_it_was_dropped" => {
+            let (pair, memory, _mr) = registered();
+            // SAFETY: own memory, replaced by a fresh mapping.
+            let again = unsafe {
+                let kind = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+                libc::mmap(memory.0.cast(), LEN, libc::PROT_READ | libc::PROT_WRITE, kind, -1, 0)
+            };
+            pair.register_at(pair.recv, again.cast(), LEN, NCCL_PTR_CUDA);
         }
+        "dropped_again_after_an_error" => {
+            let answers = Answers::set();
+            let (pair, _memory, mr) = registered();
+            answers.are("deregMr=refusal");
+            assert_ne!(pair.try_deregister(pair.send, mr), NCCL_SUCCESS);
+            pair.try_deregister(pair.send, mr);
+        }
+        "init_without_an_answer" => {
+            let answers = Answers::set();
+            answers.are("init=hangup");
+            init();
+        }
+        "answers_that_are_none" => answers_that_are_none(),
         "a_dead_peer_is_an_error_of_test" => {
             dead_peer();
         }
@@ -350,6 +367,58 @@ fn sends_after_the_close() {
         let recv = pair.irecv(&to, LEN, i, inward);
         assert_eq!(finish(&[recv]), [LEN]);
     }
+}
+
+/// The file that says what the receive manager does wrong.
+struct Answers(std::path::PathBuf);
+
+impl Answers {
+    /// Before the first call of the plugin.
+    fn set() -> Answers {
+        let file = std::env::temp_dir().join(format!("strict-foreign-answers-{}", std::process::id()));
+        std::env::set_var("STRICT_FOREIGN_ANSWERS", &file);
+        Answers(file)
+    }
+
+    fn are(&self, words: &str) {
+        std::fs::write(&self.0, words).expect("file");
+    }
+}
+
+impl Drop for Answers {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+fn answers_that_are_none() {
+    let answers = Answers::set();
+    let (pair, memory) = (Pair::new(), Memory::new());
+    for how in ["hangup", "refusal", "garbage"] {
+        answers.are(&format!("regMr={how}"));
+        let (code, mr) = pair.try_register_at(pair.send, memory.0, LEN, NCCL_PTR_CUDA);
+        assert!(code != NCCL_SUCCESS && mr.is_null(), "{how}");
+        // Of host memory the manager knows nothing.
+        let (code, host) = pair.try_register_at(pair.send, memory.0, LEN, NCCL_PTR_HOST);
+        assert_eq!((code, pair.try_deregister(pair.send, host)), (NCCL_SUCCESS, NCCL_SUCCESS));
+    }
+    for how in ["hangup", "refusal", "garbage"] {
+        answers.are(" ");
+        let memory = Memory::new();
+        let mr = pair.register_at(pair.send, memory.0, LEN, NCCL_PTR_CUDA);
+        answers.are(&format!("deregMr={how}"));
+        assert_ne!(pair.try_deregister(pair.send, mr), NCCL_SUCCESS, "{how}");
+    }
+    // No answer, until the file changes.
+    answers.are("regMr");
+    let before = Instant::now();
+    std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(50));
+        answers.are(" ");
+        std::mem::forget(answers);
+    });
+    pair.register_at(pair.send, memory.0, LEN, NCCL_PTR_CUDA);
+    assert!(before.elapsed() >= Duration::from_millis(50), "regMr had an answer");
 }
 
 fn two_threads() {
@@ -496,15 +565,24 @@ impl Pair {
     }
 
     fn register_at(&self, comm: Opaque, data: *mut u8, len: usize, kind: c_int) -> Opaque {
-        let mut mr = null_mut();
-        // SAFETY: as above.
-        assert_eq!(unsafe { NET.regMr.expect("regMr")(comm, data.cast(), len as c_int, kind, &mut mr) }, 0);
+        let (code, mr) = self.try_register_at(comm, data, len, kind);
+        assert_eq!(code, 0);
         mr
     }
 
-    fn deregister(&self, comm: Opaque, mr: Opaque) {
+    fn try_register_at(&self, comm: Opaque, data: *mut u8, len: usize, kind: c_int) -> (c_int, Opaque) {
+        let mut mr = null_mut();
         // SAFETY: as above.
-        assert_eq!(unsafe { NET.deregMr.expect("deregMr")(comm, mr) }, 0);
+        (unsafe { NET.regMr.expect("regMr")(comm, data.cast(), len as c_int, kind, &mut mr) }, mr)
+    }
+
+    fn deregister(&self, comm: Opaque, mr: Opaque) {
+        assert_eq!(self.try_deregister(comm, mr), 0);
+    }
+
+    fn try_deregister(&self, comm: Opaque, mr: Opaque) -> c_int {
+        // SAFETY: as above.
+        unsafe { NET.deregMr.expect("deregMr")(comm, mr) }
     }
 
     fn isend(&self, memory: &Memory, len: usize, tag: c_int, mr: Opaque) -> Opaque {

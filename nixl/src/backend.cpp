@@ -91,7 +91,7 @@ struct Backend::Core {
   Core(const Core &) = delete;
   void operator=(const Core &) = delete;
 
-  /// Registers what tells this engine from others.
+  /// Registers what distinguishes this engine from others.
   int identify();
   void start();
   void accept_loop();

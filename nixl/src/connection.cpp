@@ -77,7 +77,7 @@ bool Connection::has_room(size_t bytes) {
   if (leaving_ + bytes + overhead > most) {
     uccl_conn_stats_t stats{};
     stats.size = sizeof stats;
-    // Of a connection that is lost the next call tells.
+    // The next call reports a lost connection.
     if (uccl_engine_conn_stats(conn_, &stats) != UCCL_OK) return true;
     leaving_ = stats.backlog_bytes;
     if (leaving_ + bytes + overhead > most) return false;

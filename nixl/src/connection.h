@@ -16,7 +16,7 @@
 
 namespace tcpx {
 
-/// NIXL's status for an engine status. Everything that means "this peer cannot be worked with any more" is a lost peer.
+/// NIXL's status for an engine status. Everything that means "this peer can no longer be used" is a lost peer.
 nixl_status_t to_nixl(int status);
 
 /// Whether the peer is still there, as far as the engine knows. Costs no message.

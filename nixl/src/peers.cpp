@@ -360,7 +360,7 @@ Peers::Outcome Peers::make(const std::string &name, const ConnInfo &info, bool m
     const Reach answer = reach(info.host, info.port, kReach);
     outcome.hopeless = outcome.ended = answer == Reach::kRefused;
     if (answer != Reach::kAnswers) {
-      outcome.text = outcome.ended ? "it has ended: nothing listens there any more" : "the host does not answer";
+      outcome.text = outcome.ended ? "it has ended: nothing listens there now" : "the host does not answer";
       return outcome;
     }
   }

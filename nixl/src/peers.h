@@ -23,7 +23,7 @@ namespace tcpx {
 
 using Clock = std::chrono::steady_clock;
 
-/// Memory that the engine holds for telling instances apart: a peer reads a byte of `item`, which only this engine grants.
+/// Memory that the engine holds to distinguish instances: a peer reads a byte of `item`, which only this engine grants.
 struct Identity {
   alignas(64) char own[64] = {};
   alignas(64) char read[64] = {};
@@ -99,7 +99,7 @@ class Peers : public std::enable_shared_from_this<Peers> {
 
   /// To be called again and again: notices losses, tries again what is due, lets go of what waited too long. The time until the next call.
   Clock::duration tend();
-  /// No attempts any more. Closes everything.
+/// Ends all attempts. Closes everything.
   void stop();
   /// Waits until no attempt is under way; false when the time is over first.
   bool wait(std::chrono::milliseconds limit);

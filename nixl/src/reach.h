@@ -1,4 +1,4 @@
-// Asks whether a host answers at a port, sooner than a connect of the engine would tell. Knows sockets, nothing of engines.
+// Asks whether a host answers at a port, sooner than a connect of the engine would show. Knows sockets, nothing of engines.
 //
 // SPDX-License-Identifier: Apache-2.0
 

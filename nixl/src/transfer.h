@@ -1,5 +1,5 @@
 // A transfer request: what moves where, and how far it is. Owned by NIXL between prepXfer and releaseReqH. Any number of threads may ask how
-// it stands; nobody may use it while it goes. It may go while the transfer is in flight: the engine has copies of all it needs, and the
+// it stands; no thread may use it while it goes. It may go while the transfer is in flight: the engine has copies of all it needs, and the
 // regions are in use until it is over.
 //
 // SPDX-License-Identifier: Apache-2.0

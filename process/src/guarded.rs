@@ -36,7 +36,7 @@ const fn room<T>() -> usize {
 const SMALLEST: usize = 64;
 /// Sizes of cells: from the smallest to half of a page.
 const SIZES: usize = (PAGE / SMALLEST).ilog2() as usize;
-/// Attempts at the lock of the cells. In a child that was forked while another thread held it, nobody gives it back.
+/// Attempts at the lock of the cells. In a child that was forked while another thread held it, no thread gives it back.
 const ATTEMPTS: u32 = 1 << 16;
 
 /// Free cells of one size, as a list through their first words. Their other bytes are zeros.

@@ -41,6 +41,15 @@ impl Comm {
         Comm { raw, memory, mhandle }
     }
 
+    /// A message that is longer than a receive can describe is refused.
+    fn refuses_long(&self, table: &ncclNet_v7) {
+        let (mut request, mut data) = (null_mut(), self.memory.as_ptr().cast::<c_void>());
+        let (mut len, mut tag, mut mhandle) = ((512 << 10) + 1, 7, self.mhandle);
+        // SAFETY: a live comm; what is refused touches no memory.
+        let posted = unsafe { table.irecv.unwrap()(self.raw, 1, &mut data, &mut len, &mut tag, &mut mhandle, &mut request) };
+        assert_eq!(posted, NCCL_INVALID_ARGUMENT);
+    }
+
     fn post(&self, table: &ncclNet_v7, sends: bool, number: usize) -> Option<*mut c_void> {
         let (mut request, mut data) = (null_mut(), self.memory.as_ptr().wrapping_add(number % WINDOW * LEN).cast::<c_void>());
         let (mut len, mut tag, mut mhandle) = (LEN as c_int, 7, self.mhandle);
@@ -114,6 +123,7 @@ fn receive(table: &ncclNet_v7, folder: &Path, held: bool) {
         }
         comms.push((Comm::new(table, raw), pointer));
     }
+    comms[0].0.refuses_long(table);
     if held {
         // As many as it takes; none is consumed.
         let mut requests: Vec<_> = (0..MAX_REQUESTS).map_while(|number| comms[0].0.post(table, false, number)).collect();

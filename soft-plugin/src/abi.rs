@@ -418,7 +418,7 @@ pub unsafe extern "C" fn reg_mr_v8(comm: Opaque, data: Opaque, size: usize, kind
         let mut sends = None;
         let device = match kind {
             NCCL_PTR_HOST => {
-                check(!comm.is_for_devices())?;
+                check(!comm.ledger.devices())?;
                 false
             }
             NCCL_PTR_CUDA => {

@@ -134,7 +134,7 @@ impl Comm {
             path: connected.path,
             failed: OnceLock::new(),
             global,
-            ledger: Ledger::new(receives, global.config.strict),
+            ledger: Ledger::new(receives, global.config.strict, payload.is_some()),
             scheduled: AtomicBool::new(false),
             hung_up: AtomicBool::new(false),
             io: Mutex::new(Io { socket: Some(connected.socket), hung_up: false, side, doorbell: None, rung: 0 }),
@@ -231,11 +231,6 @@ impl Comm {
             Side::DeviceSend(send) => Some(send.interface()),
             _ => None,
         }
-    }
-
-    /// Whether it carries device memory alone.
-    pub fn is_for_devices(&self) -> bool {
-        matches!(self.io.lock().side, Side::DeviceSend(_) | Side::DeviceRecv(_))
     }
 
     /// Posts a request; see [`Ledger::post`].
@@ -397,9 +392,7 @@ impl Comm {
 
     /// Limits what it sends to so many bytes a second.
     pub fn pace(&self, rate: u64) -> Result<(), ncclResult_t> {
-        let io = self.io.lock();
-        let socket = io.socket.as_ref().ok_or(NCCL_INVALID_ARGUMENT)?;
-        tcp::pace(socket.as_raw_fd(), rate).map_err(|e| {
+        tcp::pace(self.io.lock().data()?, rate).map_err(|e| {
             static LINE: Limited = Limited::new();
             LINE.warn(&format!("cannot limit the rate of {}: {e}", self.path));
             NCCL_SYSTEM_ERROR

@@ -63,6 +63,8 @@ pub struct Ledger {
     receives: bool,
     /// A full window is an error, not a retry.
     strict: bool,
+    /// For device memory TCP: no host memory.
+    devices: bool,
     /// Requests the caller posted.
     posted: Counter,
     /// Requests whose bytes have been moved.
@@ -84,10 +86,11 @@ pub struct Ledger {
 
 impl Ledger {
     /// The ledger of a new comm.
-    pub fn new(receives: bool, strict: bool) -> Ledger {
+    pub fn new(receives: bool, strict: bool, devices: bool) -> Ledger {
         Ledger {
             receives,
             strict,
+            devices,
             posted: Counter::default(),
             completed: Counter::default(),
             reported: Counter::default(),
@@ -124,6 +127,11 @@ impl Ledger {
     /// Whether the comm receives.
     pub fn receives(&self) -> bool {
         self.receives
+    }
+
+    /// Whether it moves device memory alone.
+    pub fn devices(&self) -> bool {
+        self.devices
     }
 
     /// Posts a request: `Ok(None)` when all slots are taken and the comm is lenient. `fill` describes the memory; it gets
@@ -243,7 +251,7 @@ mod tests {
 
     #[test]
     fn a_window_fills_completes_and_frees_in_order() {
-        let ledger = Ledger::new(true, false);
+        let ledger = Ledger::new(true, false, false);
         for k in 0..16 {
             let posted = ledger.post(fill).unwrap().unwrap();
             assert_eq!((posted.bytes, posted.was_idle, posted.slot.seq()), (3, k == 0, k));
@@ -263,7 +271,7 @@ mod tests {
 
     #[test]
     fn a_failure_is_final_and_keeps_completed_requests() {
-        let ledger = Ledger::new(false, true);
+        let ledger = Ledger::new(false, true, false);
         ledger.post(fill).unwrap();
         ledger.post(fill).unwrap();
         ledger.complete(1);
@@ -275,7 +283,7 @@ mod tests {
 
     #[test]
     fn a_post_before_the_rest_is_not_lost() {
-        let ledger = Ledger::new(false, false);
+        let ledger = Ledger::new(false, false, false);
         ledger.begin_turn();
         assert!(!ledger.post(fill).unwrap().unwrap().was_idle);
         assert!(!ledger.rest(0), "a request is waiting");

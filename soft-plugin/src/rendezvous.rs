@@ -354,8 +354,8 @@ mod tests {
         }
         assert!(plain.is(plain.bytes()) && keyed.is(keyed.bytes()) && !keyed.is(other.bytes()) && !keyed.is(plain.bytes()));
         assert!(plain.bytes().ends_with(b"abcdef") && !keyed.bytes().windows(4).any(|w| w == b"0123"));
-        let stranger = Invitation { cookie: [0; COOKIE], ..invitation.clone() };
-        assert!(!keyed.is(stranger.hello(Lane { direction: Forth, payload: false }, Some(&[9; 32])).unwrap().bytes()));
+        let other = Invitation { cookie: [0; COOKIE], ..invitation.clone() };
+        assert!(!keyed.is(other.hello(Lane { direction: Forth, payload: false }, Some(&[9; 32])).unwrap().bytes()));
         assert_eq!((address_of(&handle), address_of(&[0; 128])), (Some(invitation.address), None));
     }
 

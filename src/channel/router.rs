@@ -322,10 +322,15 @@ impl Channels {
     }
 
     /// Closes the channels of a NIC on which the peer's kernel has acknowledged nothing for `timeout` although it should have, if the
-    /// peer lives: `heard` is when its control connection last brought something. Over a plugin that does not report bytes a NIC must
+    /// peer lives: `received` is when its control connection last brought something. Over a plugin that does not report bytes a NIC must
     /// finish a chunk within `chunk_timeout`. Another NIC must have done so meanwhile, or have nothing to do. Channels of other NICs must carry
     /// what they do.
-    pub(crate) fn close_silent(&mut self, [timeout, chunk_timeout]: [Duration; 2], heard: Instant, now: Instant) -> Result<()> {
+    pub(crate) fn close_silent(
+        &mut self,
+        [timeout, chunk_timeout]: [Duration; 2],
+        received: Instant,
+        now: Instant,
+    ) -> Result<()> {
         let Some(Silent { nic, still, reports_moved, too_large }) = self.stillness.silent_nic(timeout, chunk_timeout, now) else {
             return Ok(());
         };
@@ -334,7 +339,7 @@ impl Channels {
         // A NIC does not go unless the last loss helped.
         let helped = self.silent.is_none_or(|at| self.stillness.moved_beside(nic, at));
         let moved = self.stillness.moved_beside(nic, since + limit / 2);
-        let alone = heard >= since + limit / 2 && self.stillness.is_free_beside(nic);
+        let alone = received >= since + limit / 2 && self.stillness.is_free_beside(nic);
         if !helped || !(moved || alone) {
             return Ok(());
         }

@@ -5,7 +5,7 @@ use crate::status::{bail, Result};
 use crate::types::Place;
 use std::ffi::c_char;
 
-/// Access to a range of a peer's region. Exchanged between hosts of the same byte order (x86-64, little-endian).
+/// Access to a range of a peer's region. Exchanged between hosts of the same byte order (little-endian: x86-64, aarch64).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FifoItem {

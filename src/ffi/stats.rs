@@ -194,7 +194,7 @@ pub struct uccl_channel_stats_t {
     /// Name of the plugin that carries the channel, or "direct" for direct transfers between two processes on one host; NUL-terminated,
     /// cut to 31 bytes.
     pub plugin: [c_char; 32],
-    /// The word for what carries the channel, as in UCCL_TCPX_REQUIRE: "tcp", "tcpx", "tcpxo" or "direct", else the plugin's name;
+    /// The word for what carries the channel, as in UCCL_TCPX_REQUIRE: "tcp", "devmem", "tcpx", "tcpxo" or "direct", else the plugin's name;
     /// NUL-terminated, cut to 15 bytes. Of "direct", nvlink_bytes are "nvlink".
     pub carrier: [c_char; 16],
 }
@@ -414,16 +414,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_channel_is_told_with_its_plugin_and_its_loss() {
+    fn a_channel_is_reported_with_its_plugin_and_its_loss() {
         let text = |name: &[c_char]| {
             assert_eq!(name.last(), Some(&0));
             name.iter().take_while(|&&c| c != 0).map(|&c| c as u8 as char).collect::<String>()
         };
         let channel =
             ChannelStats { plugin: "GPUDirectTCPX_v7".into(), nic: "n".repeat(40), lost: true, ..ChannelStats::default() };
-        let told = uccl_channel_stats_t::from(&ChannelStats { nvlink_bytes: 7, ..channel });
-        assert_eq!((told.lost, told.nvlink_bytes), (1, 7));
-        assert_eq!((text(&told.plugin), text(&told.nic)), ("GPUDirectTCPX_v7".to_owned(), "n".repeat(31)));
-        assert_eq!(text(&told.carrier), "tcpx");
+        let reported = uccl_channel_stats_t::from(&ChannelStats { nvlink_bytes: 7, ..channel });
+        assert_eq!((reported.lost, reported.nvlink_bytes), (1, 7));
+        assert_eq!((text(&reported.plugin), text(&reported.nic)), ("GPUDirectTCPX_v7".to_owned(), "n".repeat(31)));
+        assert_eq!(text(&reported.carrier), "tcpx");
     }
 }

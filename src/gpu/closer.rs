@@ -94,9 +94,9 @@ mod tests {
     use std::sync::mpsc::{channel, Sender};
     use std::thread::ThreadId;
 
-    struct Tell(Sender<ThreadId>);
+    struct Report(Sender<ThreadId>);
 
-    impl Drop for Tell {
+    impl Drop for Report {
         fn drop(&mut self) {
             let _ = self.0.send(std::thread::current().id());
         }
@@ -106,8 +106,8 @@ mod tests {
     fn mappings_end_elsewhere_and_are_not_put_off_for_ever() {
         let (sender, receiver) = channel();
         for pulling in [false, true] {
-            close_later(Tell(sender.clone()));
-            close_later(Tell(sender.clone()));
+            close_later(Report(sender.clone()));
+            close_later(Report(sender.clone()));
             let begin = Instant::now();
             let mut ended = Vec::new();
             while ended.len() < 2 {

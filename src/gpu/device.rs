@@ -19,7 +19,7 @@ pub(crate) struct Gpu {
     /// Launchers without a user.
     idle: Arc<Idle<CopyLauncher>>,
     idle_pulls: Arc<Idle<PullLauncher>>,
-    /// A page that tells whether the context is still the one that was retained.
+    /// A page that shows whether the context is still the one that was retained.
     mark: PinnedBuffer,
     kernels: Arc<Kernels>,
     context: Arc<Context>,
@@ -66,7 +66,7 @@ impl Gpu {
         let (near, far) = (self.pinned(LEN)?, self.device_memory(LEN)?);
         let mut launcher = self.new_launcher()?;
         let word = near.mapped().device + (LEN - size_of::<u64>()) as u64;
-        // SAFETY: both blocks are this call's own and hold LEN bytes; they go back to the shelf when the stream has ended, or stay.
+        // SAFETY: both blocks are this call's own and hold LEN bytes; they go back to the cache when the stream has ended, or stay.
         let queued = unsafe {
             let stream = launcher.stream();
             let copies = stream

@@ -1,6 +1,6 @@
-//! Areas: memory of this library, on a GPU or of the host, cut into slots, into which a peer writes what this side then copies to where it belongs.
-//! Slots are used in turn, and each side counts by itself: the peer names none that this side would have to believe. An area serves one
-//! connection; its pages are used for nothing else before both sides have ended their mappings. Knows nothing of sockets, records and
+//! Areas: memory of this library, on a GPU or of the host, cut into slots, into which a peer writes what this engine then copies to where it belongs.
+//! Slots are used in turn, and each engine counts for itself, so the peer never sends a slot number that has to be trusted. An area serves one
+//! connection; its pages are used for nothing else until both engines have ended their mappings. Knows nothing of sockets, records and
 //! transfers.
 
 use super::exports::Stretch;
@@ -80,12 +80,12 @@ fn scattered(place: Place) -> Result<usize> {
     }
 }
 
-/// How many slots of the peer's area at its place were scattered, as the peer says in this side's file.
+/// How many slots of the peer's area at its place were scattered, as the peer says in this engine's file.
 pub(super) fn count(shared: &Shared, there: Place) -> Result<u64> {
     Ok(shared.word(scattered(there)?).load(Ordering::Acquire))
 }
 
-/// An area of this side.
+/// An area of this engine.
 struct Own {
     area: Area,
     /// Slots that the peer has filled, and those of them that were scattered, without a gap.
@@ -95,7 +95,7 @@ struct Own {
     early: [bool; SLOTS as usize],
 }
 
-/// Areas of this side, into which the peer writes.
+/// Areas of this engine, into which the peer writes.
 #[derive(Default)]
 pub(super) struct Areas {
     /// By place; `None` where there can be none.
@@ -163,32 +163,32 @@ impl Areas {
         Ok(())
     }
 
-    /// Hands out all of them to be dropped; nothing copies from them any more. The peer may still write to them, and no process ever reads that.
+    /// Hands out all of them to be dropped; no copy from them is under way. The peer may still write to them, but no process reads what it writes.
     pub(super) fn end(&mut self) -> impl Iterator<Item = (Place, Area)> + '_ {
         self.own.drain().filter_map(|(here, own)| Some((here, own?.area)))
     }
 }
 
-/// Areas of the peer, into which this side writes.
+/// Areas of the peer, into which this engine writes.
 #[derive(Default)]
 pub(super) struct Targets {
-    /// Mapped for a place of this side, by that and the peer's.
+    /// Mapped for a place of this engine, by that and the peer's.
     open: Map<(Place, Place), Mapping>,
-    told: Vec<(Place, Place)>,
-    /// Told, and not opened yet: opening takes long. An area that is told for several GPUs is kept once.
+    announced: Vec<(Place, Place)>,
+    /// Announced, and not opened yet: opening takes long. An area that is announced for several GPUs is kept once.
     waiting: Vec<(Place, Place, Arc<Export>)>,
 }
 
 impl Targets {
-    /// The peer offers an area at its place `there`, for this side's `here`.
+    /// The peer offers an area at its place `there`, for this engine's `here`.
     ///
     /// # Errors
     /// `Protocol` for a second one, or one of another length.
-    pub(super) fn told(&mut self, here: Place, there: Place, export: Export) -> Result<()> {
-        if export.len != area_bytes(there) || self.told.contains(&(here, there)) {
+    pub(super) fn announced(&mut self, here: Place, there: Place, export: Export) -> Result<()> {
+        if export.len != area_bytes(there) || self.announced.contains(&(here, there)) {
             bail!(Protocol, "the peer offers {} bytes at {there:?} for {here:?}", export.len);
         }
-        self.told.push((here, there));
+        self.announced.push((here, there));
         let known = self.waiting.iter().find(|&&(_, other, _)| other == there).map(|(.., export)| export.clone());
         self.waiting.push((here, there, known.unwrap_or_else(|| Arc::new(export))));
         Ok(())

@@ -42,7 +42,7 @@ impl Stride {
     }
 }
 
-/// The blocks of a transfer that wait for their turn, after its caller has gone.
+/// The blocks of a transfer that wait for their turn after the call that started it has returned.
 #[derive(Debug, Default)]
 pub(super) struct Rest {
     blocks: Vec<Piece>,

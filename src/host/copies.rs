@@ -1,5 +1,5 @@
-//! Copies under way into memory of this side: of its own reads, and of the peer's writes. Knows nothing of grants and of how the other side is
-//! told.
+//! Copies under way into memory of this engine: its own reads and the peer's writes. Knows nothing of grants and of how the peer learns of
+//! them.
 
 use super::areas::Slot;
 use super::exports::Imports;
@@ -16,13 +16,13 @@ const SOON: Duration = Duration::from_micros(15);
 /// What a copy is part of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Owner {
-    /// A read of this side.
+    /// A read of this engine.
     Read(Key),
     /// Orders of the peer, and the bytes of each.
     Orders(Vec<(u64, u64)>),
     /// A staged order of the peer, and the slot that it comes from.
     Staged(Slot, Vec<(u64, u64)>),
-    /// A staged read of this side, and the slot that it comes from.
+    /// A staged read of this engine, and the slot that it comes from.
     Answer(Slot, Key),
     /// A slot of the peer's area that is being filled.
     Gather(Slot),
@@ -32,7 +32,7 @@ pub(super) enum Owner {
 pub(super) enum Done {
     /// So many more bytes of it are in place.
     Moved(Owner, u64),
-    /// It has ended: the bytes that [`Done::Moved`] has not told, its pieces and its place.
+    /// It has ended: the bytes that [`Done::Moved`] has not reported, its pieces and its place.
     Ended { owner: Owner, rest: u64, pieces: usize },
 }
 
@@ -158,7 +158,7 @@ impl Copies {
         self.device.as_ref().is_some_and(|device| device.busy()) || self.host.as_ref().is_some_and(|host| host.busy())
     }
 
-    /// Waits, for a bounded time, until no copy touches memory any more.
+    /// Waits, for a bounded time, until no copy touches memory.
     ///
     /// # Errors
     /// When some still may.

@@ -1,4 +1,4 @@
-//! Which GPU allocations of this side the peer can read from, and which of the peer's this side has mapped. An allocation is told once and
+//! Which GPU allocations of this engine the peer can read from, and which of the peer's this engine has mapped. An allocation is announced once and
 //! used only after the peer has said that it can reach it. Knows nothing of sockets and of what is copied.
 
 use super::memory::witness::Process;
@@ -19,14 +19,14 @@ const SHORTEST: u64 = 64 << 10;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    Told,
+    Announced,
     Open,
     Refused,
-    /// It could not be told.
-    Untold,
+    /// Its descriptor could not be made.
+    Failed,
 }
 
-/// An allocation, by where it begins, its length, and the places of both sides.
+/// An allocation: where it begins, its length, its place, and the peer's place.
 type Key = (u64, u64, Place, Place);
 
 struct Allocation {
@@ -36,11 +36,11 @@ struct Allocation {
     regions: usize,
 }
 
-/// Whether something of one side can be reached from the other.
+/// Whether memory of one engine can be reached from the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Reach<T> {
     Yes(T),
-    /// The other side has not answered, or this side has not mapped it yet.
+    /// The peer has not answered, or this engine has not mapped it yet.
     Pending,
     No,
 }
@@ -76,7 +76,7 @@ impl Stretch {
 
 /// A region that can be shared.
 struct Shared {
-    /// The allocations that it lies in, rising, and as this side sees them.
+    /// The allocations that it lies in, rising, and as this engine sees them.
     keys: Vec<Key>,
     stretches: Vec<Stretch>,
     /// The peer has opened all of them, which stays so.
@@ -90,7 +90,7 @@ fn touched(all: &[Stretch], (begin, end): (u64, u64)) -> &[Stretch] {
     all.get(first..after).unwrap_or_default()
 }
 
-/// Allocations of this side.
+/// Allocations of this engine.
 #[derive(Default)]
 pub(crate) struct Shares {
     allocations: Map<Key, Allocation>,
@@ -103,23 +103,23 @@ pub(crate) struct Shares {
 }
 
 impl Shares {
-    /// Whether the peer can read all of a region into its `there`. The first call tells the peer of it.
+    /// Whether the peer can read all of a region into its `there`. The first call announces it.
     pub(crate) fn share(&mut self, region: &Region, there: Place, memory: &mut dyn LocalMemory) -> Reach<()> {
         let name = (region.span.id, there);
         if !self.regions.contains_key(&name) {
-            let keys = self.tell(region, there, memory);
+            let keys = self.announce(region, there, memory);
             if let Err(e) = &keys {
-                log::debug!("region {} is not shared with processes of this host: {e}", region.span.id);
+                log::debug!("region {} is not shared with processes on this host: {e}", region.span.id);
             }
             self.regions.insert(name, keys.ok().map(|keys| self.shared(keys)));
         }
         let Shares { regions, allocations, .. } = self;
         let Some(Some(shared)) = regions.get_mut(&name) else { return Reach::No };
-        let state = |key: &Key| allocations.get(key).map_or(State::Untold, |allocation| allocation.state);
+        let state = |key: &Key| allocations.get(key).map_or(State::Failed, |allocation| allocation.state);
         shared.open = shared.open || shared.keys.iter().all(|key| state(key) == State::Open);
         match shared.open {
             true => Reach::Yes(()),
-            false if shared.keys.iter().any(|key| matches!(state(key), State::Refused | State::Untold)) => Reach::No,
+            false if shared.keys.iter().any(|key| matches!(state(key), State::Refused | State::Failed)) => Reach::No,
             false => Reach::Pending,
         }
     }
@@ -132,7 +132,7 @@ impl Shares {
         Shared { stretches: keys.iter().filter_map(stretch).collect(), keys, open: false }
     }
 
-    fn tell(&mut self, region: &Region, there: Place, memory: &mut dyn LocalMemory) -> Result<Vec<Key>> {
+    fn announce(&mut self, region: &Region, there: Place, memory: &mut dyn LocalMemory) -> Result<Vec<Key>> {
         let exports = memory.export(region.place, region.span.addr, region.span.len)?;
         let inner = exports.len().saturating_sub(1);
         if exports.is_empty() || exports[..inner].iter().any(|e| e.len < SHORTEST) {
@@ -151,7 +151,7 @@ impl Shares {
             }
             self.last += 1;
             let id = self.last;
-            self.allocations.insert(key, Allocation { id, state: State::Told, regions: 1 });
+            self.allocations.insert(key, Allocation { id, state: State::Announced, regions: 1 });
             self.ids.insert(id, key);
             self.outbox.push_back(Message::Share { id, there: region.place, here: there, export });
         }
@@ -161,14 +161,14 @@ impl Shares {
     /// The peer has answered.
     ///
     /// # Errors
-    /// `Protocol` when nobody asked.
+    /// `Protocol` for an answer to no question.
     pub(crate) fn answered(&mut self, id: u32, open: bool) -> Result<()> {
         if id == 0 || id > self.last {
             bail!(Protocol, "an answer to export {id} of {}", self.last);
         }
         // It may have ended meanwhile.
         if let Some(allocation) = self.ids.get(&id).and_then(|key| self.allocations.get_mut(key)) {
-            if allocation.state != State::Told {
+            if allocation.state != State::Announced {
                 bail!(Protocol, "export {id} is answered twice");
             }
             allocation.state = if open { State::Open } else { State::Refused };
@@ -176,7 +176,7 @@ impl Shares {
         Ok(())
     }
 
-    /// Makes the descriptor of what is told next: no more than one waits here, however slow the peer is. What gets none is not told.
+    /// Makes the descriptor of the next announcement: at most one waits here, however slow the peer is. Without a descriptor it is not announced.
     pub(crate) fn prepare(&mut self, memory: &mut dyn LocalMemory) {
         while let Some(Message::Share { id, there, export, .. }) = self.outbox.front_mut() {
             if export.fd.is_some() || !export.kind.has_fd() {
@@ -185,9 +185,9 @@ impl Shares {
             match memory.descriptor(*there, export) {
                 Ok(fd) => export.fd = Some(fd),
                 Err(e) => {
-                    log::debug!("export {id} is not shared with a process of this host: {e}");
+                    log::debug!("export {id} is not shared with a process on this host: {e}");
                     if let Some(allocation) = self.ids.get(id).and_then(|key| self.allocations.get_mut(key)) {
-                        allocation.state = State::Untold;
+                        allocation.state = State::Failed;
                     }
                     self.outbox.pop_front();
                 }
@@ -195,7 +195,7 @@ impl Shares {
         }
     }
 
-    /// The allocations of a region that a range touches, rising, as this side sees them; none where it is not shared.
+    /// The allocations of a region that a range touches, rising, as this engine sees them; none where it is not shared.
     pub(crate) fn stretches(&self, region: u64, there: Place, range: (u64, u64)) -> &[Stretch] {
         let shared = self.regions.get(&(region, there)).and_then(Option::as_ref);
         shared.map_or(&[], |shared| touched(&shared.stretches, range))
@@ -207,7 +207,7 @@ impl Shares {
         Some(shared.stretches.iter().map(|stretch| stretch.id).collect())
     }
 
-    /// A region has ended: nothing uses it any more.
+    /// A region has ended: nothing uses it.
     pub(crate) fn forget(&mut self, region: u64) {
         let names: Vec<(u64, Place)> = self.regions.keys().copied().filter(|&(id, _)| id == region).collect();
         for name in names {
@@ -221,7 +221,7 @@ impl Shares {
                     // Its descriptor would be of whatever lies there next.
                     let waiting = self.outbox.len();
                     self.outbox.retain(|message| !matches!(message, Message::Share { id: other, .. } if *other == id));
-                    if state != State::Untold && self.outbox.len() == waiting {
+                    if state != State::Failed && self.outbox.len() == waiting {
                         self.outbox.push_back(Message::End { id });
                     }
                 }
@@ -250,7 +250,7 @@ type Reader = (Place, bool);
 #[derive(Default)]
 pub(crate) struct Imports {
     open: Map<u32, Import>,
-    /// Told, and not opened yet: opening takes long.
+    /// Announced, and not opened yet: opening takes long.
     waiting: VecDeque<(u32, Reader, Export)>,
     last: u32,
     /// The peer's process, if it is proved.
@@ -267,7 +267,7 @@ impl Imports {
     ///
     /// # Errors
     /// `Protocol` when its number does not rise, or there are too many.
-    pub(crate) fn told(&mut self, id: u32, reader: Reader, export: Export) -> Result<()> {
+    pub(crate) fn announced(&mut self, id: u32, reader: Reader, export: Export) -> Result<()> {
         self.number(id)?;
         if self.open.len() + self.waiting.len() >= 2 * MAX_SHARED {
             bail!(Protocol, "the peer shares {} allocations", self.open.len() + self.waiting.len());
@@ -278,7 +278,7 @@ impl Imports {
 
     fn number(&mut self, id: u32) -> Result<()> {
         if id <= self.last {
-            bail!(Protocol, "export {id} is told after export {}", self.last);
+            bail!(Protocol, "the peer announces export {id} after export {}", self.last);
         }
         self.last = id;
         Ok(())
@@ -287,10 +287,10 @@ impl Imports {
     /// The peer shares an allocation whose descriptor did not come; the answer for the peer.
     ///
     /// # Errors
-    /// As [`Imports::told`].
+    /// As [`Imports::announced`].
     pub(crate) fn missed(&mut self, id: u32) -> Result<Message> {
         self.number(id)?;
-        log::debug!("export {id} of a process of this host cannot be opened: this process has no descriptor left");
+        log::debug!("export {id} of a process on this host cannot be opened: this process has no descriptor left");
         Ok(Message::Answer { id, open: false })
     }
 
@@ -314,7 +314,7 @@ impl Imports {
                 true
             }
             Err(e) => {
-                log::debug!("export {id} of a process of this host cannot be opened: {e}");
+                log::debug!("export {id} of a process on this host cannot be opened: {e}");
                 false
             }
         };
@@ -375,7 +375,7 @@ impl Imports {
     /// The peer takes an allocation back.
     ///
     /// # Errors
-    /// `Protocol` for one that was never told.
+    /// `Protocol` for one that was never announced.
     pub(crate) fn ended(&mut self, id: u32, memory: &mut dyn LocalMemory) -> Result<()> {
         if id == 0 || id > self.last {
             bail!(Protocol, "export {id} of {} ends", self.last);
@@ -456,7 +456,7 @@ mod tests {
         Region::new(Span { id, addr: id << 20, len: 1 << 20 }, [0; 16], GPU, RemoteAccess::ALL)
     }
 
-    /// Exports that are to be told or to end, in order, and whether each has its descriptor.
+    /// Exports that are to be announced or ended, in order, and whether each has its descriptor.
     fn waiting(shares: &Shares) -> Vec<(&str, u32, bool)> {
         let word = |message: &Message| match message {
             Message::Share { id, export, .. } => ("share", *id, export.fd.is_some()),
@@ -474,7 +474,7 @@ mod tests {
             shares.prepare(&mut memory);
             assert_eq!(waiting(&shares), [("share", 1, true), ("share", 2, false), ("share", 3, false)]);
         }
-        // The first has left; the peer never hears of one that ends before its turn.
+        // The first has left; one that ends before its turn is never announced.
         shares.outbox.pop_front();
         shares.forget(2);
         shares.forget(1);
@@ -483,13 +483,13 @@ mod tests {
     }
 
     #[test]
-    fn what_gets_no_descriptor_is_not_told() {
+    fn what_gets_no_descriptor_is_not_announced() {
         let (mut shares, mut memory) = (Shares::default(), Simulated(false));
         (1..=2).for_each(|id| assert_eq!(shares.share(&region(id), GPU, &mut memory), Reach::Pending));
         shares.prepare(&mut memory);
         assert!(waiting(&shares).is_empty() && shares.share(&region(1), GPU, &mut memory) == Reach::No);
         shares.forget(1);
-        assert!(waiting(&shares).is_empty(), "the peer never heard of it");
+        assert!(waiting(&shares).is_empty(), "it was never announced");
         memory.0 = true;
         shares.share(&region(3), GPU, &mut memory);
         shares.prepare(&mut memory);

@@ -1,5 +1,5 @@
-//! Staged reads of this side: the owner of the source is asked for blocks, and answers with slots of this side's area, each the next bytes of
-//! what was asked. Where they go this side alone knows. Knows nothing of how copies run.
+//! Staged reads of this engine: it asks the owner of the source for blocks, and the owner fills slots of this engine's area, each with the next bytes of
+//! what was asked. Only this engine knows where they go. Knows nothing of how copies run.
 
 use super::areas::Kind;
 use super::blocks::is_small;
@@ -103,7 +103,7 @@ impl Fetches {
         *ahead += pieces.len();
         pieces.iter_mut().for_each(|piece| piece.dst = 0);
         let (last, bulk) = (reading.queue.is_empty(), reading.bulk);
-        out.tell(Head { order, slot, generation, export: Kind::Fetch.export(reading.place), last, bulk }, pieces)?;
+        out.announce(Head { order, slot, generation, export: Kind::Fetch.export(reading.place), last, bulk }, pieces)?;
         Ok(true)
     }
 
@@ -147,7 +147,7 @@ impl Fetches {
     /// Reports reads that have ended; whether some has.
     ///
     /// # Errors
-    /// `Protocol` when the other side claims what cannot be.
+    /// `Protocol` when the peer reports an impossible count.
     pub(super) fn report(&mut self, out: &mut RingOut, events: &mut Vec<Event>) -> Result<bool> {
         let (before, mut i) = (self.list.len(), 0);
         while let Some(reading) = self.list.get_mut(i) {

@@ -1,5 +1,5 @@
-//! Where this side copies out of its own memory: writes of this side and reads of the peer are gathered, a slot at a time, into
-//! the peer's area, and told to the peer once they are there. Slots are used in turn, and told in that order. Knows nothing of where the
+//! Where this engine copies out of its own memory: its own writes and the peer's reads are gathered, a slot at a time, into
+//! the peer's area, and announced once they are there. Slots are used in turn, and announced in that order. Knows nothing of where the
 //! peer puts the bytes it has asked for.
 
 use super::areas::{self, offset, slot_bytes, Kind, Slot, Targets, SLOTS};
@@ -24,17 +24,17 @@ pub(super) struct Source {
     pub here: Place,
 }
 
-/// What a write of this side has besides a read of the peer.
+/// What a write of this engine has that a read of the peer has not.
 struct Write {
     key: Key,
     total: u64,
-    /// Bytes that were told to the peer, and that were reported.
-    told: u64,
+    /// Bytes that were announced to the peer, and bytes that were reported to the caller.
+    announced: u64,
     moved: u64,
     _hold: Hold,
 }
 
-/// A write of this side, or a read of the peer, which itself keeps the source.
+/// A write of this engine, or a read of the peer, which itself keeps the source.
 struct Outgoing {
     write: Option<Write>,
     /// Its number; `None` while a write waits for one.
@@ -44,16 +44,16 @@ struct Outgoing {
     /// By pairing.
     sources: Vec<Source>,
     queue: Queue,
-    /// Gathers that run or are to be told.
+    /// Gathers that run, or are full and not announced.
     gathers: usize,
 }
 
-/// What a slot is filled with, and what the peer will be told of it.
+/// What a slot is filled with, and its announcement.
 struct Gather {
     head: Head,
     blocks: Vec<Piece>,
     bytes: u64,
-    /// Part of a write of this side.
+    /// Part of a write of this engine.
     mine: bool,
     done: bool,
 }
@@ -64,7 +64,7 @@ struct Lane {
     /// Slots that were used, and those of them that the peer has scattered.
     used: u64,
     scattered: u64,
-    /// The newest of the used ones, which are not told.
+    /// The newest of the used ones: not announced yet.
     gathers: VecDeque<Gather>,
 }
 
@@ -82,7 +82,7 @@ pub(super) struct Gathers {
     list: VecDeque<Outgoing>,
     /// Blocks that the peer has asked for and that were not gathered.
     asked: usize,
-    /// Reads of the peer of which bytes were told.
+    /// Reads of the peer, and bytes of them that were announced.
     answered: Vec<(u64, u64)>,
     /// Bytes of writes that have ended, and of those under way that were reported.
     done: u64,
@@ -96,7 +96,7 @@ impl Gathers {
     /// `Resource` without memory.
     pub(super) fn start(&mut self, transfer: &mut Start<'_>, sources: Vec<Source>, there: Place) -> Result<()> {
         let queue = Queue::of(transfer.blocks, transfer.count)?;
-        let write = Write { key: transfer.key, total: transfer.total, told: 0, moved: 0, _hold: transfer.hold.clone() };
+        let write = Write { key: transfer.key, total: transfer.total, announced: 0, moved: 0, _hold: transfer.hold.clone() };
         let bulk = !is_small(transfer.total, transfer.count);
         self.list.push_back(Outgoing { write: Some(write), order: None, there, bulk, sources, queue, gathers: 0 });
         Ok(())
@@ -130,12 +130,12 @@ impl Gathers {
         Ok(())
     }
 
-    /// Fills slots and tells those that are full; whether it told any.
+    /// Fills slots and announces those that are full; whether it announced any.
     ///
     /// # Errors
-    /// `Protocol` when the other side claims what cannot be, or why the connection must end.
+    /// `Protocol` when the peer reports an impossible count, or why the connection must end.
     pub(super) fn advance(&mut self, targets: &Targets, around: &mut Around<'_>) -> Result<bool> {
-        let told = self.tell(around)?;
+        let announced = self.announce(around)?;
         for bulk in [false, true] {
             let mut idle = 0;
             while idle < self.list.len() {
@@ -144,27 +144,27 @@ impl Gathers {
                 idle = if went { 0 } else { idle + 1 };
             }
         }
-        Ok(told)
+        Ok(announced)
     }
 
-    /// Tells the slots that are full, in order.
-    fn tell(&mut self, around: &mut Around<'_>) -> Result<bool> {
+    /// Announces the slots that are full, in order.
+    fn announce(&mut self, around: &mut Around<'_>) -> Result<bool> {
         let (Gathers { lanes, list, answered, .. }, mut any) = (self, false);
         for (&there, lane) in lanes {
-            let (scattered, told) = (areas::count(around.out.shared(), there)?, lane.used - lane.gathers.len() as u64);
-            if scattered < lane.scattered || scattered > told {
-                bail!(Protocol, "the peer has scattered {scattered} slots of {told}, after {}", lane.scattered);
+            let (scattered, announced) = (areas::count(around.out.shared(), there)?, lane.used - lane.gathers.len() as u64);
+            if scattered < lane.scattered || scattered > announced {
+                bail!(Protocol, "the peer has scattered {scattered} slots of {announced}, after {}", lane.scattered);
             }
             lane.scattered = scattered;
             while let Some(Gather { head, blocks, bytes, mine, .. }) = lane.gathers.front().filter(|gather| gather.done) {
                 if !around.out.fits(blocks.len(), head.bulk)? {
                     break;
                 }
-                around.out.tell(*head, blocks)?;
+                around.out.announce(*head, blocks)?;
                 let of = list.iter_mut().find(|next| next.order == Some(head.order) && next.write.is_some() == *mine);
                 if let Some(of) = of {
                     of.gathers -= 1;
-                    of.write.iter_mut().for_each(|write| write.told += bytes);
+                    of.write.iter_mut().for_each(|write| write.announced += bytes);
                 }
                 if !mine {
                     answered.push((head.order, *bytes));
@@ -219,7 +219,7 @@ impl Gathers {
         let kind = if mine { Kind::Write } else { Kind::Answer };
         let (last, bulk) = (next.queue.is_empty(), next.bulk);
         let head = Head { order, slot: grant, generation, export: kind.export(next.there), last, bulk };
-        // SAFETY: the sources lie in memory that the write or the peer's order keeps until this is told, the destinations in an open area of
+        // SAFETY: the sources lie in memory that the write or the peer's order keeps until this is announced, the destinations in an open area of
         // the peer; all stay for ever where the copy does not end.
         unsafe { around.copies.start(here, Vec::new(), bytes, Owner::Gather(slot), around.imports) }?;
         lane.gathers.push_back(Gather { head, blocks, bytes, mine, done: false });
@@ -231,13 +231,13 @@ impl Gathers {
     /// A slot is full.
     pub(super) fn copied(&mut self, slot: Slot) {
         let Some(lane) = self.lanes.get_mut(&slot.place) else { return };
-        let told = lane.used - lane.gathers.len() as u64;
-        if let Some(gather) = slot.number.checked_sub(told).and_then(|at| lane.gathers.get_mut(at as usize)) {
+        let announced = lane.used - lane.gathers.len() as u64;
+        if let Some(gather) = slot.number.checked_sub(announced).and_then(|at| lane.gathers.get_mut(at as usize)) {
             gather.done = true;
         }
     }
 
-    /// Reads of the peer of which bytes were told since the last call.
+    /// Reads of the peer, and bytes of them that were announced since the last call.
     pub(super) fn take_answered(&mut self) -> Vec<(u64, u64)> {
         std::mem::take(&mut self.answered)
     }
@@ -245,7 +245,7 @@ impl Gathers {
     /// Reports writes that have ended, and how far others are; whether some has ended.
     ///
     /// # Errors
-    /// `Protocol` when the other side claims what cannot be.
+    /// `Protocol` when the peer reports an impossible count.
     pub(super) fn report(&mut self, out: &mut RingOut, events: &mut Vec<Event>) -> Result<bool> {
         let (before, mut i) = (self.list.len(), 0);
         while let Some(next) = self.list.get_mut(i) {
@@ -255,11 +255,11 @@ impl Gathers {
             };
             let outcome = out.outcome(order);
             if outcome == Some(true) && (next.gathers > 0 || !next.queue.is_empty()) {
-                bail!(Protocol, "the peer has ended an order that it has not read");
+                bail!(Protocol, "the peer reports the end of an order before it has read all of it");
             }
             let at = match outcome {
                 Some(true) => write.total,
-                None => out.progress(order).min(write.told),
+                None => out.progress(order).min(write.announced),
                 Some(false) => write.moved,
             };
             let more = at.saturating_sub(write.moved);
@@ -272,7 +272,7 @@ impl Gathers {
                 continue;
             };
             next.queue.clear();
-            // Slots that were used are told, since those after them are counted.
+            // Used slots must be announced: the peer counts those after them.
             if next.gathers > 0 {
                 i += 1;
                 continue;

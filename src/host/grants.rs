@@ -1,5 +1,5 @@
-//! Grants: what a peer may read and write by direct transfers. A side grants a region once the peer has shown its token, and the grant ends
-//! with the region: a word in memory that both map tells that it stands, another how many reads are under way. A side that ends a region
+//! Grants: what a peer may read and write by direct transfers. An engine grants a region once the peer has shown its token, and the grant ends
+//! with the region. Of two words in memory that both map, the first says that the grant stands, the second counts reads under way. An engine that ends a region
 //! clears the first and waits until the second is zero; a reader counts itself before it looks. So no read that found the grant standing
 //! outlives it. A landing is a grant of one posted buffer for one message. Knows nothing of sockets and of what is copied.
 
@@ -58,7 +58,7 @@ enum Of {
     Landing(Key, RegionUse),
 }
 
-/// A grant of this side.
+/// A grant of this engine.
 struct Given {
     of: Of,
     generation: u64,
@@ -69,7 +69,7 @@ struct Given {
     len: u64,
 }
 
-/// Memory of this side that a record of the peer writes.
+/// Memory of this engine that a record of the peer writes.
 pub(crate) struct Target {
     /// Keeps it registered.
     pub used: RegionUse,
@@ -81,7 +81,7 @@ pub(crate) struct Target {
     pub landing: Option<Key>,
 }
 
-/// What this side has granted.
+/// What this engine has granted.
 pub(crate) struct Grants {
     shared: Arc<Shared>,
     by_region: Map<(u64, Place), u32>,
@@ -93,7 +93,7 @@ pub(crate) struct Grants {
 }
 
 impl Grants {
-    /// In this side's file.
+    /// In this engine's file.
     pub(crate) fn new(shared: &Arc<Shared>) -> Grants {
         let free = (0..GRANTS as u32).rev().collect();
         let (by_region, slots) = (Map::default(), Map::default());
@@ -193,7 +193,7 @@ impl Grants {
         self.slots.values().any(reads)
     }
 
-    /// A region has ended: nothing uses it any more.
+    /// A region has ended: nothing uses it.
     pub(crate) fn forget(&mut self, region: u64) {
         let names: Vec<(u64, Place)> = self.by_region.keys().copied().filter(|&(id, _)| id == region).collect();
         for name in names {
@@ -220,7 +220,7 @@ impl Drop for Grants {
     }
 }
 
-/// How a claim of this side stands.
+/// How a claim of this engine stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Claim {
     /// Granted.
@@ -233,7 +233,7 @@ pub(crate) enum Claim {
     Refused(Error),
 }
 
-/// A region of the peer, its token, and the place of this side that it is claimed for.
+/// A region of the peer, its token, and the place of this engine that it is claimed for.
 type Name = (u64, [u8; 16], Place);
 
 /// Claims that are remembered besides those that are granted. More than that ask again.
@@ -256,7 +256,7 @@ impl Leases {
         Leases { shared: shared.clone(), granted, slots, claims, outbox: VecDeque::new() }
     }
 
-    /// How the claim of a region for memory at `here` stands; claims it at the first call. A refusal is told once.
+    /// How the claim of a region for memory at `here` stands; claims it at the first call. A refusal is returned once.
     pub(crate) fn claim(&mut self, region: u64, token: [u8; 16], here: Place) -> Claim {
         if let Some(granted) = self.granted.get(&(region, here)).filter(|granted| granted.token == token) {
             return Claim::Granted(granted.clone());
@@ -406,7 +406,7 @@ mod tests {
     }
 
     #[test]
-    fn a_region_is_claimed_once_and_a_refusal_is_told_once() {
+    fn a_region_is_claimed_once_and_a_refusal_is_reported_once() {
         let (_grants, mut leases) = both();
         let name = (7, [7; 16], Place::HOST);
         let claim = |leases: &mut Leases| leases.claim(name.0, name.1, name.2);

@@ -1,7 +1,7 @@
-//! The file through which one side tells the other what to copy: every offset in it, in words of 8 bytes. The side that made the file
-//! writes some words, the other side the rest. A page of words comes first, each in a cache line of its own.
+//! The file through which one engine, the owner, orders the other to copy: every offset in it, in words of 8 bytes. The owner
+//! writes some words, the reader the rest. A page of words comes first, each in a cache line of its own.
 
-/// Direct writes that are told and have not ended at most.
+/// Most direct writes that are announced and have not ended.
 pub(super) const WINDOW: usize = 1024;
 /// Standing grants at once.
 pub(super) const GRANTS: usize = 4096;
@@ -14,29 +14,29 @@ pub(super) const TAIL: usize = 0;
 pub(super) const CLOSED: usize = 8;
 /// The owner sleeps and wants to be woken.
 pub(super) const LISTENS: usize = 16;
-/// Written by the other side: how far it has read the ring.
+/// Written by the reader: how far it has read the ring.
 pub(super) const HEAD: usize = 24;
-/// Written by the other side: how many orders have ended.
+/// Written by the reader: how many orders have ended.
 pub(super) const ENDED: usize = 32;
-/// Written by the other side: bytes of all orders that it has copied.
+/// Written by the reader: bytes of all orders that it has copied.
 pub(super) const MOVED: usize = 40;
-/// Written by the other side: bytes that its reads have copied.
+/// Written by the reader: bytes that its reads have copied.
 pub(super) const READ: usize = 48;
-/// Written by the other side, a word for each of its GPUs and one for its host memory: staged records that it has scattered.
+/// Written by the reader, a word for each of its GPUs and one for its host memory: staged records that it has scattered.
 const SCATTERED: usize = 56;
 /// GPUs of a process at most.
 pub(super) const GPUS: usize = 32;
 
-/// How each order has ended, and how many bytes of it are copied; written by the other side.
+/// How each order has ended, and how many bytes of it are copied; written by the reader.
 pub(super) const STATUS: usize = 512;
 pub(super) const PROGRESS: usize = STATUS + WINDOW;
-/// Of each grant, whether it stands (written by the owner), and reads under way (by the other side).
+/// Of each grant, whether it stands (written by the owner), and reads under way (by the reader).
 pub(super) const GRANT: usize = PROGRESS + WINDOW;
 /// The ring, and the end of all words.
 pub(super) const RECORDS: usize = GRANT + 2 * GRANTS;
 pub(super) const END: usize = RECORDS + RING;
 
-/// The word that counts staged records for a GPU of the other side, or for its host memory, which comes after all GPUs.
+/// The word that counts staged records for a GPU of the reader, or for its host memory, which comes after all GPUs.
 pub(super) fn scattered(index: usize) -> usize {
     SCATTERED + 8 * (index % (GPUS + 1))
 }

@@ -1,6 +1,6 @@
 //! How two engines that may share a host find out that they do: one connects to the other's Unix socket, both prove the session of
-//! their control connection, tell what they have, try what they can reach, and tell that. Polled, never blocking; until the peer is
-//! proved nothing it sent is opened. Knows nothing of chunks.
+//! their control connection, list what they have, try what they can reach, and report it. Polled, never blocking; until the peer is
+//! authenticated, nothing that it sent is opened. Knows nothing of chunks.
 //!
 //! Messages, little-endian. Introduction: magic, version, place and GPU of each kind of memory, address and contents of a few bytes of
 //! the process, MAC; with it comes the descriptor of the ring. Findings: the pairs of places that the sender can copy between, and how.
@@ -24,27 +24,27 @@ const VERSION: u16 = 4;
 const MAC: usize = 32;
 /// GPUs of a process at most.
 pub(crate) const MAX_GPUS: usize = 32;
-/// How long the two sides look for each other at most.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How long the two engines look for each other.
+const MEETING_TIMEOUT: Duration = Duration::from_secs(5);
 /// Processes that may be at a listening socket and have not proved themselves.
-const MAX_STRANGERS: usize = 8;
-/// How often the connecting side comes back that was sent away.
+const MAX_CANDIDATES: usize = 8;
+/// How often a connector that was dropped tries again.
 const CUTS: usize = 8;
 
 /// Why a message came without its descriptor.
 const CUT: &str = "this process has no file descriptor left for the peer's ring (ulimit -n)";
 
-/// Keys that prove the session, for what this side sends and what it receives.
+/// Keys that prove the session, for what this engine sends and what it receives.
 pub(crate) struct ProofKeys {
     pub send: Secret,
     pub recv: Secret,
 }
 
-/// What this side brings along.
+/// What this engine has to share.
 pub(crate) struct Have {
     /// GPUs whose memory can be shared, by place.
     pub gpus: Vec<(Place, GpuId)>,
-    /// Shares and pulls memory of GPUs.
+    /// Shares and pulls GPU memory.
     pub device: Option<Box<dyn LocalMemory>>,
     /// Bytes that areas of host memory may have, those of all connections of this process together.
     pub area_bytes: u64,
@@ -56,17 +56,17 @@ pub(crate) type Directory = Option<PathBuf>;
 /// A name for the host as it runs now.
 ///
 /// # Errors
-/// `Unsupported` where the kernel does not tell.
+/// `Unsupported` without a boot id of the kernel.
 pub(crate) fn host_name() -> Result<[u8; 16]> {
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
-    let Ok(boot) = boot else { bail!(Unsupported, "the kernel does not tell its boot id") };
+    let Ok(boot) = boot else { bail!(Unsupported, "the kernel's boot id cannot be read (/proc/sys/kernel/random/boot_id)") };
     let digest = ring::digest::digest(&ring::digest::SHA256, format!("uccl-p2p host {}", boot.trim()).as_bytes());
     let mut name = [0; 16];
     name.copy_from_slice(&digest.as_ref()[..16]);
     Ok(name)
 }
 
-/// This side before the peer's invitation is known.
+/// This engine before it knows the peer's invitation.
 pub(crate) struct Opening {
     invitation: Invitation,
     listeners: Vec<Listener>,
@@ -74,10 +74,10 @@ pub(crate) struct Opening {
 }
 
 impl Opening {
-    /// `connecting`: the side that connected the control connection connects here, too.
+    /// `connecting`: the connector of the connection connects here, too.
     ///
     /// # Errors
-    /// Why this side takes no part.
+    /// Why this engine takes no part.
     pub(crate) fn new(connecting: bool, directory: Directory) -> Result<Opening> {
         let mut name = Name::default();
         if let Err(e) = getrandom::fill(&mut name) {
@@ -94,7 +94,7 @@ impl Opening {
         Ok(Opening { invitation, listeners, directory })
     }
 
-    /// What the peer is told.
+    /// What the peer receives in the Offer.
     pub(crate) fn invitation(&self) -> Invitation {
         self.invitation
     }
@@ -114,20 +114,20 @@ impl Opening {
             connecting,
             directory: self.directory,
             listeners: self.listeners,
-            strangers: Vec::new(),
+            candidates: Vec::new(),
             cut: None,
             cuts: 0,
             keys,
             have: Some(have),
             outbox: Some(outbox),
             met: None,
-            deadline: now + PATIENCE,
+            deadline: now + MEETING_TIMEOUT,
         })
     }
 }
 
 /// A socket whose other end has not proved itself.
-struct Stranger {
+struct Candidate {
     socket: Socket,
     who: Who,
     introduced: bool,
@@ -136,7 +136,7 @@ struct Stranger {
 /// A pair of places between which bytes can go, and how.
 type Found = (Place, Place, Manner);
 
-/// A proved peer.
+/// An authenticated peer.
 struct Met {
     socket: Socket,
     who: Who,
@@ -149,14 +149,14 @@ struct Met {
     /// The first look at its host memory, which may take for ever: the peer says where that is.
     probe: Probe<Result<HostMemory>>,
     host: Option<HostMemory>,
-    /// Why this side may not read the peer's host memory.
+    /// Why this engine may not read the peer's host memory.
     unread: Option<String>,
-    /// What can come to this side, once that was tried: places here and there, and how.
+    /// What can be copied here, once that was tried: places here and there, and how.
     ours: Option<Vec<Found>>,
-    told: bool,
+    findings_sent: bool,
 }
 
-/// What both sides have agreed on.
+/// What both engines have agreed on.
 pub(crate) struct Linked {
     pub socket: Socket,
     pub who: Who,
@@ -164,25 +164,25 @@ pub(crate) struct Linked {
     pub device: Option<Box<dyn LocalMemory>>,
     pub inn: RingIn,
     pub out: RingOut,
-    /// Pairs of places, here and there, between which both sides can copy.
+    /// Pairs of places, here and there, between which both engines can copy.
     pub pairs: Vec<(Place, Place)>,
     /// Those of them whose bytes are pushed.
     pub pushed: Vec<(Place, Place)>,
-    /// Why this side may not read the peer's host memory.
+    /// Why this engine may not read the peer's host memory.
     pub unread: Option<String>,
     /// Those of them that NVLink joins.
     pub nvlink: Vec<(Place, Place)>,
 }
 
-/// Two sides on their way to each other.
+/// Two engines that have not met yet.
 pub(crate) struct Meeting {
     id: Name,
     connecting: bool,
     directory: Directory,
     listeners: Vec<Listener>,
     /// The oldest first.
-    strangers: Vec<Stranger>,
-    /// Why the connecting side's last socket ended.
+    candidates: Vec<Candidate>,
+    /// Why the connector's last socket ended.
     cut: Option<Error>,
     /// How often one has.
     cuts: usize,
@@ -215,35 +215,35 @@ impl Meeting {
         Ok(None)
     }
 
-    /// Gets hold of sockets, and introduces this side on each.
+    /// Connects or accepts sockets, and introduces this engine on each.
     fn approach(&mut self, now: Instant) -> Result<()> {
-        if self.connecting && self.strangers.is_empty() {
+        if self.connecting && self.candidates.is_empty() {
             let socket = self.connect().map_err(|e| self.cut.take().unwrap_or(e))?;
             if let Some(socket) = socket {
                 let who = socket.who()?;
                 allowed(who)?;
-                self.strangers.push(Stranger { socket, who, introduced: false });
+                self.candidates.push(Candidate { socket, who, introduced: false });
             }
         }
-        // Others may come as fast as they are sent away.
-        for _ in 0..2 * MAX_STRANGERS {
+        // New ones may connect as fast as others are dropped.
+        for _ in 0..2 * MAX_CANDIDATES {
             let Some(socket) = self.listeners.iter().find_map(Listener::accept) else { break };
             // No other process can be the peer.
             if let Some(who) = socket.who().ok().filter(|&who| allowed(who).is_ok()) {
-                if self.strangers.len() >= MAX_STRANGERS {
-                    // The one that has been silent for longest makes room; the peer speaks at once, and comes back if it was slow.
+                if self.candidates.len() >= MAX_CANDIDATES {
+                    // The oldest silent one makes room. The peer speaks at once; if it was slow, it connects again.
                     self.listen(now)?;
                     if self.met.is_some() {
                         return Ok(());
                     }
-                    self.strangers.drain(..(self.strangers.len() + 1).saturating_sub(MAX_STRANGERS));
+                    self.candidates.drain(..(self.candidates.len() + 1).saturating_sub(MAX_CANDIDATES));
                 }
-                self.strangers.push(Stranger { socket, who, introduced: false });
+                self.candidates.push(Candidate { socket, who, introduced: false });
             }
         }
-        // A listening side says nothing before it was proved to: its introduction follows the peer's.
+        // The listener sends nothing before the peer is authenticated: its introduction follows the peer's.
         if self.connecting {
-            for i in 0..self.strangers.len() {
+            for i in 0..self.candidates.len() {
                 if let Err(e) = self.introduce(i) {
                     return self.cut_off(e);
                 }
@@ -252,9 +252,9 @@ impl Meeting {
         Ok(())
     }
 
-    /// The connecting side's socket has ended. Where that was for others, who were many, the next attempt succeeds.
+    /// The connector's socket has ended. If the listener dropped it among many candidates, the next attempt succeeds.
     fn cut_off(&mut self, error: Error) -> Result<()> {
-        self.strangers.clear();
+        self.candidates.clear();
         self.cuts += 1;
         if self.cuts > CUTS || !matches!(error.kind(), ErrorKind::RemoteDisconnect | ErrorKind::System) {
             return Err(error);
@@ -278,22 +278,22 @@ impl Meeting {
     }
 
     fn introduce(&mut self, index: usize) -> Result<()> {
-        let (Some(have), Some(outbox), Some(stranger)) = (&self.have, &self.outbox, self.strangers.get_mut(index)) else {
+        let (Some(have), Some(outbox), Some(candidate)) = (&self.have, &self.outbox, self.candidates.get_mut(index)) else {
             return Ok(());
         };
-        if !stranger.introduced {
+        if !candidate.introduced {
             let message = introduction(&have.gpus, &self.keys.send)?;
-            stranger.introduced = stranger.socket.send(&message, Some(outbox.fd()))?;
+            candidate.introduced = candidate.socket.send(&message, Some(outbox.fd()))?;
         }
         Ok(())
     }
 
-    /// Hears strangers. The first that proves itself is the peer; others are dropped at their first wrong byte.
+    /// Reads what candidates send. The first that proves itself is the peer; others are dropped at their first wrong byte.
     fn listen(&mut self, now: Instant) -> Result<()> {
         let mut i = 0;
-        while let Some(stranger) = self.strangers.get(i) {
+        while let Some(candidate) = self.candidates.get(i) {
             let mut buffer = [0; MAX_MESSAGE];
-            let heard = match stranger.socket.receive(&mut buffer) {
+            let received = match candidate.socket.receive(&mut buffer) {
                 Ok(Received::Nothing) => {
                     i += 1;
                     continue;
@@ -303,34 +303,34 @@ impl Meeting {
                 Ok(Received::End) => Err(crate::status::err!(RemoteDisconnect, "the peer's process closed its Unix socket")),
                 Err(e) => Err(e),
             };
-            match heard {
+            match received {
                 Ok((introduction, fds)) => return self.meet(i, introduction, fds, now),
                 Err(e) if self.connecting => return self.cut_off(e),
                 Err(e) => {
-                    log::debug!("a process of this host did not prove itself: {e}");
-                    self.strangers.remove(i);
+                    log::debug!("a process on this host connected and did not prove that it is the peer: {e}");
+                    self.candidates.remove(i);
                 }
             }
         }
         Ok(())
     }
 
-    /// The peer is proved: looks at what it sent.
+    /// The peer is authenticated: looks at what it sent.
     fn meet(&mut self, index: usize, intro: Introduction, mut fds: Vec<OwnedFd>, now: Instant) -> Result<()> {
         self.introduce(index)?;
         let (Some(fd), true) = (fds.pop(), fds.is_empty()) else { bail!(Protocol, "the peer's process sent no ring") };
-        let Stranger { socket, who, introduced } = self.strangers.swap_remove(index);
+        let Candidate { socket, who, introduced } = self.candidates.swap_remove(index);
         let (Some(have), Some(outbox), true) = (self.have.take(), self.outbox.take(), introduced) else {
             bail!(Resource, "the peer's Unix socket has no room");
         };
         let inbox = RingIn::open(fd.as_fd())?;
         self.listeners.clear();
-        self.strangers.clear();
+        self.candidates.clear();
         let same_process = is_this_process(who.pid, intro.witness)?;
         let probe = Probe::new("the first read of its memory", now, move || HostMemory::new(who.pid, intro.witness));
         let gpus = intro.gpus;
-        let (host, unread, ours, told) = (None, None, None, false);
-        self.met = Some(Met { socket, who, same_process, inbox, outbox, have, gpus, probe, host, unread, ours, told });
+        let (host, unread, ours, findings_sent) = (None, None, None, false);
+        self.met = Some(Met { socket, who, same_process, inbox, outbox, have, gpus, probe, host, unread, ours, findings_sent });
         Ok(())
     }
 
@@ -359,23 +359,23 @@ impl Meeting {
         met.ours = Some(ours);
     }
 
-    /// Tells what this side can reach, and hears the same.
+    /// Sends what this engine can reach, and receives the peer's.
     fn conclude(&mut self) -> Result<Option<Linked>> {
         let Some(met) = &mut self.met else { return Ok(None) };
         let Some(ours) = &met.ours else { return Ok(None) };
-        if !met.told {
-            met.told = met.socket.send(&findings(ours), None)?;
+        if !met.findings_sent {
+            met.findings_sent = met.socket.send(&findings(ours), None)?;
         }
         let mut buffer = [0; MAX_MESSAGE];
         let theirs = match met.socket.receive(&mut buffer)? {
             Received::Message(n, fds) if fds.is_empty() => found(&buffer[..n])?,
-            Received::Message(..) => bail!(Protocol, "the peer's process sent a descriptor too many"),
+            Received::Message(..) => bail!(Protocol, "the peer's process sent an extra descriptor"),
             Received::Cut(_) => bail!(Resource, "{CUT}"),
             Received::Nothing => return Ok(None),
             Received::End => bail!(RemoteDisconnect, "the peer's process closed its Unix socket"),
         };
         let Some(met) = self.met.take() else { return Ok(None) };
-        if !met.told {
+        if !met.findings_sent {
             bail!(Resource, "the peer's Unix socket has no room");
         }
         let Met { socket, who, mut host, unread, inbox, outbox, have, gpus, ours, .. } = met;
@@ -403,7 +403,7 @@ impl Meeting {
     }
 }
 
-/// Only processes of the same user are let near.
+/// Only processes of the same user may connect.
 fn allowed(who: Who) -> Result<()> {
     // SAFETY: a plain system call.
     let own = unsafe { libc::geteuid() };
@@ -452,7 +452,7 @@ impl Rest<'_> {
     fn head(&mut self) -> Result<u16> {
         let (magic, version) = (u32::from_le_bytes(self.take()?), u16::from_le_bytes(self.take()?));
         if (magic, version) != (MAGIC, VERSION) {
-            bail!(Protocol, "a message of the peer's process is none of this protocol");
+            bail!(Protocol, "a message of the peer's process has another magic or version");
         }
         Ok(u16::from_le_bytes(self.take()?))
     }
@@ -467,18 +467,18 @@ impl Rest<'_> {
 
 /// The introduction in these bytes, if its sender has the session's key.
 fn proved(bytes: &[u8], key: &Secret) -> Result<Introduction> {
-    let Some((body, mac)) = bytes.split_last_chunk::<MAC>() else { bail!(Auth, "a process of this host sent no proof") };
+    let Some((body, mac)) = bytes.split_last_chunk::<MAC>() else { bail!(Auth, "a process on this host sent no proof") };
     if !secret::verify(key, body, mac)? {
-        bail!(Auth, "a process of this host sent a wrong proof");
+        bail!(Auth, "a process on this host sent a wrong proof");
     }
     let mut rest = Rest(body);
     let n = usize::from(rest.head()?);
     if n > MAX_GPUS {
-        bail!(Protocol, "a process with {n} GPUs");
+        bail!(Protocol, "a process reports {n} GPUs");
     }
     let gpus = (0..n).map(|_| Ok((Place(u8::from_le_bytes(rest.take()?)), rest.take()?))).collect::<Result<Vec<_>>>()?;
     if gpus.iter().any(|(place, _)| !place.is_device()) {
-        bail!(Protocol, "a process has host memory on a GPU");
+        bail!(Protocol, "a process reports a GPU at the place of host memory");
     }
     let witness = Witness { addr: u64::from_le_bytes(rest.take()?), bytes: rest.take()? };
     rest.end()?;
@@ -500,26 +500,26 @@ fn found(bytes: &[u8]) -> Result<Vec<Found>> {
     let mut rest = Rest(bytes);
     let n = usize::from(rest.head()?);
     if n > MAX_GPUS * MAX_GPUS + 1 {
-        bail!(Protocol, "a process finds {n} pairs of places");
+        bail!(Protocol, "a process reports {n} pairs of places");
     }
     let mut pairs = Vec::with_capacity(n);
     for _ in 0..n {
         let [there, here, manner] = rest.take()?;
         let (there, here) = (Place(there), Place(here));
         if there.is_device() != here.is_device() {
-            bail!(Protocol, "a process finds a pair of host and GPU memory");
+            bail!(Protocol, "a process reports a pair of host and GPU memory");
         }
         match Manner::from_number(manner) {
             Some(manner) => pairs.push((there, here, manner)),
-            None => bail!(Protocol, "a process finds a pair of manner {manner}"),
+            None => bail!(Protocol, "a process reports a pair of manner {manner}"),
         }
     }
     rest.end()?;
     Ok(pairs)
 }
 
-/// Whether a peer is this very process: the kernel says so, and the peer knows what lies in its memory. Neither alone is enough: another
-/// process may have been told the one, and have the same number in another namespace.
+/// Whether the peer is this process: the kernel says so, and the peer knows what lies in its memory. Neither alone is enough: another
+/// process may have learnt the bytes, or have the same number in another namespace.
 fn is_this_process(pid: i32, witness: Witness) -> Result<bool> {
     Ok(pid == std::process::id() as i32 && witness == Witness::own()?)
 }
@@ -554,7 +554,7 @@ pub(crate) mod tests {
         Have { gpus: (0..gpus).map(|i| (Place::gpu(i), gpu(i))).collect(), device, area_bytes: u64::MAX }
     }
 
-    /// The listening side and the connecting side.
+    /// The listener and the connector.
     fn both(gpus: [u8; 2]) -> (Meeting, Meeting) {
         both_with(gpus, [false; 2])
     }
@@ -596,7 +596,7 @@ pub(crate) mod tests {
         (staged(a, most[0]), staged(b, most[1]))
     }
 
-    /// The same; which side wants to push.
+    /// The same; which engine wants to push.
     pub(crate) fn pushing(gpus: [u8; 2], push: [bool; 2]) -> (Linked, Linked) {
         let (mut a, mut b) = both_with(gpus, push);
         meet(&mut a, &mut b).unwrap()
@@ -622,23 +622,23 @@ pub(crate) mod tests {
         }
     }
 
-    /// Somebody at the listening side's socket who says this. Afterwards the peer still gets in.
-    fn with_stranger(message: &[u8], fds: usize) {
+    /// Another process connects to the listener's socket and sends this. Afterwards the peer still gets in.
+    fn with_candidate(message: &[u8], fds: usize) {
         let (mut a, mut b) = both([1, 1]);
-        let stranger = Socket::connect(&a.id, Where::Abstract).unwrap().unwrap();
+        let candidate = Socket::connect(&a.id, Where::Abstract).unwrap().unwrap();
         let file = shm::create(c"test", super::super::layout::END * 8).unwrap();
         if !message.is_empty() {
-            assert!(stranger.send(message, (fds > 0).then(|| file.as_fd())).unwrap());
+            assert!(candidate.send(message, (fds > 0).then(|| file.as_fd())).unwrap());
         }
         assert!(a.poll(Instant::now()).unwrap().is_none());
         let (ours, _theirs) = meet(&mut a, &mut b).unwrap();
         assert_eq!(ours.pairs.len(), 2);
-        // It was told nothing.
-        assert!(matches!(stranger.receive(&mut [0; MAX_MESSAGE]), Ok(Received::End)));
+        // It received nothing.
+        assert!(matches!(candidate.receive(&mut [0; MAX_MESSAGE]), Ok(Received::End)));
     }
 
     #[test]
-    fn strangers_are_told_nothing_and_do_not_keep_the_peer_out() {
+    fn candidates_receive_nothing_and_do_not_keep_the_peer_out() {
         let wrong = introduction(&[(Place::gpu(0), [7; 16])], &Secret::new([9; 32]).unwrap()).unwrap();
         let mut garbled = introduction(&[(Place::gpu(0), [7; 16])], &keys(true).send).unwrap();
         garbled[9] ^= 1;
@@ -646,26 +646,26 @@ pub(crate) mod tests {
         for (message, fds) in
             [(&b"x"[..], 0), (&[0; 4000], 1), (&wrong, 1), (&garbled, 1), (&reflected, 1), (&wrong[..40], 0), (&[], 0)]
         {
-            with_stranger(message, fds);
+            with_candidate(message, fds);
         }
     }
 
     #[test]
-    fn a_crowd_of_silent_strangers_ends_in_time() {
+    fn a_crowd_of_silent_candidates_ends_in_time() {
         let (mut a, _b) = both([0, 0]);
         let crowd: Vec<_> =
-            (0..2 * MAX_STRANGERS).map_while(|_| Socket::connect(&a.id, Where::Abstract).ok().flatten()).collect();
+            (0..2 * MAX_CANDIDATES).map_while(|_| Socket::connect(&a.id, Where::Abstract).ok().flatten()).collect();
         for _ in 0..5 {
             assert!(a.poll(Instant::now()).unwrap().is_none());
         }
-        assert!(a.strangers.len() <= MAX_STRANGERS && crowd.len() > MAX_STRANGERS);
-        let error = a.poll(Instant::now() + PATIENCE + Duration::from_secs(1)).err().unwrap();
+        assert!(a.candidates.len() <= MAX_CANDIDATES && crowd.len() > MAX_CANDIDATES);
+        let error = a.poll(Instant::now() + MEETING_TIMEOUT + Duration::from_secs(1)).err().unwrap();
         assert_eq!(error.kind(), ErrorKind::TimedOut);
     }
 
     #[test]
-    fn a_crowd_of_silent_strangers_keeps_the_peer_out_for_no_time() {
-        for crowd in [MAX_STRANGERS, 2 * MAX_STRANGERS, 4 * MAX_STRANGERS] {
+    fn a_crowd_of_silent_candidates_keeps_the_peer_out_for_no_time() {
+        for crowd in [MAX_CANDIDATES, 2 * MAX_CANDIDATES, 4 * MAX_CANDIDATES] {
             let (mut a, mut b) = both([1, 1]);
             let mut silent = Vec::new();
             for _ in 0..crowd {
@@ -673,26 +673,26 @@ pub(crate) mod tests {
                 assert!(a.poll(Instant::now()).unwrap().is_none());
             }
             meet(&mut a, &mut b).unwrap();
-            assert!(silent.len() >= MAX_STRANGERS);
+            assert!(silent.len() >= MAX_CANDIDATES);
         }
     }
 
     #[test]
-    fn a_peer_that_was_sent_away_for_others_comes_back() {
+    fn a_peer_that_was_dropped_among_others_connects_again() {
         let (mut a, mut b) = both([1, 1]);
         // Connected, and nothing said yet.
         let who = Who { pid: 1, uid: 0 };
-        b.strangers.push(Stranger { socket: Socket::connect(&a.id, Where::Abstract).unwrap().unwrap(), who, introduced: true });
+        b.candidates.push(Candidate { socket: Socket::connect(&a.id, Where::Abstract).unwrap().unwrap(), who, introduced: true });
         let mut crowd = Vec::new();
         for _ in 0..2 {
-            crowd.extend((0..MAX_STRANGERS - 1).filter_map(|_| Socket::connect(&a.id, Where::Abstract).ok().flatten()));
+            crowd.extend((0..MAX_CANDIDATES - 1).filter_map(|_| Socket::connect(&a.id, Where::Abstract).ok().flatten()));
             a.poll(Instant::now()).unwrap();
         }
         let (ours, _) = meet(&mut a, &mut b).unwrap();
-        assert!(ours.pairs.len() == 2 && b.cuts == 1 && crowd.len() == 2 * (MAX_STRANGERS - 1));
+        assert!(ours.pairs.len() == 2 && b.cuts == 1 && crowd.len() == 2 * (MAX_CANDIDATES - 1));
     }
 
-    /// A peer that proves itself to a listening side, with such changes to what it says and this for its ring.
+    /// A peer that proves itself to a listener, with such changes to its introduction and this for its ring.
     fn introduced(to: &Meeting, change: impl Fn(&mut Vec<u8>), ring: Option<BorrowedFd<'_>>) -> Result<Socket> {
         let peer = Socket::connect(&to.id, Where::Abstract)?.unwrap();
         let mut body = introduction(&[(Place::gpu(0), gpu(0))], &keys(true).send)?;
@@ -713,7 +713,7 @@ pub(crate) mod tests {
             assert!(peer.send(second, None)?);
         }
         a.poll(Instant::now())?;
-        a.poll(Instant::now() + PATIENCE)?;
+        a.poll(Instant::now() + MEETING_TIMEOUT)?;
         drop(b);
         Ok(())
     }
@@ -726,7 +726,7 @@ pub(crate) mod tests {
         fails(proved_and_then(same, None, None), "no ring");
         fails(proved_and_then(same, Some(std::fs::File::open("/dev/zero").unwrap().into()), None), "memory file");
         fails(proved_and_then(same, Some(shm::create(c"short", 4096).unwrap()), None), "bytes of");
-        fails(proved_and_then(same, ring(), Some(b"nonsense")), "none of this protocol");
+        fails(proved_and_then(same, ring(), Some(b"nonsense")), "another magic or version");
         fails(proved_and_then(same, ring(), Some(&findings(&[(Place::HOST, Place::gpu(0), Manner::Pull)]))), "host and GPU");
         let mut strange = findings(&[(Place::gpu(0), Place::gpu(0), Manner::Push)]);
         *strange.last_mut().unwrap() = 3;
@@ -735,7 +735,7 @@ pub(crate) mod tests {
         fails(proved_and_then(same, ring(), None), "in time");
     }
 
-    /// A page that is not there before somebody says so, which nobody does; `None` where the kernel has none for this user.
+    /// A page whose fault is never resolved; `None` where the kernel has no userfaultfd for this user.
     fn silent_page() -> Option<(OwnedFd, u64)> {
         const API: libc::Ioctl = 0xC018_AA3F_u32 as libc::Ioctl;
         const REGISTER: libc::Ioctl = 0xC020_AA00_u32 as libc::Ioctl;
@@ -776,7 +776,7 @@ pub(crate) mod tests {
         for _ in 0..3 {
             assert!(a.poll(now).unwrap().is_none(), "it still looks");
         }
-        let linked = a.poll(now + PATIENCE).unwrap().unwrap();
+        let linked = a.poll(now + MEETING_TIMEOUT).unwrap().unwrap();
         assert_eq!((linked.pairs, linked.pushed), (vec![(Place::HOST, Place::HOST), gpus], vec![(Place::HOST, Place::HOST)]));
         assert!(linked.unread.is_some_and(|why| why.contains("took longer")));
         drop(fd);
@@ -789,7 +789,7 @@ pub(crate) mod tests {
         assert!(b
             .meet(&elsewhere, keys(true), have(0, false), Instant::now())
             .is_err_and(|e| e.to_str().contains("another host")));
-        // Nobody of this network namespace has the name.
+        // No socket of this network namespace has the name.
         let b = Opening::new(true, None).unwrap();
         let hidden = Invitation { name: [0xEE; 16], ..a.invitation() };
         let mut b = b.meet(&hidden, keys(true), have(0, false), Instant::now()).unwrap();

@@ -55,7 +55,7 @@ pub(super) fn locate(pieces: &mut Vec<Piece>, begin: usize, stretches: &[Stretch
     Ok(())
 }
 
-/// The export in which a piece of this side begins; 0 where there is none.
+/// The export in which a piece of this engine begins; 0 where there is none.
 pub(super) fn export_of(stretches: &[Stretch], piece: &Piece) -> u32 {
     before(stretches, piece.src).map_or(0, |stretch| stretch.id)
 }

@@ -1,4 +1,4 @@
-//! What two linked processes tell each other on their Unix socket after the introduction: which allocations may be read, answers to
+//! The messages of two linked processes on their Unix socket after the introduction: which allocations may be read, answers to
 //! that, claims of regions and what came of them, and a ring of the doorbell. Pure: bytes in, messages out. Little-endian.
 
 use super::memory::{Export, ExportKind};
@@ -7,7 +7,7 @@ use crate::types::{Place, RemoteAccess};
 use crate::wire::text;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-/// A region that the receiver may use by direct transfers, as its owner tells it.
+/// A region that the receiver may use by direct transfers, as its owner describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Granted {
     /// Where the grant's words lie, and which of the grants there it is.
@@ -39,7 +39,7 @@ pub(crate) enum Message {
     Share { id: u32, there: Place, here: Place, export: Export },
     /// The receiver of this message can read it, or cannot.
     Answer { id: u32, open: bool },
-    /// It may not be read any more.
+    /// It may no longer be read.
     End { id: u32 },
     /// Memory of the sender's library at `there` that the receiver may write to from memory at `here`.
     Area { there: Place, here: Place, export: Export },

@@ -1,10 +1,10 @@
-//! Direct transfers between two processes of one host: the side where the data goes copies it out of the other's memory, so that only the
+//! Direct transfers between two processes on one host: the engine at the destination copies out of the other's memory, so that only the
 //! owner of memory ever writes it. Knows nothing of channels and frames.
 //!
-//! `link` finds out whether both sides share a host and prove it, over a `socket`, with `messages`; `transport` is what comes of it. `exports`
-//! and `grants` keep who may touch what. Blocks move in flows over one `ring` in shared memory (`shm`, `layout`): `read`, and `write`,
-//! which the peer carries out as `orders`; where reading is
-//! slow, in a third, `staged` through `areas` (`gather`, `fetch`, `queue`); `copies` are under way for either. `memory` is what each kind of memory must do.
+//! `link` finds out whether both engines are on one host, over a `socket`, with `messages`; `transport` is the result. `exports`
+//! and `grants` record who may touch what. Blocks move in flows over one `ring` in shared memory (`shm`, `layout`): `read`, and `write`,
+//! which the peer carries out as `orders`; where reading is slow, in a third,
+//! `staged` through `areas` (`gather`, `fetch`, `queue`); `copies` are under way for either. `memory` is what each kind of memory must do.
 
 mod areas;
 mod blocks;

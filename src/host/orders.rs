@@ -1,5 +1,5 @@
-//! Writes of the peer, carried out by this side, which owns the destinations: records are read from the peer's ring, checked against grants and
-//! exports, and copied. Nothing that the peer says is believed. Knows nothing of how copies run.
+//! Writes of the peer, carried out by this engine, which owns the destinations: records are read from the peer's ring, checked against grants and
+//! exports, and copied. Nothing from the peer is trusted. Knows nothing of how copies run.
 
 use super::areas::{Kind, Slot};
 use super::blocks::Stride;
@@ -15,7 +15,7 @@ use crate::hash::Map;
 use crate::status::{bail, Result};
 use crate::types::{Key, Piece, Place};
 
-/// Blocks and copies of large orders under way at once, and of all. A peer tells no more of large ones than half of that, so that small ones
+/// Blocks and copies of large orders under way at once, and of all. A peer announces no more of large ones than half of that, so that small ones
 /// always find room.
 const UNDER_WAY: usize = 64 << 10;
 const COPIES: usize = 256;
@@ -31,9 +31,9 @@ struct Order {
     refused: bool,
     /// It reads what lies here, and is answered.
     reads: bool,
-    /// Bytes that are in place, and that were told.
+    /// Bytes that are in place, and that were announced.
     moved: u64,
-    told: u64,
+    announced: u64,
     /// What it writes, by grant.
     targets: Vec<(u32, u64, Target)>,
 }
@@ -103,7 +103,7 @@ impl Orders {
         self.open.get_mut(&place(number)).filter(|order| order.number == number)
     }
 
-    /// Starts copies for what the peer has told; whether there was something.
+    /// Starts copies for what the peer has announced; whether there was anything.
     ///
     /// # Errors
     /// `Protocol` for what cannot be, or why the connection must end.
@@ -158,7 +158,7 @@ impl Orders {
             Some(slot) => Owner::Staged(slot, parts),
             None => Owner::Orders(parts),
         };
-        // SAFETY: `add` has checked that sources lie in the peer's process, its open exports or a slot of this side's area, and destinations in
+        // SAFETY: `add` has checked that sources lie in the peer's process, its open exports or a slot of this engine's area, and destinations in
         // targets that the orders hold until the copy has ended.
         unsafe { around.copies.start(to, exports, bytes, owner, around.imports) }
     }
@@ -204,11 +204,11 @@ impl Orders {
                 _ => bail!(Protocol, "a record of {count} blocks with {sum} bytes, at most {MAX_BYTES}"),
             }
         }
-        if target.landing.is_some() && order.told.saturating_add(sum) > target.len {
+        if target.landing.is_some() && order.announced.saturating_add(sum) > target.len {
             pieces.clear();
             bail!(Protocol, "a message of more than {} bytes", target.len);
         }
-        order.told += sum;
+        order.announced += sum;
         (copy.place, copy.bulk, copy.bytes) = (Some(here), head.bulk, copy.bytes + sum);
         copy.slot = slot.map(|(slot, _)| slot);
         if here.is_device() && slot.is_none() && !copy.exports.contains(&head.export) {
@@ -231,7 +231,8 @@ impl Orders {
             }
             (*seen, self.unfinished) = (number, self.unfinished + 1);
             self.inn.begin(number);
-            let order = Order { number, copies: 0, last: false, refused: false, reads, moved: 0, told: 0, targets: Vec::new() };
+            let order =
+                Order { number, copies: 0, last: false, refused: false, reads, moved: 0, announced: 0, targets: Vec::new() };
             self.open.insert(place(number), order);
         }
         // What is left of an order that was refused has nowhere to go.
@@ -271,7 +272,7 @@ impl Orders {
         let Some(order) = open.get_mut(&place(head.order)) else { bail!(Internal, "a record of no order") };
         let used = order.targets.iter().find(|(slot, generation, _)| (*slot, *generation) == (head.slot, head.generation));
         let Some((.., target)) = used else { bail!(Internal, "a grant that was not entered") };
-        let (mut sum, mut inside) = (order.told, target.there == there);
+        let (mut sum, mut inside) = (order.announced, target.there == there);
         let mut pieces = Vec::with_capacity(count);
         inn.take(|piece| {
             inside &= holds(target.len, piece.src.wrapping_sub(target.addr), piece.len);
@@ -281,11 +282,11 @@ impl Orders {
         if !inside || sum == u64::MAX {
             bail!(Protocol, "a read of {count} blocks, some of them outside of what is granted");
         }
-        order.told = sum;
+        order.announced = sum;
         around.staged.ask(&head, (target.used.place, there), &pieces)
     }
 
-    /// So many more bytes that the peer has asked for were told.
+    /// So many more bytes that the peer has asked for were announced.
     ///
     /// # Errors
     /// `Internal` for what cannot be.
@@ -296,7 +297,7 @@ impl Orders {
 
     /// So many more bytes of a copy are in place.
     pub(super) fn moved(&mut self, parts: &[(u64, u64)], bytes: u64, events: &mut Vec<Event>) {
-        // Of several orders only the end of their common copy is told.
+        // Of several orders only the end of their common copy is reported.
         if let &[(number, _)] = parts {
             self.moved_of(number, bytes, events);
         }
@@ -311,7 +312,7 @@ impl Orders {
         }
     }
 
-    /// A copy has ended: the bytes of it that were not told are in place. Perhaps its orders have ended too.
+    /// A copy has ended: the bytes of it that were not reported are in place. Perhaps its orders have ended too.
     ///
     /// # Errors
     /// `Protocol` for a message that is too short.
@@ -338,7 +339,7 @@ impl Orders {
 
     /// Ends an order of which nothing is under way or to come.
     fn settle(&mut self, number: u64, grants: &mut Grants, events: &mut Vec<Event>) -> Result<()> {
-        let over = |order: &&mut Order| order.copies == 0 && order.moved == order.told && (order.last || order.refused);
+        let over = |order: &&mut Order| order.copies == 0 && order.moved == order.announced && (order.last || order.refused);
         let Some(order) = self.order(number).filter(over) else { return Ok(()) };
         let (done, targets, moved) = (!order.refused, std::mem::take(&mut order.targets), order.moved);
         if let Some((.., Target { landing: Some(key), len, .. })) = targets.first() {
@@ -356,7 +357,7 @@ impl Orders {
         Ok(())
     }
 
-    /// Ends all of them. `quiet`: no copy runs any more; else what they use stays for ever.
+    /// Ends all of them. `quiet`: no copy runs; else what they use stays for ever.
     pub(super) fn end(&mut self, quiet: bool) {
         let open = std::mem::take(&mut self.open);
         if !quiet {

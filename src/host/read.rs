@@ -1,4 +1,4 @@
-//! Reads of this side: blocks that the peer has granted are copied out of its memory, a few steps of each read at a time, so that a large read
+//! Reads of this engine: blocks that the peer has granted are copied out of its memory, a few steps of each read at a time, so that a large read
 //! holds up no small one. Knows nothing of how copies run.
 
 use super::blocks::{Rest, Stride};
@@ -25,7 +25,7 @@ pub(super) struct Source {
     pub stretches: Vec<Stretch>,
 }
 
-/// A read of this side.
+/// A read of this engine.
 struct Reading {
     key: Key,
     place: Place,
@@ -110,7 +110,7 @@ impl Reads {
         self.0.is_empty()
     }
 
-    /// Ends all of them. `quiet`: no copy runs any more; else what they use stays for ever.
+    /// Ends all of them. `quiet`: no copy runs; else what they use stays for ever.
     pub(super) fn end(&mut self, quiet: bool, leases: &Leases) {
         let all = std::mem::take(&mut self.0);
         match quiet {

@@ -1,5 +1,5 @@
-//! The ring of records through which one side tells the other which blocks of its memory to copy into memory that the other has granted,
-//! and learns how each order ended. It lies in memory that both write: what the other side may write is read once, checked, and never
+//! The ring of records through which one engine orders the other to copy blocks of its memory into memory that the other has granted,
+//! and learns how each order ended. It lies in memory that both write: what the peer may write is read once, checked, and never
 //! read again. Knows nothing of what addresses mean.
 //!
 //! An order is one direct write: one or more records of the same number. Records of several orders may alternate, so that a small write
@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 /// Blocks of a record at most.
 pub(crate) const MAX_BLOCKS: usize = 4096;
-/// Bytes of a record at most. What a record costs the side that copies grows with them, and they all may name the same bytes.
+/// Bytes of a record at most: what a record costs the engine that copies grows with them, and its blocks may all name the same bytes.
 pub(crate) const MAX_BYTES: u64 = 1 << 30;
 /// Words of a record's head, and of a block.
 const HEAD_WORDS: usize = 4;
@@ -48,14 +48,14 @@ pub(crate) struct Head {
     pub bulk: bool,
 }
 
-/// A record: `src` in the writing side's address space, `dst` in the other's.
+/// A record: `src` in the writer's address space, `dst` in the reader's.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Record {
     pub head: Head,
     pub blocks: Vec<Piece>,
 }
 
-/// A record of the other side whose head was copied and whose blocks are still in the ring: where they are, and its words.
+/// A record of the peer whose head was copied and whose blocks are still in the ring: where they are, and its words.
 #[derive(Clone, Copy)]
 struct Open {
     head: Head,
@@ -63,12 +63,12 @@ struct Open {
     words: usize,
 }
 
-/// The side that writes the ring: its own file.
+/// The writer's end of the ring: its own file.
 pub(crate) struct RingOut {
     shared: Arc<Shared>,
     fd: OwnedFd,
     tail: u64,
-    /// The other side's places as they were last seen.
+    /// The reader's positions as they were last seen.
     head: u64,
     ended: u64,
     /// Orders that were begun, the number of the newest, and by place in the window those that have not ended.
@@ -82,7 +82,7 @@ pub(crate) struct RingOut {
 pub(crate) struct Listening(Arc<Shared>);
 
 impl Listening {
-    /// Asks the other side to ring when something of this side's has ended, or no longer.
+    /// Asks the peer to ring when something of this engine's has ended, or no longer.
     pub(crate) fn set(&self, on: bool) {
         self.0.word(LISTENS).store(on.into(), Ordering::SeqCst);
         // Pairs with the fence of `RingIn::wakes`: what is looked at afterwards is not older.
@@ -97,7 +97,7 @@ impl RingOut {
         Ok(RingOut { shared, fd, tail: 0, head: 0, ended: 0, begun: 0, newest: 0, open: Box::new([false; WINDOW]) })
     }
 
-    /// The file, for the other side.
+    /// The file, for the peer.
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
@@ -112,7 +112,7 @@ impl RingOut {
         Listening(self.shared.clone())
     }
 
-    /// From now on the memory that was told of may be anything: orders that have not ended never will.
+    /// From now on the announced memory may hold anything: orders that have not ended never will.
     pub(crate) fn close(&self) {
         self.shared.word(CLOSED).store(1, Ordering::SeqCst);
     }
@@ -132,7 +132,7 @@ impl RingOut {
     /// How many blocks of `wanted` the next record may have; 0 when there is no room now.
     ///
     /// # Errors
-    /// `Protocol` when the other side claims what cannot be.
+    /// `Protocol` when the peer reports an impossible position.
     pub(crate) fn room(&mut self, wanted: usize, bulk: bool) -> Result<usize> {
         self.find(wanted, wanted.min(LEAST), bulk)
     }
@@ -168,11 +168,11 @@ impl RingOut {
         Ok(front)
     }
 
-    /// Tells blocks of an order; [`RingOut::room`] has said that they fit.
+    /// Writes a record with blocks of an order; [`RingOut::room`] has said that they fit.
     ///
     /// # Errors
     /// `Internal` when they do not.
-    pub(crate) fn tell(&mut self, head: Head, blocks: &[Piece]) -> Result<()> {
+    pub(crate) fn announce(&mut self, head: Head, blocks: &[Piece]) -> Result<()> {
         let words = HEAD_WORDS + BLOCK_WORDS * blocks.len();
         let (free, at) = (RING - (self.tail - self.head) as usize, self.tail as usize % RING);
         if blocks.is_empty() || blocks.len() > MAX_BLOCKS || words > free || at + words > RING {
@@ -213,18 +213,18 @@ impl RingOut {
         (word >> 1 == order).then_some(word & 1 == 1)
     }
 
-    /// Bytes of an order that the other side says it has copied.
+    /// Bytes of an order that the peer says it has copied.
     pub(crate) fn progress(&self, order: u64) -> u64 {
         let progress: &[_; WINDOW] = self.shared.words(PROGRESS);
         progress[place(order)].load(Ordering::Relaxed)
     }
 
-    /// Bytes of all orders that the other side says it has copied: changes whenever some order has moved on.
+    /// Bytes of all orders that the peer says it has copied: changes whenever some order has moved on.
     pub(crate) fn moved(&self) -> u64 {
         self.shared.word(MOVED).load(Ordering::Relaxed)
     }
 
-    /// Bytes of this side that the other side says its reads have copied.
+    /// Bytes of this engine that the peer says its reads have copied.
     pub(crate) fn read(&self) -> u64 {
         self.shared.word(READ).load(Ordering::Relaxed)
     }
@@ -235,7 +235,7 @@ pub(super) fn place(order: u64) -> usize {
     order as usize % WINDOW
 }
 
-/// The side that reads the ring: the other side's file.
+/// The reader's end of the ring: the peer's file.
 pub(crate) struct RingIn {
     shared: Arc<Shared>,
     open: Option<Open>,
@@ -260,13 +260,13 @@ impl RingIn {
         &self.shared
     }
 
-    /// Whether the other side sleeps and wants to be woken for what was just written; it is asked once.
+    /// Whether the peer sleeps and wants to be woken for what was just written; it is asked once.
     pub(crate) fn wakes(&self) -> bool {
         fence(Ordering::SeqCst);
         self.shared.word(LISTENS).load(Ordering::SeqCst) == 1 && self.shared.word(LISTENS).swap(0, Ordering::SeqCst) == 1
     }
 
-    /// The other side has taken its memory back. What was copied before this returned `false` is what it told of.
+    /// The peer has taken its memory back. What was copied before this returned `false` is what it announced.
     pub(crate) fn closed(&self) -> bool {
         fence(Ordering::SeqCst);
         self.shared.word(CLOSED).load(Ordering::SeqCst) != 0
@@ -355,7 +355,7 @@ impl RingIn {
         self.shared.word(HEAD).store(self.head, Ordering::Release);
     }
 
-    /// A new order of the other side starts at no bytes.
+    /// A new order of the peer starts at no bytes.
     pub(crate) fn begin(&mut self, order: u64) {
         let progress: &[_; WINDOW] = self.shared.words(PROGRESS);
         progress[place(order)].store(0, Ordering::Relaxed);
@@ -418,7 +418,7 @@ mod tests {
     proptest! {
         /// Whatever sizes and however often the ring goes round, what comes out is what went in.
         #[test]
-        fn orders_arrive_as_they_were_told(rounds in proptest::collection::vec((1usize..2 * MAX_BLOCKS, 0usize..3), 1..80)) {
+        fn orders_arrive_as_they_were_announced(rounds in proptest::collection::vec((1usize..2 * MAX_BLOCKS, 0usize..3), 1..80)) {
             let (mut out, mut inn) = both();
             let (mut waiting, mut got) = (VecDeque::new(), Record::default());
             for (i, (n, reads)) in rounds.into_iter().enumerate() {
@@ -432,7 +432,7 @@ mod tests {
                         continue;
                     }
                     let record = Record { head: head(i as u64, room == left.len()), blocks: left.drain(..room).collect() };
-                    out.tell(record.head, &record.blocks).unwrap();
+                    out.announce(record.head, &record.blocks).unwrap();
                     prop_assert!(inn.waiting());
                     waiting.push_back(record);
                 }
@@ -457,7 +457,7 @@ mod tests {
             let (mut out, mut inn) = both();
             let mut got = Record::default();
             out.room(5, false).unwrap();
-            out.tell(head(1, true), &blocks(5, 7)).unwrap();
+            out.announce(head(1, true), &blocks(5, 7)).unwrap();
             for (at, front, value, small) in writes {
                 let at = if front { at % 96 } else { RECORDS + at };
                 out.shared.word(at).store(if small { value % 5000 } else { value }, Ordering::SeqCst);
@@ -488,7 +488,7 @@ mod tests {
         inn.read(30);
         assert_eq!((out.moved(), out.progress(3), out.progress(2), out.read()), (75, 75, 0, 30));
         (0..2).for_each(|i| inn.end(3 + i, true));
-        assert_eq!(out.ended().unwrap_err().kind(), ErrorKind::Protocol, "one more than was told");
+        assert_eq!(out.ended().unwrap_err().kind(), ErrorKind::Protocol, "one more than was announced");
     }
 
     #[test]
@@ -497,17 +497,17 @@ mod tests {
         let all = blocks(MAX_BLOCKS, 1);
         let mut n = 0;
         while out.room(MAX_BLOCKS, true).unwrap() == MAX_BLOCKS {
-            out.tell(head(1, false), &all).unwrap();
+            out.announce(head(1, false), &all).unwrap();
             n += 1;
         }
         assert!(n >= 8, "{n}");
         assert_eq!(out.room(MAX_BLOCKS, false).unwrap(), MAX_BLOCKS, "kept for small orders");
-        out.tell(head(2, false), &all).unwrap();
+        out.announce(head(2, false), &all).unwrap();
         while out.room(MAX_BLOCKS, false).unwrap() > 0 {
             let n = out.room(MAX_BLOCKS, false).unwrap();
-            out.tell(head(2, false), &all[..n]).unwrap();
+            out.announce(head(2, false), &all[..n]).unwrap();
         }
-        assert!(out.tell(head(1, false), &all).is_err());
+        assert!(out.announce(head(1, false), &all).is_err());
         let mut got = Record::default();
         assert!(inn.next().unwrap().is_some());
         inn.skip();

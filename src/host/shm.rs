@@ -1,4 +1,4 @@
-//! Memory that two processes share: files without a name, sealed so that no side can take bytes away under the other, and their
+//! Memory that two processes share: files without a name, sealed so that neither process can shrink them under the other, and their
 //! mappings. Knows nothing of what lies in them.
 
 use crate::status::{bail, Error, Result};
@@ -20,7 +20,7 @@ pub(crate) struct Shared {
     at: NonNull<u8>,
     len: usize,
 }
-// SAFETY: plain memory; whoever uses it goes through atomics or raw copies.
+// SAFETY: plain memory; all access goes through atomics or raw copies.
 unsafe impl Send for Shared {}
 // SAFETY: as above.
 unsafe impl Sync for Shared {}
@@ -114,7 +114,7 @@ impl Shared {
         self.len as u64
     }
 
-    /// `N` words from this one on, for whoever goes through many.
+    /// `N` words from this one on, to go through many.
     ///
     /// # Panics
     /// When the mapping does not hold them, which is a mistake of the layout.
@@ -134,7 +134,7 @@ impl Shared {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        // SAFETY: our own mapping; nothing refers to it any more.
+        // SAFETY: our own mapping; nothing refers to it.
         unsafe { libc::munmap(self.at.as_ptr().cast(), self.len) };
     }
 }

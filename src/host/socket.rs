@@ -107,7 +107,7 @@ impl Listener {
         Ok(listener)
     }
 
-    /// Takes the next one who connected; `None` when nobody waits.
+    /// Takes the next connection; `None` when none waits.
     pub(crate) fn accept(&self) -> Option<Socket> {
         let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
         // SAFETY: no address is asked for; the result is fresh.

@@ -1,6 +1,6 @@
-//! Transfers between places where one side cannot well read the other's memory, GPUs over PCIe or host memory of separate containers: the
-//! source's side gathers blocks into an area of the destination's library, and the destination's side scatters them from there. So the peer maps nothing of the application, and only the owner of memory
-//! writes it. A write is told as `gather` fills slots; a read is asked for by `fetch` and answered by the peer's `gather`.
+//! Transfers between places where one engine cannot well read the other's memory, GPUs over PCIe or host memory of separate containers: the
+//! engine at the source gathers blocks into an area of the destination's library, and the engine at the destination scatters them from there.
+//! So the peer maps no memory of the application, and only the owner of memory writes it. `gather` announces a write as it fills slots; `fetch` asks for a read, and the peer's `gather` answers.
 
 use super::areas::{Areas, Kind, Slot, Targets};
 use super::copies::{Copies, Owner};
@@ -31,9 +31,9 @@ pub(super) struct Staged {
 pub(super) struct Doing {
     pub writes: usize,
     pub reads: usize,
-    /// Any of either side.
+    /// Any of either engine.
     pub busy: bool,
-    /// Bytes that have moved out of this side, and those of writes that have ended.
+    /// Bytes that have left this engine, and those of writes that have ended.
     pub moved: (u64, u64),
 }
 
@@ -68,7 +68,7 @@ impl Staged {
     /// Whether all pairings of a transfer can be staged, as one transfer; `None` where none is.
     pub(super) fn suits(&self, way: Way, pairings: &[Pairing]) -> Option<bool> {
         let staged = pairings.iter().filter(|pairing| self.joins(pairing.here, pairing.there)).count();
-        // Records of a write are told in the order of one area's slots.
+        // Records of a write are announced in the order of one area's slots.
         let apart = way == Way::Out && pairings.windows(2).any(|two| two[0].there != two[1].there);
         (staged > 0).then_some(staged == pairings.len() && !apart)
     }
@@ -83,8 +83,8 @@ impl Staged {
     ///
     /// # Errors
     /// `Protocol` for one that was not agreed.
-    pub(super) fn told(&mut self, here: Place, there: Place, export: Export) -> Result<()> {
-        self.targets.told(here, there, export)
+    pub(super) fn announced(&mut self, here: Place, there: Place, export: Export) -> Result<()> {
+        self.targets.announced(here, there, export)
     }
 
     /// Opens the peer's area for a pair of places; whether it is open.
@@ -92,7 +92,7 @@ impl Staged {
         copies.memory(here).is_some_and(|memory| self.targets.open(here, there, memory))
     }
 
-    /// Whether messages between two places are staged, too: of host memory alone, since areas of both sides are made for them.
+    /// Whether messages between two places are staged, too: of host memory alone, since areas of both engines are made for them.
     pub(super) fn takes_messages(&self, here: Place, there: Place) -> bool {
         !here.is_device() && self.joins(here, there)
     }
@@ -129,7 +129,7 @@ impl Staged {
         RemoteAccess { read, write: self.provide(here, copies) }
     }
 
-    /// Starts a transfer. `sources`: by pairing, the grant, and this side's place.
+    /// Starts a transfer. `sources`: by pairing, the grant, and this engine's place.
     ///
     /// # Errors
     /// `Protocol` for a message to an area that is not open, or why the connection must end.
@@ -150,7 +150,7 @@ impl Staged {
 
     // ---- records of the peer ----
 
-    /// Where the blocks of a record of this side's area lie, and the slot that is in use until [`Staged::leave`].
+    /// Where the blocks of a record of this engine's area lie, and the slot that is in use until [`Staged::leave`].
     ///
     /// # Errors
     /// `Protocol` when there is no such area, or no slot free.
@@ -193,7 +193,7 @@ impl Staged {
         let Copying { copies, imports } = around;
         copies.pieces.clear();
         match self.fetches.answered((head.order, here), (stretch.addr, block.len), &mut copies.pieces)? {
-            // SAFETY: the source is a slot of this side's area, the destinations are blocks of a read that holds them.
+            // SAFETY: the source is a slot of this engine's area, the destinations are blocks of a read that holds them.
             Some(key) => unsafe { copies.start(here, Vec::new(), block.len, Owner::Answer(slot, key), imports) },
             // The rest of a read that was refused.
             None => self.leave(slot, inn),
@@ -216,7 +216,7 @@ impl Staged {
         self.leave(slot, inn)
     }
 
-    /// Goes on with all transfers; whether the peer was told something.
+    /// Goes on with all transfers; whether something was announced.
     ///
     /// # Errors
     /// When the connection must end.
@@ -224,7 +224,7 @@ impl Staged {
         Ok(self.fetches.advance(around.out)? | self.gathers.advance(&self.targets, around)?)
     }
 
-    /// Reads of the peer of which bytes were told since the last call.
+    /// Reads of the peer, and bytes of them that were announced since the last call.
     pub(super) fn take_answered(&mut self) -> Vec<(u64, u64)> {
         self.gathers.take_answered()
     }
@@ -232,7 +232,7 @@ impl Staged {
     /// Reports what has ended, and how far the rest is; whether something has ended.
     ///
     /// # Errors
-    /// `Protocol` when the other side claims what cannot be.
+    /// `Protocol` when the peer reports an impossible count.
     pub(super) fn report(&mut self, out: &mut RingOut, events: &mut Vec<Event>) -> Result<bool> {
         Ok(self.gathers.report(out, events)? | self.fetches.report(out, events)?)
     }
@@ -248,7 +248,7 @@ impl Staged {
         Doing { writes, reads, busy: reads > 0 || !self.gathers.is_empty(), moved: self.gathers.moved() }
     }
 
-    /// Ends everything. No copy runs any more where there are `copies`; else what they use stays for ever.
+    /// Ends everything. With `copies` no copy runs; without, what they use stays for ever.
     pub(super) fn end(&mut self, copies: Option<&mut Copies>) {
         let (gathers, fetches) = (std::mem::take(&mut self.gathers), std::mem::take(&mut self.fetches));
         let Some(copies) = copies else { return std::mem::forget((gathers, fetches)) };

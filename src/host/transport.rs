@@ -46,11 +46,11 @@ pub(crate) struct Watched {
     pub listening: Listening,
 }
 
-/// The peer's process, and what waits to be said to it.
+/// The peer's process, and what waits to be sent to it.
 struct Wire {
     socket: Socket,
     who: Who,
-    /// Pairs of places, here and there, between which the side where the data goes copies it out of the other's memory.
+    /// Pairs of places, here and there, between which the engine at the destination copies out of the other's memory.
     pairs: Vec<(Place, Place)>,
     /// Pairs that NVLink joins.
     nvlink: Vec<(Place, Place)>,
@@ -79,7 +79,7 @@ impl Wire {
 pub(crate) struct OneHost {
     wire: Wire,
     lookup: Lookup,
-    /// GPUs of the peer whose memory is in use: what they may want to reach is told in advance.
+    /// GPUs of the peer whose memory is in use: regions are announced for them in advance.
     likely: Vec<Place>,
     copies: Copies,
     shares: Shares,
@@ -90,7 +90,7 @@ pub(crate) struct OneHost {
     writes: Writes,
     orders: Orders,
     staged: Staged,
-    /// Bytes that came to this side.
+    /// Bytes that arrived at this engine.
     received: u64,
     /// The peer has answered a claim, or said that it can reach an allocation.
     answered: bool,
@@ -135,7 +135,7 @@ impl OneHost {
 
     // ---- which way a transfer goes ----
 
-    /// Whether the peer can read a region of this side for its memory at `there`.
+    /// Whether the peer can read a region of this engine for its memory at `there`.
     fn share(&mut self, region: &Region, there: Place) -> Reach<()> {
         match (region.place.is_device(), &mut self.copies.device) {
             (false, _) if region.is_readable(host::is_readable) => Reach::Yes(()),
@@ -163,7 +163,7 @@ impl OneHost {
         match self.share(region, pairing.there) {
             Reach::Yes(()) => {}
             Reach::Pending => {
-                // It is told for the first time.
+                // It is announced for the first time.
                 self.wire.wake();
                 return Reach::Pending;
             }
@@ -189,7 +189,7 @@ impl OneHost {
             Claim::Granted(granted) => granted,
             Claim::Asked => {
                 self.wire.wake();
-                // What the peer is to read is told meanwhile.
+                // Meanwhile the source is announced, which the peer is to read.
                 if !staged && way == Way::Out && self.target(pairing, (0, 0), hold) == Reach::No {
                     return Route::Channels;
                 }
@@ -202,7 +202,7 @@ impl OneHost {
             return Route::Refused(error);
         }
         if !self.leases.stands(granted.slot, granted.generation) {
-            return Route::Refused(err!(RemoteAccess, "region {} is not registered any more", granted.region));
+            return Route::Refused(err!(RemoteAccess, "region {} is no longer registered", granted.region));
         }
         if staged {
             return self.staged.route(way, pairing, &granted);
@@ -279,8 +279,8 @@ impl OneHost {
 
     // ---- messages ----
 
-    /// Reads what the peer's process says; whether there may be more.
-    fn hear(&mut self, events: &mut Vec<Event>) -> Result<bool> {
+    /// Reads messages of the peer's process; whether there may be more.
+    fn receive(&mut self, events: &mut Vec<Event>) -> Result<bool> {
         let mut buffer = [0; MAX_MESSAGE];
         for _ in 0..MESSAGES {
             if self.imports.is_full() {
@@ -295,7 +295,7 @@ impl OneHost {
                     }
                     continue;
                 }
-                // At its end the control connection tells why.
+                // The control connection reports why it ended.
                 Received::Nothing | Received::End => return Ok(false),
             };
             self.take(message, events)?;
@@ -312,12 +312,12 @@ impl OneHost {
                 self.answered = true;
             }
             (Message::Share { id, there, here, export }, Some(_)) if self.wire.joins(here, there) => {
-                self.imports.told(id, (here, self.wire.by_nvlink(here, there)), export)?;
+                self.imports.announced(id, (here, self.wire.by_nvlink(here, there)), export)?;
             }
             (Message::End { id }, Some(device)) => self.imports.ended(id, &mut **device)?,
             (Message::Claim { region, token, place }, _) => self.claimed((region, token, place), events)?,
             (Message::Area { there, here, export }, _) if self.staged.joins(here, there) => {
-                self.staged.told(here, there, export)?;
+                self.staged.announced(here, there, export)?;
                 if self.staged.takes_messages(here, there) {
                     self.staged.provide(here, &mut self.copies);
                 }
@@ -336,7 +336,7 @@ impl OneHost {
                 self.answered = true;
             }
             (Message::Revoke { slot, generation }, _) => self.leases.revoked(slot, generation)?,
-            (message, _) => bail!(Protocol, "the peer's process says what was not agreed: {message:?}"),
+            (message, _) => bail!(Protocol, "the peer's process sent a message that was not agreed on: {message:?}"),
         }
         Ok(())
     }
@@ -364,14 +364,14 @@ impl OneHost {
     fn grant(&mut self, region: &RegionUse, there: Place) -> bool {
         if self.staged.joins(region.place, there) {
             let direct = self.staged.access(region.place, there, &mut self.copies);
-            // Its end is to be told.
+            // The peer must learn of its end.
             region.to_share();
             return (direct.read || direct.write) && self.grants.give(region.region(), there, direct, Vec::new());
         }
         if !self.wire.joins(region.place, there) {
             return false;
         }
-        // Its end is to be told.
+        // The peer must learn of its end.
         let readable = self.share(region.to_share(), there) != Reach::No;
         let exports = match region.place.is_device() {
             true => self.shares.exports(region.span.id, there).filter(|ids| ids.len() <= MAX_EXPORTS),
@@ -500,19 +500,19 @@ impl OneHost {
 
     fn advance_staged(&mut self, events: &mut Vec<Event>) -> Result<bool> {
         let OneHost { copies, imports, writes, staged, orders, grants, .. } = self;
-        let told = staged.advance(&mut gather::Around { copies, imports, out: &mut writes.out })?;
+        let announced = staged.advance(&mut gather::Around { copies, imports, out: &mut writes.out })?;
         for (number, bytes) in staged.take_answered() {
             orders.answered(number, bytes, grants, events)?;
         }
         let ended = staged.report(&mut writes.out, events)?;
-        if told || staged.rings() {
+        if announced || staged.rings() {
             self.ring_if(false);
         }
-        Ok(told || ended)
+        Ok(announced || ended)
     }
 }
 
-/// Why the peer refuses a pairing, which its grant tells.
+/// Why the peer refuses a pairing, by its grant.
 fn forbidden(way: Way, pairing: &Pairing, granted: &Granted) -> Option<Error> {
     let (id, (begin, end)) = (granted.region, pairing.far);
     let (allowed, verb) = match way {
@@ -543,7 +543,7 @@ fn send(socket: &Socket, queue: &mut VecDeque<Message>) -> Result<bool> {
             Ok(true)
         }
         Ok(false) => Ok(false),
-        // The control connection tells why it is gone.
+        // The control connection reports why it ended.
         Err(_) => {
             queue.clear();
             Ok(false)
@@ -615,7 +615,7 @@ impl Direct for OneHost {
 
     fn progress(&mut self, now: Instant, events: &mut Vec<Event>) -> Result<bool> {
         self.copies.now = now;
-        let mut any = self.wire.news.swap(false, Ordering::AcqRel) && self.hear(events)?;
+        let mut any = self.wire.news.swap(false, Ordering::AcqRel) && self.receive(events)?;
         any |= self.advance(events)?;
         any |= self.answer()?;
         events.extend(self.late.drain(..).map(|key| Event::Ended(key, false)));
@@ -722,7 +722,7 @@ impl Drop for OneHost {
         match ended {
             Err(e) => {
                 self.staged.end(None);
-                log::error!("a copy from another process has not ended; its memory stays in use: {e}");
+                log::error!("a copy from another process has not ended; its memory stays in use until this process ends: {e}");
                 std::mem::forget((self.copies.host.take(), self.copies.device.take()));
             }
             Ok(()) => {

@@ -1,4 +1,4 @@
-//! Writes of this side: it tells which blocks the owner of the destination is to copy, a few steps of each large write at a time, so that a
+//! Writes of this engine: it orders the owner of the destination to copy blocks, a few steps of each large write at a time, so that a
 //! large write holds up no small one. Knows nothing of how the owner copies.
 
 use super::blocks::{is_small, Rest, Stride};
@@ -12,12 +12,12 @@ use crate::types::{Key, Piece};
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// Bytes and blocks of all large writes that are told and not copied at most: as much as keeps the owner busy until it hears more.
+/// Most bytes and blocks of all large writes that are announced and not copied: enough to keep the owner busy until the next announcement.
 const AHEAD: Stride = Stride { blocks: 32 << 10, bytes: 256 << 20 };
 /// Time in which a small write should be over.
 const SOON: Duration = Duration::from_micros(15);
 
-/// Where a pairing's blocks go: a grant, and the allocations of this side that they come from, rising; none where addresses are valid as they
+/// Where a pairing's blocks go: a grant, and the allocations of this engine that they come from, rising; none where addresses are valid as they
 /// are.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Target {
@@ -26,7 +26,7 @@ pub(super) struct Target {
     pub stretches: Vec<Stretch>,
 }
 
-/// A write of this side.
+/// A write of this engine.
 struct Writing {
     key: Key,
     /// Its number; `None` while it waits for one.
@@ -41,9 +41,9 @@ struct Writing {
     /// Records that found no room.
     unsent: VecDeque<Record>,
     stride: Stride,
-    /// Steps that are told and not copied: the bytes of the write up to the end of each, and its blocks; and bytes told so far.
+    /// Steps that are announced and not copied: the bytes of the write up to the end of each, and its blocks; and bytes announced so far.
     steps: VecDeque<(u64, usize)>,
-    told: u64,
+    announced: u64,
     /// The peer copies it over NVLink.
     nvlink: bool,
     _hold: Hold,
@@ -54,9 +54,9 @@ pub(super) struct Writes {
     pub out: RingOut,
     list: VecDeque<Writing>,
     pieces: Vec<Piece>,
-    /// Bytes and blocks of large writes that are told and not copied.
+    /// Bytes and blocks of large writes that are announced and not copied.
     ahead: Stride,
-    /// What the other side had moved at the last look.
+    /// What the peer had moved at the last look.
     seen: u64,
     /// Bytes of writes that have ended, and of those under way that were reported.
     done: u64,
@@ -71,7 +71,7 @@ impl Writes {
         Writes { out, list: VecDeque::new(), pieces: Vec::new(), ahead, seen: 0, done: 0, running: 0, nvlink: 0 }
     }
 
-    /// Starts a write: tells what fits of it, and keeps the rest for later. `nvlink`: the peer copies it over NVLink.
+    /// Starts a write: announces what fits, and keeps the rest for later. `nvlink`: the peer copies it over NVLink.
     ///
     /// # Errors
     /// When the connection must end.
@@ -90,25 +90,25 @@ impl Writes {
             unsent: VecDeque::new(),
             stride: Stride::first(transfer.total),
             steps: VecDeque::new(),
-            told: 0,
+            announced: 0,
             nvlink,
             _hold: transfer.hold.clone(),
         };
-        let told = self.tell(&mut writing, transfer.blocks);
+        let announced = self.announce(&mut writing, transfer.blocks);
         rest.take(transfer.blocks);
         writing.rest = rest;
         self.list.push_back(writing);
-        told.map(drop)
+        announced.map(drop)
     }
 
-    /// Tells of a write what fits; whether something was told.
-    fn tell(&mut self, writing: &mut Writing, blocks: &mut dyn Blocks) -> Result<bool> {
+    /// Announces what fits of a write; whether it announced any.
+    fn announce(&mut self, writing: &mut Writing, blocks: &mut dyn Blocks) -> Result<bool> {
         let mut any = false;
         if writing.order.is_none() {
             writing.order = self.out.begin();
         }
         let Some(order) = writing.order else { return Ok(false) };
-        while self.tell_unsent(writing, &mut any)? && !blocks.is_done() {
+        while self.announce_unsent(writing, &mut any)? && !blocks.is_done() {
             if writing.bulk && (self.ahead.bytes >= AHEAD.bytes || self.ahead.blocks >= AHEAD.blocks) {
                 break;
             }
@@ -120,21 +120,21 @@ impl Writes {
             let mut pieces = std::mem::take(&mut self.pieces);
             pieces.clear();
             let pairing = blocks.fill(room, writing.stride.bytes, &mut pieces);
-            writing.told += pieces.iter().map(|piece| piece.len).sum::<u64>();
+            writing.announced += pieces.iter().map(|piece| piece.len).sum::<u64>();
             self.note_step(writing, pieces.len());
             let Some(Target { slot, generation, stretches }) = pairing.and_then(|at| writing.targets.get(at)) else {
                 bail!(Internal, "blocks of no pairing")
             };
             let last = blocks.is_done();
             let head = Head { order, slot: *slot, generation: *generation, export: 0, last, bulk: writing.bulk };
-            let told = match &stretches[..] {
+            let announced = match &stretches[..] {
                 // There is room for them as they are.
-                [] => self.out.tell(head, &pieces),
-                [only] => self.out.tell(Head { export: only.id, ..head }, &pieces),
+                [] => self.out.announce(head, &pieces),
+                [only] => self.out.announce(Head { export: only.id, ..head }, &pieces),
                 _ => records(head, stretches, &mut pieces, &mut writing.unsent),
             };
             self.pieces = pieces;
-            told?;
+            announced?;
             any = true;
             writing.stride = writing.stride.next();
         }
@@ -145,21 +145,21 @@ impl Writes {
     fn note_step(&mut self, writing: &mut Writing, blocks: usize) {
         if writing.bulk {
             let before = writing.steps.back().map_or(writing.moved, |&(end, _)| end);
-            self.ahead.bytes += writing.told - before;
+            self.ahead.bytes += writing.announced - before;
             self.ahead.blocks += blocks;
-            writing.steps.push_back((writing.told, blocks));
+            writing.steps.push_back((writing.announced, blocks));
         }
     }
 
-    /// Tells the records of a write that wait for room; whether none is left.
-    fn tell_unsent(&mut self, writing: &mut Writing, any: &mut bool) -> Result<bool> {
+    /// Announces the records of a write that wait for room; whether none is left.
+    fn announce_unsent(&mut self, writing: &mut Writing, any: &mut bool) -> Result<bool> {
         while let Some(record) = writing.unsent.front_mut() {
             let room = self.out.room(record.blocks.len(), writing.bulk)?;
             if room == 0 {
                 return Ok(false);
             }
             let rest = record.blocks.split_off(room.min(record.blocks.len()));
-            self.out.tell(Head { last: record.head.last && rest.is_empty(), ..record.head }, &record.blocks)?;
+            self.out.announce(Head { last: record.head.last && rest.is_empty(), ..record.head }, &record.blocks)?;
             *any = true;
             record.blocks = rest;
             if record.blocks.is_empty() {
@@ -169,7 +169,7 @@ impl Writes {
         Ok(true)
     }
 
-    /// Tells more of the writes that wait, small ones first, large ones in turns; whether something was told.
+    /// Announces more of the writes that wait, small ones first, large ones in turns; whether it announced any.
     ///
     /// # Errors
     /// When the connection must end.
@@ -180,10 +180,10 @@ impl Writes {
                 let Some(mut writing) = self.list.pop_front() else { break };
                 if writing.bulk == bulk && (!writing.rest.is_done() || !writing.unsent.is_empty()) {
                     let mut rest = std::mem::take(&mut writing.rest);
-                    let told = self.tell(&mut writing, &mut rest);
+                    let announced = self.announce(&mut writing, &mut rest);
                     writing.rest = rest;
                     self.list.push_back(writing);
-                    any |= told?;
+                    any |= announced?;
                 } else {
                     self.list.push_back(writing);
                 }
@@ -195,7 +195,7 @@ impl Writes {
     /// Reports writes that have ended, and how far others are; whether some has ended.
     ///
     /// # Errors
-    /// `Protocol` when the other side claims what cannot be.
+    /// `Protocol` when the peer reports an impossible count.
     pub(super) fn report(&mut self, events: &mut Vec<Event>) -> Result<bool> {
         if self.list.is_empty() {
             return Ok(false);
@@ -211,11 +211,11 @@ impl Writes {
             let Some(mut writing) = self.list.pop_front() else { break };
             let outcome = writing.order.and_then(|order| self.out.outcome(order));
             if outcome == Some(true) && !(writing.rest.is_done() && writing.unsent.is_empty()) {
-                bail!(Protocol, "the peer has ended an order that it has not read");
+                bail!(Protocol, "the peer reports the end of an order before it has read all of it");
             }
             let at = match (outcome, writing.order) {
                 (Some(true), _) => writing.total,
-                (None, Some(order)) => self.out.progress(order).min(writing.told),
+                (None, Some(order)) => self.out.progress(order).min(writing.announced),
                 _ => writing.moved,
             };
             self.advance_to(&mut writing, at, events);
@@ -249,7 +249,7 @@ impl Writes {
         self.out.forget(order);
         self.ahead.blocks -= writing.steps.iter().map(|&(_, blocks)| blocks).sum::<usize>();
         if writing.bulk {
-            self.ahead.bytes = self.ahead.bytes.saturating_sub(writing.told - writing.moved);
+            self.ahead.bytes = self.ahead.bytes.saturating_sub(writing.announced - writing.moved);
         }
         self.running -= writing.moved;
         self.done += if done { writing.total } else { 0 };
@@ -285,7 +285,7 @@ impl Writes {
 
 /// Turns the blocks of a step into records, one for each allocation that they lie in.
 fn records(head: Head, stretches: &[Stretch], pieces: &mut Vec<Piece>, out: &mut VecDeque<Record>) -> Result<()> {
-    // Addresses of this side stay as they are; no piece crosses the end of an allocation.
+    // Addresses of this engine stay as they are; no piece crosses the end of an allocation.
     locate(pieces, 0, stretches, |_| {})?;
     let mut rest = &pieces[..];
     while let Some(first) = rest.first() {

@@ -5,7 +5,7 @@
 use super::pending::{Pending, Step};
 use super::plugin::{Buffer, CommKind, Plugin};
 use super::plugin_thread::PluginThread;
-use super::registrations::{piece, Registrar, Registration};
+use super::registrations::{piece, Keep, Registrar, Registration};
 use super::rxdm::Asking;
 use super::secure::{Guard, HalfKeys};
 use super::signals::Quiet;
@@ -48,9 +48,6 @@ impl<T> Drop for Pinned<T> {
     }
 }
 
-/// What a comm may use until its close has ended: it is dropped then, and never if the close fails.
-type Keep = Box<dyn Send>;
-
 /// The result of a close, once it has ended.
 type Closed = Arc<Mutex<Option<Result<()>>>>;
 
@@ -79,7 +76,8 @@ impl RawComm {
         RawComm { plugin: plugin.clone(), comm, kind, dev, gpu: gpu.clone(), sockets, control, closed: None }
     }
 
-    /// Closes it, in the plugin's thread if it has one, and then without waiting. `keep`: what it may use until then.
+    /// Closes it, in the plugin's thread if it has one, and then without waiting. `keep`: what it may use until its close has ended; it is
+    /// dropped then, and never if the close fails.
     fn close(&mut self, keep: Keep) {
         if self.closed.is_some() {
             return;
@@ -123,7 +121,7 @@ struct Close {
     sockets: Sockets,
     keep: Keep,
 }
-// SAFETY: as for the comm that it closes, which nothing else uses any more.
+// SAFETY: as for the comm that it closes, which nothing else uses.
 unsafe impl Send for Close {}
 
 impl Close {
@@ -507,21 +505,36 @@ pub(crate) struct Doorbell {
     pub fd: c_int,
 }
 
+/// What keeps memory mapped while it is registered.
+enum Memory {
+    /// Until the plugin has dropped the registration.
+    Kept(Keep),
+    /// While the call runs.
+    Held(Keep),
+}
+
 impl RawComm {
     fn set_doorbell(&self, doorbell: &Doorbell) -> Result<bool> {
         // SAFETY: the comm is live; the owner of the comm keeps `armed` and `fd` alive until it is closed.
         unsafe { self.plugin.set_doorbell(self.comm, doorbell.armed.as_ptr(), doorbell.fd) }
     }
 
+    /// Registers memory. The call may be left behind while it runs: it owns what keeps the memory mapped.
+    ///
     /// # Safety
-    /// The memory stays mapped until the registration is dropped and the comms that use it are closed.
-    unsafe fn register(&self, data: *mut c_void, len: usize, kind: c_int) -> Result<Registration> {
+    /// `memory` keeps the memory mapped; after the call, if that is [`Memory::Held`], the caller does, until the registration is dropped
+    /// and the comms that use it are closed.
+    unsafe fn register(&self, data: *mut c_void, len: usize, kind: c_int, memory: Memory) -> Result<Registration> {
         let (plugin, gpu, dev, comm) = (self.plugin.clone(), self.gpu.clone(), self.dev, self.comm as usize);
         let data = data as usize;
         let register = move || {
             let at = (dev, comm as *mut c_void);
+            let (keep, _held) = match memory {
+                Memory::Kept(keep) => (Some(keep), None),
+                Memory::Held(held) => (None, Some(held)),
+            };
             // SAFETY: by the caller's contract; the comm is open.
-            within(&gpu, || unsafe { plugin.registrations().acquire(&plugin, at, data, len, kind) })
+            within(&gpu, || unsafe { plugin.registrations().acquire(&plugin, at, data, len, kind, keep) })
         };
         match self.plugin.thread() {
             Some(thread) => thread.call("regMr", register),
@@ -611,27 +624,29 @@ impl SendComm {
         self.inflight.len()
     }
 
-    /// Registers memory for requests of this comm. Drop the registration after the requests have ended, or after the comm.
+    /// Registers memory for requests of this comm. Drop the registration after the requests have ended, or after the comm. `keep` is dropped
+    /// once the plugin does not use the memory any more, which may be later, or never.
     ///
     /// # Safety
-    /// The memory stays mapped until then.
-    pub(crate) unsafe fn register(&self, data: *mut c_void, len: usize, kind: c_int) -> Result<Registration> {
+    /// `keep` keeps the memory mapped.
+    pub(crate) unsafe fn register(&self, data: *mut c_void, len: usize, kind: c_int, keep: Keep) -> Result<Registration> {
         // SAFETY: by the caller's contract.
-        unsafe { self.raw.register(data, len, kind) }
+        unsafe { self.raw.register(data, len, kind, Memory::Kept(keep)) }
     }
 
     /// The registration of device memory for a chunk that starts at `addr` of a region. All comms of the NIC share it, and it is
-    /// kept until [`SendComm::forget_region`] or the comm's end.
+    /// kept until [`SendComm::forget_region`] or the comm's end. `held` is dropped when the plugin's call has returned, which may be later
+    /// than this one.
     ///
     /// # Safety
-    /// The region stays mapped until then.
-    pub(crate) unsafe fn region(&mut self, span: Span, addr: u64) -> Result<MHandle> {
+    /// The region stays mapped until then, and while `held` lasts.
+    pub(crate) unsafe fn region(&mut self, span: Span, addr: u64, held: impl FnOnce() -> Keep) -> Result<MHandle> {
         let (number, base, len) = piece(span, addr);
         if let Some(share) = self.regions.get(&(span.id, number)) {
             return Ok(share.mhandle());
         }
         // SAFETY: by the caller's contract; whole pages of a mapping are mapped.
-        let share = unsafe { self.raw.register(base as *mut c_void, len as usize, NCCL_PTR_CUDA) }?;
+        let share = unsafe { self.raw.register(base as *mut c_void, len as usize, NCCL_PTR_CUDA, Memory::Held(held())) }?;
         let mhandle = share.mhandle();
         self.regions.insert((span.id, number), share);
         Ok(mhandle)
@@ -805,9 +820,9 @@ impl RecvComm {
     ///
     /// # Safety
     /// As [`SendComm::register`].
-    pub(crate) unsafe fn register(&self, data: *mut c_void, len: usize, kind: c_int) -> Result<Registration> {
+    pub(crate) unsafe fn register(&self, data: *mut c_void, len: usize, kind: c_int, keep: Keep) -> Result<Registration> {
         // SAFETY: by the caller's contract.
-        unsafe { self.raw.register(data, len, kind) }
+        unsafe { self.raw.register(data, len, kind, Memory::Kept(keep)) }
     }
 
     /// Posts one receive. `false`: try again.

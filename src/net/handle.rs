@@ -17,6 +17,10 @@ const THREADS_AT: usize = 40;
 const REDIRECT_AT: usize = 44;
 const CONTROL_AT: usize = 48;
 
+/// Where the state of a connect is in handles of unknown plugins, at the earliest: that of aws-ofi-nccl, behind an address of 56 bytes, any of
+/// which may be zero, and a number of 8.
+const STATE_AT: usize = 64;
+
 /// A TCPXO handle: the version of its layout, the number of the GPU, a socket address that is not used, an address as text, ports,
 /// the state of a connect, and a pointer to its comm.
 mod tcpxo {
@@ -47,7 +51,7 @@ pub(super) fn admit(how: HandleCheck, own: &Handle, peer: &Handle) -> Result<Han
         HandleCheck::Tcpxo => admit_tcpxo(own, peer),
         HandleCheck::Tail => {
             let used = own.iter().rposition(|&b| b != 0).map_or(0, |last| last + 1).next_multiple_of(16);
-            fresh_from(used, peer)?;
+            fresh_from(used.max(STATE_AT), peer)?;
             Ok(*peer)
         }
     }
@@ -256,12 +260,22 @@ mod tests {
 
     #[test]
     fn of_unknown_layouts_the_tail_is_checked() {
+        // That of aws-ofi-nccl: the end of an address, or a small number, may be zero in ours and not in the peer's.
         let mut own = [0; NCCL_NET_HANDLE_MAXSIZE];
         own[..20].fill(7);
         let mut peer = [0; NCCL_NET_HANDLE_MAXSIZE];
-        peer[..32].fill(9);
+        peer[..64].fill(9);
         assert_eq!(admit(HandleCheck::Tail, &own, &peer), Ok(peer));
-        peer[32] = 1;
+        for at in 64..NCCL_NET_HANDLE_MAXSIZE {
+            let mut bad = peer;
+            bad[at] = 1;
+            assert!(admit(HandleCheck::Tail, &own, &bad).is_err(), "byte {at}");
+        }
+        // A plugin whose new handles are longer.
+        own[70] = 1;
+        peer[79] = 1;
+        assert_eq!(admit(HandleCheck::Tail, &own, &peer), Ok(peer));
+        peer[80] = 1;
         assert!(admit(HandleCheck::Tail, &own, &peer).is_err());
     }
 }

@@ -97,7 +97,7 @@ impl Links {
         }
         let holds = |interface: &&Found| interface.addresses.iter().any(|address| address.ip == ip);
         match self.now.iter().find(holds) {
-            None => Some(format!("no interface has the address {ip} any more")),
+            None => Some(format!("no interface has the address {ip} now")),
             Some(Found { up: false, name, .. }) => Some(format!("{name} is down")),
             Some(Found { carrier: false, name, .. }) => Some(format!("{name} has no carrier")),
             Some(_) => None,
@@ -160,7 +160,7 @@ mod tests {
         let faults = ["eth0", "eth1", "eth2", "eth3", "eth4", "eth5", "mlx5_0"].map(|nic| links.fault(nic));
         let of = ["10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4", "127.0.0.1", "fe80::1"];
         let of = of.map(|ip| links.fault_of(ip.parse().expect("address")));
-        let gone = Some("no interface has the address 10.0.0.4 any more".to_owned());
+        let gone = Some("no interface has the address 10.0.0.4 now".to_owned());
         assert_eq!(of, [None, Some("eth1 is down".to_owned()), Some("eth2 has no carrier".to_owned()), gone, None, None]);
         let no_address = Some("has no address");
         assert_eq!(faults, [None, Some("is down"), Some("has no carrier"), no_address, Some("was removed"), no_address, None]);

@@ -10,6 +10,7 @@ use super::secure::{Guard, Secret};
 use super::signals::Quiet;
 use super::table::{Answer, Ext, NetTable, Properties};
 use super::tcpxo::Machine;
+pub use super::tcpxo::{findings as tcpxo_findings, Finding};
 use super::traits::{is_tcpx, is_tcpxo, DeviceTraits, Traits};
 use super::{within, Scope};
 use crate::config::{Config, PluginChoice};
@@ -370,11 +371,9 @@ impl Registrar for Plugin {
         Ok(mhandle)
     }
 
-    unsafe fn dereg_mr(&self, comm: *mut c_void, mhandle: MHandle) {
+    unsafe fn dereg_mr(&self, comm: *mut c_void, mhandle: MHandle) -> Result<()> {
         // SAFETY: by the caller's contract.
-        if let Err(e) = self.set_up("deregMr", || unsafe { self.table.dereg_mr(comm, mhandle) }) {
-            log::warn!("{e}");
-        }
+        self.set_up("deregMr", || unsafe { self.table.dereg_mr(comm, mhandle) })
     }
 }
 

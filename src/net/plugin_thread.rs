@@ -10,7 +10,7 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-/// A call that runs longer stands still: callers stop waiting, and new calls are refused until it returns.
+/// A call that runs longer has stalled: callers stop waiting, and new calls are refused until it returns.
 const LIMIT: Duration = if cfg!(test) { Duration::from_millis(500) } else { Duration::from_secs(5) };
 
 /// How long a caller waits for closes.
@@ -40,7 +40,7 @@ struct Polled {
 struct Running {
     name: &'static str,
     since: Instant,
-    /// A line says that it stands still.
+    /// A line says that it has stalled.
     reported: bool,
 }
 
@@ -121,7 +121,11 @@ impl PluginThread {
                 return result;
             }
             if let Some(error) = self.standing(&mut state) {
-                state.calls.retain(|job| job.number != number);
+                let at = state.calls.iter().position(|job| job.number == number);
+                let never_begun = at.and_then(|at| state.calls.remove(at));
+                drop(state);
+                // What it has ends here, without the lock.
+                drop(never_begun);
                 return Err(refused(name, &error));
             }
             let until = state.running.as_ref().map_or_else(Instant::now, |running| running.since) + LIMIT;
@@ -173,7 +177,7 @@ impl PluginThread {
         }
     }
 
-    /// Which call stands still, if one does.
+    /// Which call has stalled, if one has.
     pub(super) fn stands_still(&'static self) -> Option<Error> {
         self.standing(&mut self.state.lock())
     }
@@ -206,7 +210,7 @@ impl PluginThread {
         Some(error)
     }
 
-    /// Says once that the running call stands still.
+    /// Says once that the running call has stalled.
     fn report(&'static self, state: &mut State) {
         let Some(running) = state.running.as_mut().filter(|running| !running.reported) else { return };
         running.reported = true;
@@ -294,7 +298,7 @@ impl PluginThread {
         self.ended.notify_all();
     }
 
-    /// Starts a thread that says when the running call stands still, since no caller may look.
+    /// Starts a thread that says when the running call has stalled, since no caller may look.
     fn watch(&'static self, state: &mut State) {
         if !state.watched {
             state.watched = process::thread::spawn("uccl-plugin-watch", move || self.run_watch()).is_ok();

@@ -32,7 +32,10 @@ pub(super) trait Registrar: Send + Sync {
     unsafe fn reg_mr(&self, comm: *mut c_void, data: *mut c_void, size: usize, kind: c_int) -> Result<MHandle>;
     /// # Safety
     /// `comm` and `mhandle` are live and no request uses the registration.
-    unsafe fn dereg_mr(&self, comm: *mut c_void, mhandle: MHandle);
+    ///
+    /// # Errors
+    /// The plugin's: it may go on using the memory.
+    unsafe fn dereg_mr(&self, comm: *mut c_void, mhandle: MHandle) -> Result<()>;
 }
 
 /// Alignment that plugins require of the base and the size of device memory.
@@ -69,14 +72,17 @@ struct Entry {
     kept: Kept,
 }
 
+/// Something that keeps memory mapped.
+pub(crate) type Keep = Box<dyn Send>;
+
 /// What is dropped after a registration.
-type Kept = Vec<Box<dyn Send>>;
+type Kept = Vec<Keep>;
 
 /// A registration without users that no open comm could drop.
 struct Left {
     dev: usize,
     mhandle: usize,
-    _kept: Kept,
+    kept: Kept,
 }
 
 /// An open comm through which registrations of its NIC can be dropped.
@@ -93,7 +99,7 @@ struct Table {
     left: Vec<Left>,
 }
 
-/// The registrations of a plugin.
+/// The registrations of a plugin. The lock is held during the plugin's calls: if the plugin has a thread, no other takes it.
 #[derive(Default)]
 pub(super) struct Registrations(Mutex<Table>);
 
@@ -109,15 +115,6 @@ impl Registration {
     pub(crate) fn mhandle(&self) -> MHandle {
         self.mhandle as MHandle
     }
-
-    /// Gives it the registered memory, which then lasts until the plugin has dropped the registration. Once the comm is closed, that
-    /// may be later than the end of this value.
-    pub(crate) fn keep(&self, memory: Box<dyn Send>) {
-        let mut table = self.plugin.registrations().0.lock();
-        if let Some(entry) = table.entries.get_mut(&self.key) {
-            entry.kept.push(memory);
-        }
-    }
 }
 
 impl Registrations {
@@ -125,20 +122,23 @@ impl Registrations {
     pub(super) fn opened(&self, plugin: &dyn Registrar, dev: usize, comm: *mut c_void, gpu: &Scope) {
         let mut table = self.0.lock();
         table.open.push(Open { dev, comm: comm as usize, gpu: gpu.clone() });
-        table.settle(plugin, dev);
+        let unused = table.settle(plugin, dev);
+        drop((table, unused));
     }
 
     /// A comm is about to be closed: nothing is dropped through it from now on.
     pub(super) fn closing(&self, plugin: &dyn Registrar, dev: usize, comm: *mut c_void) {
         let mut table = self.0.lock();
-        table.settle(plugin, dev);
+        let unused = table.settle(plugin, dev);
         table.open.retain(|o| o.comm != comm as usize);
+        drop((table, unused));
     }
 
-    /// The shared registration of a range, made through `comm` on first use.
+    /// The shared registration of a range, made through `comm` on first use. `keep` is dropped after the plugin has dropped the
+    /// registration: once the comm is closed, that may be later than the end of the result. It is never dropped if the plugin fails to.
     ///
     /// # Safety
-    /// `comm` is open. The memory stays mapped until the registration and all comms that use it are dropped.
+    /// `comm` is open. The memory stays mapped until the registration and all comms that use it are dropped, or `keep` is.
     pub(super) unsafe fn acquire(
         &self,
         plugin: &Arc<impl Registrar + 'static>,
@@ -146,6 +146,7 @@ impl Registrations {
         base: usize,
         len: usize,
         kind: c_int,
+        keep: Option<Keep>,
     ) -> Result<Registration> {
         let (dev, comm) = at;
         let tied = if plugin.shared() { 0 } else { comm as usize };
@@ -156,11 +157,12 @@ impl Registrations {
         let mut table = self.0.lock();
         if let Some(entry) = table.entries.get_mut(&key) {
             entry.users += 1;
+            entry.kept.extend(keep);
             return Ok(Registration { plugin: plugin.clone(), key, mhandle: entry.mhandle });
         }
         // SAFETY: by the caller's contract.
         let mhandle = unsafe { plugin.reg_mr(comm, base as *mut c_void, len, kind) }? as usize;
-        table.entries.insert(key, Entry { mhandle, users: 1, kept: Kept::new() });
+        table.entries.insert(key, Entry { mhandle, users: 1, kept: keep.into_iter().collect() });
         Ok(Registration { plugin: plugin.clone(), key, mhandle })
     }
 
@@ -174,35 +176,48 @@ impl Registrations {
         let Some(Entry { mhandle, kept, .. }) = table.entries.remove(key) else { return };
         // Registrations that are tied to a comm ended when it was closed.
         if key.comm == 0 || table.open.iter().any(|o| o.comm == key.comm) {
-            table.left.push(Left { dev: key.dev, mhandle, _kept: kept });
-            table.settle(plugin, key.dev);
+            table.left.push(Left { dev: key.dev, mhandle, kept });
+            let unused = table.settle(plugin, key.dev);
+            drop((table, unused));
         }
     }
 }
 
 impl Table {
-    /// Drops unused registrations, if the NIC has an open comm.
-    fn settle(&mut self, plugin: &dyn Registrar, dev: usize) {
-        let Some(open) = self.open.iter().find(|o| o.dev == dev) else { return };
+    /// Drops unused registrations, if the NIC has an open comm. Returns what they kept, to be dropped without the lock.
+    fn settle(&mut self, plugin: &dyn Registrar, dev: usize) -> Kept {
+        let mut unused = Kept::new();
+        let Some(open) = self.open.iter().find(|o| o.dev == dev) else { return unused };
         let drop_one = |mhandle: usize| {
-            within(&open.gpu, || {
-                // SAFETY: the comm is open while it is in the table; the registration has no users, so no request uses it.
-                unsafe { plugin.dereg_mr(open.comm as *mut c_void, mhandle as MHandle) };
-                Ok(())
-            })
+            // SAFETY: the comm is open while it is in the table; the registration has no users, so no request uses it.
+            within(&open.gpu, || Ok(unsafe { plugin.dereg_mr(open.comm as *mut c_void, mhandle as MHandle) }))
         };
-        self.left.retain(|left| {
+        self.left.retain_mut(|left| {
             if left.dev != dev {
                 return true;
             }
             match drop_one(left.mhandle) {
-                Ok(()) => false,
+                Ok(Ok(())) => unused.append(&mut left.kept),
+                Ok(Err(e)) => {
+                    let kept = std::mem::take(&mut left.kept);
+                    if kept.is_empty() {
+                        log::warn!("{e}; the plugin may go on using the memory");
+                    } else {
+                        log::warn!(
+                            "{e}; {} blocks of staging memory are never freed, since the plugin may go on using them",
+                            kept.len()
+                        );
+                    }
+                    std::mem::forget(kept);
+                }
                 Err(e) => {
                     log::debug!("a registration with plugin {} waits: {e}", plugin.name());
-                    true
+                    return true;
                 }
             }
+            false
         });
+        unused
     }
 }
 

@@ -1,8 +1,8 @@
-//! Asks the receive manager of GPUDirect-TCPX for a GPU's receive memory before the plugin does. The plugin asks at the first accept for
-//! a GPU, and waits for the answer without a limit: it computes for ever if the manager hangs up, and ends the process if there is none.
-//! Knows of the answer only its form.
+//! Asks Google's receive managers what a plugin is about to ask. GPUDirect-TCPX asks at the first accept for a GPU's receive memory, and
+//! waits for the answer without a limit: it computes for ever if the manager hangs up, and ends the process if there is none. For
+//! GPUDirect-TCPXO see `tcpxo`. Knows of an answer little more than its form.
 
-use crate::status::{bail, Result};
+use crate::status::{bail, err, Result};
 use process::{Mutex, PerProcess};
 use socket2::{Domain, SockAddr, Socket, Type};
 use std::collections::HashSet;
@@ -36,14 +36,26 @@ pub(super) struct Asking {
 
 /// A message to the manager and its answer, without waiting.
 struct Question {
-    path: PathBuf,
+    /// The socket, for messages.
+    name: String,
+    address: SockAddr,
     socket: Option<Socket>,
     message: Vec<u8>,
     sent: usize,
     answer: Vec<u8>,
-    /// The answer is a descriptor.
-    descriptor: bool,
+    wants: Wants,
     over: bool,
+}
+
+/// What an answer must be.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wants {
+    /// A descriptor.
+    Descriptor,
+    /// The size of a GPU's memory.
+    Metadata,
+    /// Any bytes.
+    Text,
 }
 
 impl Asking {
@@ -75,8 +87,16 @@ impl Asking {
                 OF_GPU[0]
             )
         };
-        let questions = OF_GPU.map(|name| Question::new(folder.join(format!("{name}{gpu}")), &gpu, name == OF_GPU[0]));
-        Ok(Asking { gpu, questions: questions.into(), until })
+        let payload = [&[RAW_BYTES, gpu.len() as u8], gpu.as_bytes()].concat();
+        let message = [&(payload.len() as u16).to_be_bytes(), &*payload].concat();
+        let mut questions = Vec::new();
+        for (prefix, wants) in OF_GPU.into_iter().zip([Wants::Descriptor, Wants::Metadata]) {
+            let path = folder.join(format!("{prefix}{gpu}"));
+            let name = path.display().to_string();
+            let address = SockAddr::unix(&path).map_err(|e| err!(Plugin, "the receive manager's socket {name}: {e}"))?;
+            questions.push(Question::new(name, address, message.clone(), wants));
+        }
+        Ok(Asking { gpu, questions, until })
     }
 
     /// The plugin has accepted, and has the memory.
@@ -98,28 +118,42 @@ impl Asking {
                 Ok(()) => format!("no answer in {ANSWERS_WITHIN:.0?}"),
                 Err(e) => e.to_string(),
             };
-            let path = question.path.display();
-            bail!(Plugin, "the receive manager does not serve GPU {}: {path}: {what} (see docs/tcpx.md)", self.gpu);
+            let name = &question.name;
+            bail!(Plugin, "the receive manager does not serve GPU {}: {name}: {what} (see docs/tcpx.md)", self.gpu);
         }
         Ok(self.questions.iter().all(|question| question.over))
     }
 }
 
 /// Connects to a socket without waiting, and closes it.
+///
+/// # Errors
+/// `WouldBlock` where a process listens that does not accept, and the backlog is full.
 pub(super) fn knock(address: &SockAddr) -> io::Result<()> {
-    let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking().cloexec(), None)?;
-    match socket.connect(address) {
-        // The backlog is full, so a process listens.
-        Err(e) if e.kind() == ErrorKind::WouldBlock => Ok(()),
-        result => result,
+    Socket::new(Domain::UNIX, Type::STREAM.nonblocking().cloexec(), None)?.connect(address)
+}
+
+/// Asks one question; gives the content of the answer.
+///
+/// # Errors
+/// `TimedOut` if there is none in time, or why there is none.
+pub(super) fn ask(address: SockAddr, message: &[u8], wants: Wants, within: Duration) -> io::Result<Vec<u8>> {
+    let (mut question, until) = (Question::new(String::new(), address, message.to_vec(), wants), Instant::now() + within);
+    loop {
+        question.advance()?;
+        if question.over {
+            return Ok(content_of(&question.answer).map_or(Vec::new(), <[u8]>::to_vec));
+        }
+        if Instant::now() >= until {
+            return Err(io::Error::new(ErrorKind::TimedOut, format!("no answer in {within:.0?}")));
+        }
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 
 impl Question {
-    fn new(path: PathBuf, gpu: &str, descriptor: bool) -> Question {
-        let payload = [&[RAW_BYTES, gpu.len() as u8], gpu.as_bytes()].concat();
-        let message = [&(payload.len() as u16).to_be_bytes(), &*payload].concat();
-        Question { path, socket: None, message, sent: 0, answer: Vec::new(), descriptor, over: false }
+    fn new(name: String, address: SockAddr, message: Vec<u8>, wants: Wants) -> Question {
+        Question { name, address, socket: None, message, sent: 0, answer: Vec::new(), wants, over: false }
     }
 
     fn advance(&mut self) -> io::Result<()> {
@@ -134,7 +168,7 @@ impl Question {
             Some(socket) => socket,
             None => {
                 let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking().cloexec(), None)?;
-                socket.connect(&SockAddr::unix(&self.path)?)?;
+                socket.connect(&self.address)?;
                 self.socket.insert(socket)
             }
         };
@@ -144,19 +178,14 @@ impl Question {
         while !self.over {
             let (bytes, descriptor) = receive(socket)?;
             self.answer.extend(&bytes);
-            let complete = match self.answer.first_chunk() {
-                Some(&len) => self.answer.len() >= 2 + usize::from(u16::from_be_bytes(len)),
-                None => false,
-            };
-            self.over = match (self.descriptor, descriptor) {
-                (true, Some(_)) => true,
-                (true, None) if complete => return Err(io::Error::other("the answer has no descriptor")),
-                (false, None) if complete && !is_metadata(&self.answer[2..]) => {
+            self.over = match (self.wants, descriptor, content_of(&self.answer)) {
+                (Wants::Descriptor, Some(_), _) => true,
+                (Wants::Descriptor, None, Some(_)) => return Err(io::Error::other("the answer has no descriptor")),
+                (_, Some(_), _) => return Err(io::Error::other("the answer is a descriptor")),
+                (Wants::Metadata, None, Some(content)) if !is_metadata(content) => {
                     return Err(io::Error::other("the answer is none"))
                 }
-                (false, None) => complete,
-                (false, Some(_)) => return Err(io::Error::other("the answer is a descriptor")),
-                (true, None) => false,
+                (_, None, content) => content.is_some(),
             };
             if !self.over && bytes.is_empty() {
                 return Err(io::Error::other("it closed the connection without an answer"));
@@ -167,9 +196,79 @@ impl Question {
     }
 }
 
+/// A message without its length, once it is complete.
+fn content_of(message: &[u8]) -> Option<&[u8]> {
+    let (len, rest) = message.split_first_chunk()?;
+    rest.get(..usize::from(u16::from_be_bytes(*len)))
+}
+
 /// Whether a message holds as many bytes as the plugin has room for.
 fn is_metadata(message: &[u8]) -> bool {
     matches!(message, [RAW_BYTES, len, rest @ ..] if (1..=METADATA).contains(&usize::from(*len)) && rest.len() == usize::from(*len))
+}
+
+/// The GPUs in a message of TCPXO's manager, by PCI address, with the addresses of their closest NICs: a map in field 1, whose values are
+/// lists of strings in field 1. `None` if the message is another.
+pub(super) fn closest_nics(message: &[u8]) -> Option<Vec<(String, Vec<String>)>> {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let mut all = Vec::new();
+    fields(message, &mut |number, entry| {
+        let (mut gpu, mut nics) = (String::new(), Vec::new());
+        if number != 1 {
+            return Some(());
+        }
+        fields(entry, &mut |number, value| match number {
+            1 => {
+                gpu = text(value);
+                Some(())
+            }
+            2 => fields(value, &mut |number, nic| {
+                nics.extend((number == 1).then(|| text(nic)));
+                Some(())
+            }),
+            _ => Some(()),
+        })?;
+        all.push((gpu, nics));
+        Some(())
+    })?;
+    Some(all)
+}
+
+/// Calls `take` with the number and the bytes of each field that has bytes. `None` for a message of another form.
+fn fields(mut message: &[u8], take: &mut dyn FnMut(u64, &[u8]) -> Option<()>) -> Option<()> {
+    while !message.is_empty() {
+        let tag = varint(&mut message)?;
+        let len = match (tag >> 3, tag & 7) {
+            (0, _) => return None,
+            (_, 0) => {
+                varint(&mut message)?;
+                continue;
+            }
+            (_, 1) => 8,
+            (_, 5) => 4,
+            (_, 2) => usize::try_from(varint(&mut message)?).ok()?,
+            _ => return None,
+        };
+        let (bytes, rest) = message.split_at_checked(len)?;
+        message = rest;
+        if tag & 7 == 2 {
+            take(tag >> 3, bytes)?;
+        }
+    }
+    Some(())
+}
+
+fn varint(message: &mut &[u8]) -> Option<u64> {
+    let mut value = 0;
+    for shift in (0..64).step_by(7) {
+        let (&byte, rest) = message.split_first()?;
+        *message = rest;
+        value |= u64::from(byte & 0x7F) << shift;
+        if byte & 0x80 == 0 {
+            return Some(value);
+        }
+    }
+    None
 }
 
 /// Receives bytes, and a descriptor if one comes with them. No bytes: the end.
@@ -298,6 +397,35 @@ mod tests {
         std::fs::remove_file(manager.0.join("get_gpu_metadata_0000:0a:00.0")).expect("file");
         manager.serve(OF_GPU[1], give_metadata);
         assert_eq!((manager.ask(Some(GPU)), manager.ask(None)), (Ok(()), Ok(())));
+    }
+
+    #[test]
+    fn the_nics_of_gpus_are_read_as_the_plugin_reads_them() {
+        let field = |tag: u8, bytes: &[u8]| [&[tag, bytes.len() as u8], bytes].concat();
+        let nics = |all: &[&str]| all.iter().flat_map(|ip| field(0x0A, ip.as_bytes())).collect::<Vec<u8>>();
+        let entry = |gpu: &str, ips: &[&str]| field(0x0A, &[field(0x0A, gpu.as_bytes()), field(0x12, &nics(ips))].concat());
+        let named = |gpu: &str, ips: &[&str]| (gpu.to_owned(), ips.iter().map(|ip| (*ip).to_owned()).collect());
+        assert_eq!(closest_nics(&[]), Some(Vec::new()));
+        let two = [entry("0000:04:00.0", &["10.0.1.2"]), entry("0000:05:00.0", &["10.0.2.2", "10.0.3.2"])].concat();
+        let expected = vec![named("0000:04:00.0", &["10.0.1.2"]), named("0000:05:00.0", &["10.0.2.2", "10.0.3.2"])];
+        assert_eq!(closest_nics(&two), Some(expected.clone()));
+        // What a later version may add: a number, eight and four bytes, text.
+        let more = [&two[..], &[0x18, 0x85, 0x01], &[0x21], &[7; 8], &[0x2D], &[7; 4], &field(0x32, b"new")].concat();
+        assert_eq!(closest_nics(&more), Some(expected));
+        assert_eq!(closest_nics(&field(0x0A, &field(0x0A, b"gpu"))), Some(vec![named("gpu", &[])]));
+        for cut in 1..two.len() {
+            let whole = cut == entry("0000:04:00.0", &["10.0.1.2"]).len();
+            assert_eq!(closest_nics(&two[..cut]).is_some(), whole, "{cut} bytes");
+        }
+        for bad in [
+            &[0x02, 0x00][..],
+            &[0x0B],
+            &[0x0A, 0x05, 0x0A],
+            &[0x80; 11],
+            &[0x0A, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0x01],
+        ] {
+            assert_eq!(closest_nics(bad), None, "{bad:?}");
+        }
     }
 
     #[test]

@@ -129,7 +129,7 @@ impl Found {
         since.filter(|_| info[RETRIES] > 0 && info[UNANSWERED..UNANSWERED + 4] != [0; 4])
     }
 
-    /// `None` where the kernel cannot say. An error if the connection was reset: nothing moves any more.
+    /// `None` where the kernel cannot say. An error if the connection was reset: nothing moves.
     fn moved(&self) -> Result<Option<Moved>> {
         let Some(info) = self.info() else { return Ok(None) };
         if info[STATE] == CLOSED {
@@ -205,7 +205,7 @@ impl Sockets {
     /// Closes them.
     ///
     /// # Safety
-    /// Nothing uses their numbers any more.
+    /// Nothing uses their numbers.
     pub(super) unsafe fn close(self) {
         for found in self.found.iter().filter(|found| found.is_open()) {
             // SAFETY: by the caller's contract.

@@ -4,6 +4,7 @@
 use super::comm::{Connecting, ListenComm, RecvComm, SendComm};
 use super::plugin::Plugin;
 use super::plugin_thread::PluginThread;
+use super::registrations::Keep;
 use super::setup::{agree, nics_for, Establishing, Listening, Nics, Offer, Pair, Role};
 use super::traits::{HandleCheck, Traits};
 use super::Scope;
@@ -19,7 +20,8 @@ use std::net::{TcpListener, TcpStream};
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
-use std::sync::atomic::Ordering::Acquire;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::{Acquire, Release};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -28,6 +30,8 @@ const BREAK: &str = "UCCL_NET_TEST_BREAK";
 const TWO_NICS: &str = "eth1@127.0.0.1,eth2@127.0.0.2";
 const LATE: (&str, &str) = ("STRICT_FOREIGN_LATE", "1");
 const TCPXO: (&str, &str) = ("STRICT_FOREIGN_CONTRACT", "tcpxo");
+const ANSWERS: &str = "STRICT_FOREIGN_ANSWERS";
+const HOW: &str = "UCCL_NET_TEST_HOW";
 const LEAKED: &str = "bytes left the memory after its release";
 const ONE_DEAD: &str = "eth1@127.0.0.1,eth2@127.0.0.2@dead";
 
@@ -72,6 +76,28 @@ fn tcpxo_is_set_up_and_given_up() {
 #[test]
 fn memory_lasts_until_the_plugin_has_dropped_its_registration() {
     run("memory_after_the_close", "eth1@127.0.0.1", &[TCPXO]);
+    for how in ["hangup", "refusal", "garbage"] {
+        let answers = format!("{}-{how}", answers("never-dropped"));
+        run("memory_is_never_dropped", "eth1@127.0.0.1", &[TCPXO, (ANSWERS, &answers), (HOW, how)]);
+    }
+}
+
+/// A receive manager that does not answer costs a caller no more than the limit of a call, and no call its memory.
+#[test]
+fn a_registration_that_stands_still_is_left_behind() {
+    for case in ["register_stands_still", "deregister_stands_still"] {
+        run(case, "eth1@127.0.0.1", &[TCPXO, (ANSWERS, &answers(case))]);
+    }
+}
+
+/// A file that says what the receive manager does wrong.
+fn answers(case: &str) -> String {
+    std::env::temp_dir().join(format!("uccl-answers-{case}-{}", std::process::id())).display().to_string()
+}
+
+/// Sets what the receive manager does wrong.
+fn manager_answers(words: &str) {
+    std::fs::write(std::env::var(ANSWERS).expect("file"), words).expect("file");
 }
 
 /// Shows that every protection is needed: without it the process of the case ends.
@@ -200,6 +226,9 @@ fn child() {
         "wild_handles" => wild_handles(&plugin),
         "wild_handles_of_tcpxo" => wild_handles_of_tcpxo(&plugin),
         "memory_after_the_close" => memory_after_the_close(&plugin),
+        "memory_is_never_dropped" => memory_is_never_dropped(&plugin),
+        "register_stands_still" => register_stands_still(&plugin),
+        "deregister_stands_still" => deregister_stands_still(&plugin),
         "registrations" => registrations(&plugin),
         "registrations_in_flight" => registrations_in_flight(&plugin),
         "registrations_without_descriptors" => registrations_without_descriptors(&plugin),
@@ -298,7 +327,7 @@ fn move_some(mut send: SendComm, mut recv: RecvComm) {
     let span = Span { id: 1, addr: memory.addr(), len: memory.len as u64 };
     // SAFETY: the memory outlives both comms.
     unsafe {
-        let mhandle = send.region(span, span.addr).expect("region");
+        let mhandle = send.region(span, span.addr, unheld).expect("region");
         assert!(recv.recv(memory.at.cast(), memory.len, 0, mhandle).expect("recv"));
         assert!(send.send(memory.at.cast(), memory.len, 0, mhandle).expect("send"));
     }
@@ -358,7 +387,7 @@ fn sends_under_way(plugin: &Arc<Plugin>) {
     let (mut send, _control, data) = to_a_raw_peer(plugin);
     // SAFETY: the memory outlives the comm.
     unsafe {
-        let mhandle = send.region(span, span.addr).expect("region");
+        let mhandle = send.region(span, span.addr, unheld).expect("region");
         assert!(send.send(memory.at.cast(), 1000, 0, mhandle).expect("send"));
     }
     wait("the send is done", || send.test_oldest().expect("test"));
@@ -370,7 +399,7 @@ fn sends_under_way(plugin: &Arc<Plugin>) {
     assert_eq!(copies.len(), 2);
     // SAFETY: as above.
     unsafe {
-        let mhandle = send.region(span, span.addr).expect("region");
+        let mhandle = send.region(span, span.addr, unheld).expect("region");
         while send.inflight() < 16 {
             assert!(send.send(memory.at.cast(), memory.len, 0, mhandle).expect("send"));
         }
@@ -405,6 +434,11 @@ fn reset_before_the_close(plugin: &Arc<Plugin>) {
     plugin.settle();
     assert_eq!(counters().flow_rules.load(Acquire), 0, "flow rules were left behind");
     nothing_is_left(plugin);
+}
+
+/// For memory that is never freed.
+fn unheld() -> Keep {
+    Box::new(())
 }
 
 /// Page-aligned memory.
@@ -547,7 +581,7 @@ fn silent_control(plugin: &Arc<Plugin>) {
     assert!(Command::new("ip").args(["link", "set", "lo", "down"]).status().is_ok_and(|status| status.success()));
     // SAFETY: the memory outlives both comms.
     unsafe {
-        let mhandle = a[0].send.region(span, span.addr).expect("region");
+        let mhandle = a[0].send.region(span, span.addr, unheld).expect("region");
         assert!(a[0].send.send(memory.at.cast(), 4096, 0, mhandle).expect("send"));
         assert!(b[0].recv.recv(memory.at.cast(), 4096, 0, mhandle).expect("recv"));
     }
@@ -648,20 +682,123 @@ fn wild_handles_of_tcpxo(plugin: &Arc<Plugin>) {
     assert_eq!(counters().connects_begun.load(Acquire), 0);
 }
 
-fn memory_after_the_close(plugin: &Arc<Plugin>) {
-    struct Freed(Arc<std::sync::atomic::AtomicBool>);
-    impl Drop for Freed {
-        fn drop(&mut self) {
-            self.0.store(true, std::sync::atomic::Ordering::Release);
+/// Memory whose end is seen.
+#[derive(Clone, Default)]
+struct Freed(Arc<AtomicBool>);
+
+impl Freed {
+    fn keep(&self) -> Keep {
+        struct Ends(Freed);
+        impl Drop for Ends {
+            fn drop(&mut self) {
+                self.0 .0.store(true, Release);
+            }
         }
+        Box::new(Ends(self.clone()))
     }
+
+    fn is_freed(&self) -> bool {
+        self.0.load(Acquire)
+    }
+}
+
+/// The receive manager does not drop a registration: the closed comm goes on writing.
+fn memory_is_never_dropped(plugin: &Arc<Plugin>) {
     let (mut a, b) = both(open(plugin, 1), open(plugin, 1));
-    let (memory, freed) = (Memory::new(4096), Arc::default());
+    let (memory, freed) = (Memory::new(4096), Freed::default());
+    let Pair { send, mut recv, .. } = a.remove(0);
+    // SAFETY: the memory stays.
+    let registration = unsafe { recv.register(memory.at.cast(), 4096, NCCL_PTR_CUDA, freed.keep()) }.expect("register");
+    // SAFETY: as above.
+    assert!(unsafe { recv.recv(memory.at.cast(), 4096, 0, registration.mhandle()) }.expect("recv"));
+    manager_answers(&format!("deregMr={}", std::env::var(HOW).expect("how")));
+    recv.close(());
+    wait("the comm is closed", || recv.is_closed().expect("close"));
+    drop(registration);
+    wait("the registration is dropped", || counters().registrations.load(Acquire) == 0);
+    // SAFETY: our own memory, which only the plugin writes to.
+    wait("the closed comm writes", || unsafe { memory.at.read_volatile() != 0 });
+    drop((send, recv, b));
+    nothing_is_left(plugin);
+    plugin.settle();
+    assert!(!freed.is_freed(), "freed while the plugin may write");
+}
+
+/// The call owns its memory, until it has returned and what it has made is dropped.
+fn register_stands_still(plugin: &Arc<Plugin>) {
+    let (mut a, _b) = both(open(plugin, 1), open(plugin, 1));
+    let (memory, freed) = (Memory::new(4096), Freed::default());
+    let pair = &mut a[0];
+    manager_answers("regMr");
+    for how in ["begun", "queued"] {
+        let (freed, before) = (Freed::default(), Instant::now());
+        // SAFETY: the memory stays.
+        let result = unsafe { pair.recv.register(memory.at.cast(), 4096, NCCL_PTR_CUDA, freed.keep()) };
+        let error = result.err().expect("no answer");
+        assert!(error.to_string().contains("regMr has not returned for"), "{error}");
+        assert!(before.elapsed() < Duration::from_secs(2), "{:?}", before.elapsed());
+        assert_eq!(freed.is_freed(), how == "queued", "{how}");
+    }
+    let span = Span { id: 1, addr: memory.addr(), len: memory.len as u64 };
+    // SAFETY: as above.
+    assert!(unsafe { pair.send.region(span, span.addr, || freed.keep()) }.is_err());
+    assert!(freed.is_freed(), "it never began");
+    manager_answers(" ");
+    wait("what it has made is dropped", || {
+        counters().registrations_ever.load(Acquire) == 1 && counters().registrations.load(Acquire) == 0
+    });
+    // The call holds a region while it runs, and no longer.
+    let freed = Freed::default();
+    manager_answers("regMr");
+    // SAFETY: as above.
+    assert!(unsafe { pair.send.region(span, span.addr, || freed.keep()) }.is_err());
+    assert!(!freed.is_freed(), "the region is not held");
+    manager_answers(" ");
+    wait("the region is free", || freed.is_freed());
+    wait("the call has returned", || plugin.thread().is_none_or(|thread| thread.stands_still().is_none()));
+    // SAFETY: as above.
+    unsafe { pair.send.region(span, span.addr, || freed.keep()) }.expect("the manager answers again");
+    drop(a);
+    plugin.settle();
+    assert_eq!(counters().registrations.load(Acquire), 0);
+}
+
+/// A caller that has registered memory does not wait for a deregMr that begins then.
+fn deregister_stands_still(plugin: &Arc<Plugin>) {
+    let (mut a, b) = both(open(plugin, 1), open(plugin, 1));
+    let [first, second] = [Memory::new(4096), Memory::new(4096)];
+    let Pair { send, recv, .. } = a.remove(0);
+    // SAFETY: the memory stays.
+    let registration = unsafe { recv.register(first.at.cast(), 4096, NCCL_PTR_CUDA, unheld()) }.expect("register");
+    manager_answers("regMr deregMr");
+    let second = second.addr();
+    let caller = std::thread::spawn(move || {
+        // SAFETY: the memory stays.
+        let result = unsafe { send.register(second as *mut _, 4096, NCCL_PTR_CUDA, unheld()) };
+        (result.expect("register"), send)
+    });
+    std::thread::sleep(Duration::from_millis(50));
+    drop(registration);
+    manager_answers("deregMr");
+    let until = Instant::now() + Duration::from_secs(3);
+    while !caller.is_finished() {
+        assert!(Instant::now() < until, "the caller waits for the deregistration");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    manager_answers(" ");
+    let (registration, send) = caller.join().expect("caller");
+    drop((registration, send, recv, b));
+    nothing_is_left(plugin);
+    wait("registrations are dropped", || counters().registrations.load(Acquire) == 0);
+}
+
+fn memory_after_the_close(plugin: &Arc<Plugin>) {
+    let (mut a, b) = both(open(plugin, 1), open(plugin, 1));
+    let (memory, freed) = (Memory::new(4096), Freed::default());
     let pair = a.remove(0);
     let Pair { send, mut recv, .. } = pair;
     // SAFETY: the memory stays.
-    let registration = unsafe { recv.register(memory.at.cast(), 4096, NCCL_PTR_CUDA) }.expect("register");
-    registration.keep(Box::new(Freed(Arc::clone(&freed))));
+    let registration = unsafe { recv.register(memory.at.cast(), 4096, NCCL_PTR_CUDA, freed.keep()) }.expect("register");
     // SAFETY: as above.
     assert!(unsafe { recv.recv(memory.at.cast(), 4096, 0, registration.mhandle()) }.expect("recv"));
     let written = || {
@@ -674,9 +811,9 @@ fn memory_after_the_close(plugin: &Arc<Plugin>) {
     wait("the comm is closed", || recv.is_closed().expect("close"));
     drop((recv, registration));
     wait("the closed comm writes", written);
-    assert!(!freed.load(Acquire), "freed while the plugin may write");
+    assert!(!freed.is_freed(), "freed while the plugin may write");
     let again = both(open(plugin, 1), open(plugin, 1));
-    assert!(freed.load(Acquire), "kept after the plugin has dropped the registration");
+    assert!(freed.is_freed(), "kept after the plugin has dropped the registration");
     // SAFETY: as above.
     unsafe { memory.at.write(0) };
     std::thread::sleep(Duration::from_millis(30));
@@ -694,7 +831,7 @@ fn registrations(plugin: &Arc<Plugin>) {
     for pair in &mut a {
         for &span in &regions {
             // SAFETY: the memory stays.
-            unsafe { pair.send.region(span, span.addr + 100) }.expect("region");
+            unsafe { pair.send.region(span, span.addr + 100, unheld) }.expect("region");
         }
     }
     assert_eq!(live(), 16 * 2, "one per region and NIC");
@@ -702,7 +839,7 @@ fn registrations(plugin: &Arc<Plugin>) {
     let nic = a[0].nic.clone();
     for pair in a.iter_mut().filter(|p| p.nic == nic) {
         // SAFETY: as above.
-        unsafe { pair.send.region(unaligned, 0) }.expect("the enclosing pages");
+        unsafe { pair.send.region(unaligned, 0, unheld) }.expect("the enclosing pages");
     }
     assert_eq!(live(), 33);
     for pair in &mut a {
@@ -732,7 +869,7 @@ fn registrations_in_flight(plugin: &Arc<Plugin>) {
         let pair = &mut a[0];
         // SAFETY: the memory stays.
         unsafe {
-            let mhandle = pair.send.region(span, span.addr).expect("region");
+            let mhandle = pair.send.region(span, span.addr, unheld).expect("region");
             // More than fits, since the peer receives nothing.
             let mut posted = 0;
             while posted < 16 && pair.send.send(memory.at.cast(), 512 << 10, 0, mhandle).expect("send") {
@@ -765,15 +902,15 @@ fn registrations_without_descriptors(plugin: &Arc<Plugin>) {
     }
     all.truncate(all.len() - 2);
     // SAFETY: the memory stays.
-    let error = unsafe { a[0].send.region(span, span.addr) }.expect_err("no descriptors");
+    let error = unsafe { a[0].send.region(span, span.addr, unheld) }.expect_err("no descriptors");
     assert_eq!(error.kind(), ErrorKind::Resource);
     let error = ListenComm::new(plugin, 0, &Scope::None).err();
     drop(all);
     assert!(error.is_none_or(|e| e.kind() == ErrorKind::Resource));
     // SAFETY: as above.
-    unsafe { a[0].send.region(span, span.addr) }.expect("descriptors are back");
+    unsafe { a[0].send.region(span, span.addr, unheld) }.expect("descriptors are back");
     // SAFETY: as above; a registration that is not of whole pages never reaches the plugin.
-    assert!(unsafe { a[0].send.register(memory.at.cast(), 100, NCCL_PTR_CUDA) }.is_err());
+    assert!(unsafe { a[0].send.register(memory.at.cast(), 100, NCCL_PTR_CUDA, unheld()) }.is_err());
 }
 
 fn sigpipe(plugin: &Arc<Plugin>) {
@@ -784,7 +921,7 @@ fn sigpipe(plugin: &Arc<Plugin>) {
     drop(b.remove(0));
     let first = &mut a[0];
     // SAFETY: the memory stays.
-    let mhandle = unsafe { first.send.region(span, span.addr) }.expect("region");
+    let mhandle = unsafe { first.send.region(span, span.addr, unheld) }.expect("region");
     let until = Instant::now() + Duration::from_secs(10);
     let error = loop {
         assert!(Instant::now() < until, "the sender noticed nothing");
@@ -800,7 +937,7 @@ fn sigpipe(plugin: &Arc<Plugin>) {
     let second = &mut a[1];
     // SAFETY: as above; nothing arrives.
     unsafe {
-        let registration = second.recv.register(memory.at.cast(), 4096, NCCL_PTR_CUDA).expect("register");
+        let registration = second.recv.register(memory.at.cast(), 4096, NCCL_PTR_CUDA, unheld()).expect("register");
         assert!(second.recv.recv(memory.at.cast(), 4096, 0, registration.mhandle()).expect("recv"));
         // It must be dropped after the comm, or never.
         std::mem::forget(registration);

@@ -55,19 +55,6 @@ pub(crate) fn has_carrier(root: &Path, name: &str) -> bool {
     !at.exists() || std::fs::read_to_string(at.join("carrier")).is_ok_and(|text| text.trim() == "1")
 }
 
-/// The interfaces that are PCI devices.
-pub(super) fn pci_interfaces(root: &Path) -> Vec<Device> {
-    let folder = root.join("sys/class/net");
-    let device = |entry: std::fs::DirEntry| {
-        let path = std::fs::canonicalize(entry.path().join("device")).ok()?;
-        let (name, pci_path) = (entry.file_name().to_string_lossy().into_owned(), Some(path.to_string_lossy().into_owned()));
-        Some(Device { name, pci_path, speed_mbps: 0, ptr_support: 0, unpack: false })
-    };
-    let mut all: Vec<Device> = std::fs::read_dir(folder).into_iter().flatten().flatten().filter_map(device).collect();
-    all.sort_by(|a, b| a.name.cmp(&b.name));
-    all
-}
-
 /// Directories under /sys of the machine's NVIDIA GPUs, those of other processes too.
 pub(super) fn gpus(root: &Path) -> Vec<String> {
     let is =

@@ -13,7 +13,7 @@ pub enum HandleCheck {
     Tcpx,
     /// An index, an address as text, ports, and room for the plugin's state and a pointer.
     Tcpxo,
-    /// Unknown layout: bytes behind the last non-zero byte of this engine's new handle must be zero.
+    /// Unknown layout: the second half must be zero, as far as it is in a new handle of this engine.
     Tail,
 }
 

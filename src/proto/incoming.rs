@@ -119,9 +119,9 @@ pub(super) struct Incoming {
     /// Chunks in flight, and holes that lost ones have left.
     expected: usize,
     holes: usize,
-    /// Chunks that have arrived and that the peer has not heard of.
+    /// Chunks that have arrived and that were not reported to the peer.
     unreported: u64,
-    /// A read has ended since the last report: the peer keeps its memory in use until it hears of that.
+    /// A read has ended since the last report: the peer keeps its memory in use until that is reported.
     owes: bool,
 }
 
@@ -228,7 +228,7 @@ impl Incoming {
         touched.into_iter().filter_map(|key| Some((key, self.ended(key)?))).collect()
     }
 
-    /// Whether so many chunks have arrived since the last report that the peer must hear of them now.
+    /// Whether so many chunks have arrived since the last report that they must be reported now.
     pub(super) fn must_report(&self) -> bool {
         limits::must_report(self.unreported)
     }
@@ -238,7 +238,7 @@ impl Incoming {
         self.owes
     }
 
-    /// Channels on which chunks have arrived that the peer has not heard of, and how many have arrived there in all.
+    /// Channels on which chunks have arrived that were not reported to the peer, and how many have arrived there in all.
     pub(super) fn report(&mut self) -> impl Iterator<Item = (u16, u64)> + '_ {
         (self.unreported, self.owes) = (0, false);
         self.lanes.iter_mut().enumerate().filter_map(|(channel, lane)| Some((channel as u16, lane.report()?)))

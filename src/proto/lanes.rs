@@ -111,7 +111,7 @@ pub(super) struct InLane {
     /// Those that have not arrived.
     log: VecDeque<Announced>,
     arrived: u64,
-    /// What the peer was told last.
+    /// What the peer was sent last.
     reported: u64,
 }
 

@@ -1,13 +1,13 @@
 //! Channels that were lost, and that came back. An engine that loses a channel closes its end of it, then says how many of the peer's
 //! chunks are in place. Only when both engines have closed it can nothing of it be read or written any more; then what it did not deliver is
-//! sent again, and the channel may be set up again. Each set-up has a generation, so that what crosses on the way is told apart. Pure.
+//! sent again, and the channel may be set up again. Each set-up has a generation, so that what crosses on the way is distinguished. Pure.
 
 use super::lanes::lane;
 use crate::status::{bail, err, Error, Result};
 use std::time::{Duration, Instant};
 
 /// How long this engine waits for the peer to open a channel that came back.
-const PATIENCE: Duration = Duration::from_secs(5);
+const UP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The two ends of a channel, as far as they differ from those of one that was never lost.
 #[derive(Debug)]
@@ -108,7 +108,7 @@ pub(super) fn by_peer(text: &str) -> Error {
     err!(RemoteDisconnect, "{BY_PEER}{text}")
 }
 
-/// What the peer must hear of a loss: nothing of what it said itself.
+/// What the peer must learn of a loss: nothing that it has sent itself.
 pub(super) fn for_peer(why: &Error) -> &str {
     if why.to_str().contains(BY_PEER) {
         ""
@@ -319,7 +319,7 @@ impl Losses {
 
     /// Channels that came back at this engine alone.
     pub(super) fn overdue(&self, now: Instant) -> impl Iterator<Item = u16> + '_ {
-        let late = move |ends: &Ends| ends.waits.is_some_and(|since| now.saturating_duration_since(since) > PATIENCE);
+        let late = move |ends: &Ends| ends.waits.is_some_and(|since| now.saturating_duration_since(since) > UP_TIMEOUT);
         self.ends.iter().enumerate().filter(move |(_, ends)| late(ends)).map(|(channel, _)| channel as u16)
     }
 }
@@ -400,8 +400,8 @@ mod tests {
         let mut losses = lost();
         losses.begin(&[0], None).unwrap();
         losses.up_here(0, 1, now).unwrap();
-        assert_eq!(losses.overdue(now + PATIENCE).count(), 0);
-        assert_eq!(losses.overdue(now + 2 * PATIENCE).collect::<Vec<_>>(), [0]);
+        assert_eq!(losses.overdue(now + UP_TIMEOUT).count(), 0);
+        assert_eq!(losses.overdue(now + 2 * UP_TIMEOUT).collect::<Vec<_>>(), [0]);
         losses.ours(0, 0, why());
         assert!(losses.is_lost(0), "the next attempt may follow");
         losses.begin(&[0], None).unwrap();
@@ -419,9 +419,9 @@ mod tests {
         let (down, reset) = (err!(RemoteDisconnect, "eth2 is down"), err!(RemoteDisconnect, "reset"));
         assert_eq!(cause(&down, ""), "eth2 is down");
         assert_eq!(cause(&reset, "eth2 is down"), "reset; the peer says: eth2 is down");
-        let told = by_peer("eth2 is down");
-        assert_eq!((for_peer(&told), for_peer(&down)), ("", "eth2 is down"));
-        assert_eq!(cause(&told, "eth2 is down"), "the peer has closed it: eth2 is down");
+        let from_peer = by_peer("eth2 is down");
+        assert_eq!((for_peer(&from_peer), for_peer(&down)), ("", "eth2 is down"));
+        assert_eq!(cause(&from_peer, "eth2 is down"), "the peer has closed it: eth2 is down");
     }
 
     #[test]

@@ -116,14 +116,14 @@ impl Machine {
         self.state.transfers.in_flight()
     }
 
-    /// How many transfers of this engine have ended; a change tells a waiter to look again.
+    /// How many transfers of this engine have ended; a waiter looks again when it changes.
     pub(crate) fn ended(&self) -> u64 {
         self.state.transfers.ended()
     }
 
     /// Why a transfer of this engine failed, if the log does not have it yet.
-    pub(crate) fn tell(&mut self, id: u64) -> Option<Error> {
-        self.state.transfers.tell(id)
+    pub(crate) fn take_failure(&mut self, id: u64) -> Option<Error> {
+        self.state.transfers.take_failure(id)
     }
 
     /// Where a transfer of this engine stands, or why it failed.
@@ -199,7 +199,7 @@ impl Machine {
         let id = self.state.transfers.start(Kind::Write, 0, 0);
         self.state.transfers.finish(id, Err(error));
         // The caller reports the failure.
-        self.state.transfers.tell(id);
+        self.state.transfers.take_failure(id);
         id
     }
 
@@ -406,8 +406,8 @@ impl Machine {
         // While nothing must move, a plugin with doorbells reports a failed channel by itself.
         if self.state.deadlines.must_look(timeout, now) && (self.state.deadlines.any() || !self.state.setting.doorbells) {
             self.note_network(channels, now)?;
-            let (nic_timeout, heard) = (self.state.setting.nic_timeout, self.state.liveness.received());
-            channels.close_silent([nic_timeout, nic_timeout.max(timeout / 2)], heard, now)?;
+            let (nic_timeout, received) = (self.state.setting.nic_timeout, self.state.liveness.received());
+            channels.close_silent([nic_timeout, nic_timeout.max(timeout / 2)], received, now)?;
             if let Some(why) = channels.dead_nic(timeout, now) {
                 bail!(TimedOut, "{why}");
             }

@@ -89,7 +89,7 @@ impl OutStream {
     }
 }
 
-/// A stream that no channel reads from any more.
+/// A stream that no channel reads from.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Left {
     pub key: Key,
@@ -307,7 +307,7 @@ impl Outgoing {
         Ok(Step::Moved(other))
     }
 
-    /// A channel has sent a chunk. Returns its stream if no channel reads from it any more.
+    /// A channel has sent a chunk. Returns its stream if no channel reads from it.
     ///
     /// # Errors
     /// `Internal` for a chunk that was never handed to the channel.
@@ -320,7 +320,7 @@ impl Outgoing {
         Ok(self.left(key))
     }
 
-    /// The peer reports how many chunks of a channel have arrived. Appends the streams that no channel reads from any more.
+    /// The peer reports how many chunks of a channel have arrived. Appends the streams that no channel reads from.
     ///
     /// # Errors
     /// `Protocol` when that is fewer than before, or more than were announced.
@@ -338,7 +338,7 @@ impl Outgoing {
         Ok(())
     }
 
-    /// This engine has closed a channel, which sends nothing more. Appends the streams that no channel reads from any more, and returns the
+    /// This engine has closed a channel, which sends nothing more. Appends the streams that no channel reads from, and returns the
     /// bytes that the channel had and did not send.
     pub(super) fn close(&mut self, channel: u16, all: &mut Vec<Left>) -> u64 {
         let Outgoing { streams, lanes, .. } = self;
@@ -406,7 +406,7 @@ impl Outgoing {
         Ok(())
     }
 
-    /// Takes out a stream that no channel reads from any more and of which nothing has to be sent again.
+    /// Takes out a stream that no channel reads from and of which nothing has to be sent again.
     fn left(&mut self, key: Key) -> Option<Left> {
         let out = self.streams.get_mut(&key).filter(|out| out.inflight == 0)?;
         let (before, segments) = (out.phase, out.segments);
@@ -422,7 +422,7 @@ impl Outgoing {
         }
     }
 
-    /// Bytes of a stream that no channel has; `None` when no channel reads from it any more, or there is no such stream.
+    /// Bytes of a stream that no channel has; `None` when no channel reads from it, or there is no such stream.
     pub(super) fn unsent(&self, key: Key) -> Option<u64> {
         self.streams.get(&key).filter(|out| out.phase != Phase::Drained).map(OutStream::unsent)
     }

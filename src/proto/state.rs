@@ -94,7 +94,7 @@ impl State {
         }
     }
 
-    /// How often the peer must hear of this engine at least: while data is due, it tells a silent NIC from a silent peer by that.
+    /// How often this engine must send something at least: while data is due, the peer distinguishes a silent NIC from a silent peer by that.
     fn must_hear(&self) -> Duration {
         match self.deadlines.any() {
             true => self.setting.heartbeat.min(self.setting.nic_timeout / 2),
@@ -240,7 +240,7 @@ impl State {
         }
     }
 
-    /// This engine has closed a channel that it has lost: nothing touches memory for it any more.
+    /// This engine has closed a channel that it has lost: nothing touches memory for it.
     ///
     /// # Errors
     /// When the connection must end.
@@ -360,7 +360,7 @@ impl State {
         }
     }
 
-    /// Describes a transfer that stands still, with its direction and channels.
+    /// Describes a transfer that stalls, with its direction and channels.
     pub(super) fn describe(&self, overdue: Overdue, channels: &Channels, now: Instant) -> Error {
         let Overdue { key, way, still, others_moved } = overdue;
         let whose = if key.mine { "transfer" } else { "the peer's transfer" };

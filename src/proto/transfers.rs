@@ -203,7 +203,7 @@ impl Transfers {
         self.segments
     }
 
-    /// How many transfers have ended; a change tells a waiter to look again.
+    /// How many transfers have ended; a waiter looks again when it changes.
     pub(super) fn ended(&self) -> u64 {
         self.ended
     }
@@ -293,7 +293,7 @@ impl Transfers {
 
     /// Why a transfer failed, for the log. Returned once, and not if the transfer failed with its connection: the log has the end
     /// of that.
-    pub(super) fn tell(&mut self, id: u64) -> Option<Error> {
+    pub(super) fn take_failure(&mut self, id: u64) -> Option<Error> {
         let failure = self.failed.get_mut(&id).filter(|failure| !failure.reported)?;
         failure.reported = true;
         Some(failure.error.clone())
@@ -332,7 +332,7 @@ impl Transfers {
             let alone = verdict.is_some();
             self.finish(id, verdict.unwrap_or_else(|| Err(error.clone())));
             if !alone {
-                self.tell(known);
+                self.take_failure(known);
             }
         }
     }
@@ -398,10 +398,10 @@ mod tests {
         let (good, bad, lost) = (write(&mut t, 1), write(&mut t, 1), write(&mut t, 1));
         t.finish(good, Ok(()));
         t.finish(bad, Err(err!(RemoteAccess, "no")));
-        assert_eq!(t.tell(lost), None);
+        assert_eq!(t.take_failure(lost), None);
         t.fail_all(&err!(RemoteDisconnect, "gone"));
         assert_eq!(
-            [good, bad, bad, lost, 9].map(|id| t.tell(id).map(|e| e.kind())),
+            [good, bad, bad, lost, 9].map(|id| t.take_failure(id).map(|e| e.kind())),
             [None, Some(ErrorKind::RemoteAccess), None, None, None]
         );
         assert_eq!(t.lookup(lost).unwrap_err().kind(), ErrorKind::RemoteDisconnect);
@@ -465,7 +465,7 @@ mod tests {
         assert_eq!(t.lookup(first).unwrap(), TransferState { complete: false, bytes_total: 10, bytes_done: 4 });
         t.finish(late, Err(err!(RemoteAccess, "no")));
         assert_eq!(t.lookup(first).unwrap_err().to_str(), "no");
-        assert!(t.tell(first).is_some());
+        assert!(t.take_failure(first).is_some());
         t.finish(second, Ok(()));
         assert_eq!((t.outcomes(), t.in_flight()), ((2, 1, 1), 0));
     }

@@ -382,7 +382,7 @@ mod tests {
         }
         assert!(std::fs::symlink_metadata(&link).unwrap().is_symlink());
         assert!(std::fs::symlink_metadata(&pipe).unwrap().file_type().is_fifo());
-        // Somebody else made the name first under which the contents are written.
+        // Another process made the name first under which the contents are written.
         std::os::unix::fs::symlink(&victim, folder.join(format!("plain.{}.tmp", std::process::id()))).unwrap();
         rewrite(&plain, "new").unwrap();
         assert_eq!(std::fs::read_to_string(&plain).unwrap(), "new");
@@ -401,7 +401,7 @@ mod tests {
         let text = get(&mut UnixStream::connect(&path).unwrap());
         assert!(text.starts_with("HTTP/1.1 200 OK\r\n") && text.ends_with("# EOF\n"), "{text}");
         assert!(text.contains("address=\"first\"") && text.contains("address=\"second\""), "{text}");
-        // Whoever says nothing, or leaves, does not keep others from their answer for long.
+        // A client that sends nothing, or leaves, does not keep others from their answer for long.
         let _silent = UnixStream::connect(&path).unwrap();
         drop(UnixStream::connect(&path).unwrap());
         assert!(get(&mut UnixStream::connect(&path).unwrap()).contains("first"));
@@ -441,7 +441,7 @@ mod tests {
     }
 
     #[test]
-    fn strangers_that_hold_the_port_keep_nobody_from_an_answer() {
+    fn silent_clients_do_not_keep_others_from_an_answer() {
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let _exporter = offer(&Target::parse(&port.to_string()).unwrap(), engine("mine")).unwrap();
         let connect = || std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();

@@ -98,7 +98,7 @@ pub struct ChannelStats {
     pub nic: String,
     /// The peer's NIC, if it has another name.
     pub peer_nic: String,
-    /// Its two ends, where the plugin tells. Filled only when statistics are read.
+    /// Its two ends, where the plugin reports them. Filled only when statistics are read.
     pub route: String,
     /// Chunks and bytes sent.
     pub sent_bytes: u64,

@@ -358,7 +358,7 @@ impl Snapshot {
     }
 }
 
-/// The statistics of engines as text. The last line tells a reader that the text is whole.
+/// The statistics of engines as text. The last line shows a reader that the text is whole.
 pub(super) fn exposition(engines: Vec<(u64, EngineStats)>, format: Format) -> String {
     let snapshot = Snapshot(engines);
     let mut out = String::new();
@@ -461,7 +461,7 @@ mod tests {
         assert!(text.lines().any(|l| l.starts_with("uccl_tcpx_channel_rtt_seconds{") && l.ends_with(" 0.0015")), "{text}");
     }
 
-    /// What a restart changes must not make new series: ports are in the two metrics that exist to tell them.
+    /// What a restart changes must not make new series: ports are in the two metrics that exist for them.
     #[test]
     fn ports_are_in_no_label_but_those_of_infos() {
         for line in text(Format::Plain).lines().filter(|line| !line.starts_with('#') && !line.contains("_info{")) {

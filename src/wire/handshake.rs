@@ -371,7 +371,7 @@ impl Handshake {
     /// Handles the incoming message as soon as enough of it has arrived.
     fn advance(&mut self) -> Result<()> {
         if !plausible(&self.rx) {
-            return self.stranger();
+            return self.other_protocol();
         }
         let Some(bytes) = self.rx.first_chunk() else { return Ok(()) };
         let header = Header::decode(bytes);
@@ -396,7 +396,7 @@ impl Handshake {
     }
 
     /// Handles first bytes that are not those of this protocol.
-    fn stranger(&self) -> Result<()> {
+    fn other_protocol(&self) -> Result<()> {
         let verdict = self.rx.first_chunk().map(|b| StatusCode::from_le_bytes(*b));
         match verdict {
             // The connector may be talking to version 1, which answers with a bare status.

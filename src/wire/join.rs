@@ -5,7 +5,7 @@ use super::secret::{sign, verify, Secret};
 use super::session::{Direction, Exporter, Session};
 use crate::status::{bail, Result};
 
-/// What a side says of the connection that a set-up joins.
+/// What an engine says of the connection that a set-up joins.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Join {
     /// Names the connection; not secret between its engines.
@@ -14,7 +14,7 @@ pub(crate) struct Join {
     pub number: u32,
     /// The channels to set up, as Ready numbers them, rising.
     pub channels: Vec<u16>,
-    /// The control connection goes on over the socket of the set-up: how many records of the other side were opened.
+    /// The control connection goes on over the socket of the set-up: how many records of the peer were opened.
     pub opened: Option<u64>,
     /// Proves all that, for this session alone.
     pub proof: [u8; 32],

@@ -146,8 +146,8 @@ type Found<'a> = (Proof, &'a [u8]);
 fn list(contents: &[u8]) -> Result<Option<Vec<Found<'_>>>> {
     let lines = || contents.split(|&b| b == b'\n').map(<[u8]>::trim_ascii);
     let plain = |line: &[u8]| !line.starts_with(b"#") && !line.contains(&b':');
-    let mut told = lines().filter(|line| !line.is_empty());
-    let one_key = told.next().is_none_or(plain) && told.next().is_none();
+    let mut rest = lines().filter(|line| !line.is_empty());
+    let one_key = rest.next().is_none_or(plain) && rest.next().is_none();
     if one_key || !is_text(contents) {
         return Ok(None);
     }

@@ -11,7 +11,7 @@ serve
 client 120
 moving
 kill -STOP $server
-reads 30 "WARN ${address}: nothing was heard from the peer for [0-9.]+s, not even a heartbeat" log
+reads 30 "WARN ${address}: nothing was received from the peer for [0-9.]+s, not even a heartbeat" log
 reads 30 "${address}.*silent [0-9]+ s" statistics
 end_client
 kill -CONT $server

@@ -1,4 +1,4 @@
-//! Checks the documentation against the repository: links resolve, and the code still has the messages that docs/troubleshooting.md explains.
+//! Checks the documentation against the repository: links resolve, the files that it names exist, and the code still has the messages that docs/troubleshooting.md explains.
 
 use std::collections::HashMap;
 use std::fs::read_to_string;
@@ -65,6 +65,42 @@ fn links_resolve() {
         }
     }
     assert!(dead.is_empty(), "{dead:#?}");
+}
+
+/// Pages that name files of other projects.
+const OF_OTHERS: [&str; 3] = ["docs/tcpx.md", "docs/tcpxo.md", "docs/uccl-engine.md"];
+
+/// Whether words in backticks name a file of the repository: a path to a file of source, or a Rust file alone.
+fn names_a_file(words: &str) -> bool {
+    let plain = words.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '/' | '.' | '_' | '-'));
+    let made =
+        ["build/", "target/", "/"].iter().any(|folder| words.starts_with(folder)) || words.split('/').any(|part| part == "NAME");
+    let source = [".rs", ".sh", ".py", ".c", ".h", ".hpp", ".cpp", ".cu", ".cmake", ".toml", ".txt"];
+    plain && !made && (words.ends_with(".rs") || words.contains('/') && source.iter().any(|end| words.ends_with(end)))
+}
+
+#[test]
+fn files_that_pages_name_exist() {
+    let (mut pages, mut all) = (Vec::new(), Vec::new());
+    files(&Path::new(ROOT).join("docs"), ".md", &mut pages);
+    pages.extend(["README.md", "CONTRIBUTING.md"].map(|page| Path::new(ROOT).join(page)));
+    files(Path::new(ROOT), "", &mut all);
+    let all: Vec<String> = all.iter().map(|file| format!("/{}", file.strip_prefix(ROOT).unwrap().display())).collect();
+    let (mut seen, mut missing) = (0, Vec::new());
+    for page in &pages {
+        let name = page.strip_prefix(ROOT).unwrap().display().to_string();
+        if OF_OTHERS.contains(&&*name) {
+            continue;
+        }
+        for words in prose(&read_to_string(page).unwrap()).split('`').skip(1).step_by(2).filter(|words| names_a_file(words)) {
+            seen += 1;
+            if !all.iter().any(|file| file.ends_with(&format!("/{words}"))) {
+                missing.push(format!("{name}: {words}"));
+            }
+        }
+    }
+    assert!(missing.is_empty(), "{missing:#?}");
+    assert!(seen > 100, "only {seen} names of files were found");
 }
 
 /// The constant parts of a message in groups of three words: without numbers and names.

@@ -95,9 +95,9 @@ impl Agent {
     fn exchange(&mut self, request: &Request, with: Option<BorrowedFd<'_>>) -> io::Result<Answer> {
         passing::send(self.socket.as_fd(), &request.encode(), with, 0)?;
         let mut buffer = [0; ANSWER_BYTES];
-        let (len, _) = passing::receive(self.socket.as_fd(), &mut buffer, 0)?;
-        let none = if len == 0 { io::ErrorKind::UnexpectedEof } else { io::ErrorKind::InvalidData };
-        Answer::decode(&buffer[..len]).ok_or_else(|| none.into())
+        let answer = passing::receive(self.socket.as_fd(), &mut buffer, 0)?;
+        let none = if answer.len == 0 { io::ErrorKind::UnexpectedEof } else { io::ErrorKind::InvalidData };
+        Answer::decode(&buffer[..answer.len]).filter(|_| !answer.cut).ok_or_else(|| none.into())
     }
 
     /// Whether the agent has ended, or did not answer in time: a later answer could be that of an earlier request.

@@ -4,7 +4,7 @@ use crate::socket::returned;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-/// Room for more descriptors than a message may have, so that all of them are closed.
+/// Room for more descriptors than a message may have.
 const DESCRIPTORS: usize = 8;
 
 fn room() -> [u64; 8] {
@@ -35,9 +35,21 @@ pub(crate) fn send(socket: BorrowedFd<'_>, bytes: &[u8], with: Option<BorrowedFd
     returned(unsafe { libc::sendmsg(socket.as_raw_fd(), &message, flags | libc::MSG_NOSIGNAL) }).map(drop)
 }
 
-/// Receives a datagram: its bytes, none at the end, and the descriptor that came with it. One that is longer than the buffer, or has more
-/// descriptors, is an error.
-pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8], flags: i32) -> io::Result<(usize, Option<OwnedFd>)> {
+/// A datagram that has come.
+#[derive(Debug)]
+pub(crate) struct Datagram {
+    /// Its bytes; none at the end of the connection.
+    pub len: usize,
+    /// The descriptors that came with it.
+    pub with: Vec<OwnedFd>,
+    /// It was longer than the buffer.
+    pub cut: bool,
+    /// Descriptors are missing: more than there is room for, or this process can open no more.
+    pub missing: bool,
+}
+
+/// Receives a datagram.
+pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8], flags: i32) -> io::Result<Datagram> {
     let mut control = room();
     let mut vector = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
     // SAFETY: all zeros is a message without anything.
@@ -48,7 +60,7 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8], flags: i32) -> 
     message.msg_controllen = std::mem::size_of_val(&control) as _;
     // SAFETY: buffer and control are exclusively ours during the call.
     let len = returned(unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, flags | libc::MSG_CMSG_CLOEXEC) })?;
-    let mut came: Vec<OwnedFd> = Vec::with_capacity(DESCRIPTORS);
+    let mut with: Vec<OwnedFd> = Vec::with_capacity(DESCRIPTORS);
     // SAFETY: the kernel has filled control; each descriptor in it is new and ours.
     unsafe {
         let mut head = libc::CMSG_FIRSTHDR(&message);
@@ -56,13 +68,11 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8], flags: i32) -> 
             if (*head).cmsg_level == libc::SOL_SOCKET && (*head).cmsg_type == libc::SCM_RIGHTS {
                 let count = ((*head).cmsg_len as usize - libc::CMSG_LEN(0) as usize) / 4;
                 let data = libc::CMSG_DATA(head).cast::<i32>();
-                came.extend((0..count).map(|i| OwnedFd::from_raw_fd(data.add(i).read_unaligned())));
+                with.extend((0..count).map(|i| OwnedFd::from_raw_fd(data.add(i).read_unaligned())));
             }
             head = libc::CMSG_NXTHDR(&message, head);
         }
     }
-    if came.len() > 1 || message.msg_flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) != 0 {
-        return Err(io::ErrorKind::InvalidData.into());
-    }
-    Ok((len, came.pop()))
+    let has = |flag| message.msg_flags & flag != 0;
+    Ok(Datagram { len, with, cut: has(libc::MSG_TRUNC), missing: has(libc::MSG_CTRUNC) })
 }

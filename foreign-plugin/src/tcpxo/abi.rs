@@ -5,6 +5,7 @@ use super::setup::{self, ListenComm};
 use super::{late, memory};
 use crate::gpu;
 use crate::logger::{self, warn};
+use crate::manager;
 use crate::rules::{settings, violation, SetupCall};
 use nccl_net_abi::*;
 use std::ffi::{c_int, c_void};
@@ -24,6 +25,9 @@ pub unsafe extern "C" fn init(logger: ncclDebugLogger_t) -> ncclResult_t {
         violation!("init without the receive manager: the plugin ends the process");
     }
     current_gpu("init");
+    if let Err(fault) = manager::answer("init") {
+        violation!("init: {fault}: the plugin ends the process");
+    }
     logger::log(NCCL_LOG_INFO, "simulated FasTrak initialised, devices", settings().devices.len() as i32);
     NCCL_SUCCESS
 }
@@ -131,6 +135,10 @@ pub unsafe extern "C" fn reg_mr(comm: Opaque, data: Opaque, size: c_int, kind: c
         NCCL_PTR_HOST => false,
         other => violation!("regMr of memory of kind {other}"),
     };
+    if let (true, Err(fault)) = (device, manager::answer("regMr")) {
+        warn(&format!("regMr failed: {fault}"), comm.dev as c_int);
+        return NCCL_INTERNAL_ERROR;
+    }
     let id = memory::register(comm.dev, comm.gpu, data as usize, size, device);
     // SAFETY: the caller's pointer.
     unsafe { *out = id as Opaque };
@@ -139,8 +147,16 @@ pub unsafe extern "C" fn reg_mr(comm: Opaque, data: Opaque, size: c_int, kind: c
 
 pub unsafe extern "C" fn dereg_mr(comm: Opaque, mhandle: Opaque) -> ncclResult_t {
     let _call = SetupCall::enter("deregMr");
-    memory::deregister(live("deregMr", comm).dev, mhandle as usize);
-    NCCL_SUCCESS
+    let dev = live("deregMr", comm).dev;
+    let answer = if memory::is_device(mhandle as usize) { manager::answer("deregMr") } else { Ok(()) };
+    memory::deregister(dev, mhandle as usize, answer.is_ok());
+    match answer {
+        Ok(()) => NCCL_SUCCESS,
+        Err(fault) => {
+            warn(&format!("deregMr failed: {fault}"), dev as c_int);
+            NCCL_INTERNAL_ERROR
+        }
+    }
 }
 
 pub unsafe extern "C" fn isend(

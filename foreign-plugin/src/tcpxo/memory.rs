@@ -1,5 +1,5 @@
 //! Registrations. The plugin finds them by address, as long as they are not dropped: memory that is registered again after it was freed
-//! and came back meets the old one. Dropping one ends all access of closed comms to it.
+//! and came back meets the old one. Dropping one ends all access of closed comms to it, unless the receive manager does not.
 
 use crate::gpu::Gpu;
 use crate::memory::{mapped, PAGE};
@@ -14,6 +14,8 @@ pub(super) struct Mr {
     size: usize,
     device: bool,
     in_flight: usize,
+    /// It was dropped, and the receive manager has it nevertheless.
+    stays: bool,
 }
 
 static LIVE: Mutex<Option<HashMap<usize, Mr>>> = Mutex::new(None);
@@ -32,8 +34,8 @@ pub(super) fn register(dev: usize, gpu: Option<&'static Gpu>, base: usize, size:
     }
     let mut live = lock(&LIVE);
     let live = live.get_or_insert_default();
-    let meets = |m: &&Mr| m.device && m.dev == dev && m.base < base + size && base < m.base + m.size;
-    if let Some(old) = live.values().find(meets).filter(|old| device && (old.base, old.size) != (base, size)) {
+    let meets = |m: &&Mr| device && m.device && m.dev == dev && m.base < base + size && base < m.base + m.size;
+    if let Some(old) = live.values().find(meets) {
         violation!("{size} bytes at {base:#x} meet the registration of {} at {:#x}, which was not dropped", old.size, old.base);
     }
     let c = counters();
@@ -41,12 +43,19 @@ pub(super) fn register(dev: usize, gpu: Option<&'static Gpu>, base: usize, size:
     up(&c.registrations_ever, None, 1);
     // Numbers are never used again.
     let id = c.registrations_ever.load(Ordering::Acquire) as usize * 16;
-    live.insert(id, Mr { dev, base, size, device, in_flight: 0 });
+    live.insert(id, Mr { dev, base, size, device, in_flight: 0, stays: false });
     id
 }
 
-pub(super) fn deregister(dev: usize, id: usize) {
-    let Some(mr) = lock(&LIVE).get_or_insert_default().remove(&id) else {
+/// Whether it is a registration of device memory, of which the receive manager knows.
+pub(super) fn is_device(id: usize) -> bool {
+    lock(&LIVE).get_or_insert_default().get(&id).is_some_and(|mr| mr.device)
+}
+
+/// `ends`: the receive manager drops it, too.
+pub(super) fn deregister(dev: usize, id: usize, ends: bool) {
+    let mut live = lock(&LIVE);
+    let Some(mr) = live.get_or_insert_default().get_mut(&id).filter(|mr| !mr.stays) else {
         violation!("deregMr of {id:#x}, which is not registered");
     };
     if mr.dev != dev {
@@ -55,13 +64,17 @@ pub(super) fn deregister(dev: usize, id: usize) {
     if mr.in_flight > 0 {
         violation!("deregMr of {} bytes at {:#x} with {} requests in flight", mr.size, mr.base, mr.in_flight);
     }
+    mr.stays = true;
+    if ends {
+        live.get_or_insert_default().remove(&id);
+    }
     down(&counters().registrations, 1);
 }
 
 /// Counts a request that uses the range of a registration.
 pub(super) fn begin(call: &str, dev: usize, id: usize, data: usize, len: usize) {
     let mut live = lock(&LIVE);
-    let Some(mr) = live.get_or_insert_default().get_mut(&id) else {
+    let Some(mr) = live.get_or_insert_default().get_mut(&id).filter(|mr| !mr.stays) else {
         violation!("{call} with registration {id:#x}, which does not exist (or was dropped)");
     };
     if mr.dev != dev {

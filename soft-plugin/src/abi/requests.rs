@@ -10,6 +10,7 @@ use nccl_net_abi::*;
 
 use super::{any_comm, check, comm, guard, own, system, Mr, Opaque, Outcome};
 use crate::comm::Comm;
+use crate::ledger::Ledger;
 use crate::slot::{Body, Header, Slot, HEADER};
 
 /// Posts a request and writes its handle; null when no slot is free.
@@ -21,7 +22,20 @@ fn post(comm: &Comm, request: *mut Opaque, fill: impl FnOnce(u64, &mut Body) -> 
 }
 
 fn message_len(comm: &Comm, size: usize) -> Outcome {
-    check(size > 0 && size <= comm.global.config.message_limit)
+    let limit = match comm.ledger.devices() {
+        true => crate::devmem::limit(&comm.global.config),
+        false => comm.global.config.message_limit,
+    };
+    check(size > 0 && size <= limit)
+}
+
+/// Whether memory that is registered like this can be moved by a comm: one for device memory moves no other, and sends by a binding of its
+/// own NIC, which it gave the registration.
+fn suits(comm: &Ledger, mr: &Mr) -> bool {
+    match comm.devices() {
+        true => mr.device && (comm.receives() || mr.sends.is_some()),
+        false => mr.sends.is_none(),
+    }
 }
 
 /// Lays out a send: the header, then the segments.
@@ -61,7 +75,7 @@ pub unsafe extern "C" fn isend(
         let mr = unsafe { &*mhandle.cast::<Mr>() };
         let offset = (data as usize).wrapping_sub(mr.base);
         check(!mr.device || (offset < mr.size && size <= mr.size - offset))?;
-        check(mr.sends.is_none() || size <= crate::devmem::limit(&comm.global.config))?;
+        check(suits(&comm.ledger, mr))?;
         post(comm, request, |seq, body| {
             if let Some((binding, begin)) = &mr.sends {
                 fill_send(Header::new(size, seq, tag), body, true, std::iter::empty());
@@ -101,6 +115,7 @@ pub unsafe extern "C" fn irecv(
         let mr = unsafe { &*mhandle.cast::<Mr>() };
         let size = usize::try_from(size).map_err(|_| NCCL_INVALID_ARGUMENT)?;
         message_len(comm, size)?;
+        check(suits(&comm.ledger, mr))?;
         if mr.device {
             comm.prepare_unpack()?;
         } else {
@@ -245,4 +260,21 @@ pub unsafe extern "C" fn set_doorbell(handle: Opaque, armed: *mut u32, fd: c_int
         comm.set_doorbell(armed.cast_const().cast::<AtomicU32>(), fd);
         Ok(())
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn comms_for_device_memory_move_nothing_else() {
+        let mr = |device| Mr { device, base: 4096, size: 4096, sends: None };
+        let suits = |receives, devices, device| suits(&Ledger::new(receives, false, devices), &mr(device));
+        // Without a binding nothing can be sent: the slot would name that of an earlier send.
+        assert_eq!([suits(false, true, true), suits(false, true, false)], [false; 2]);
+        assert_eq!([suits(true, true, true), suits(true, true, false)], [true, false]);
+        for receives in [false, true] {
+            assert!(suits(receives, false, true) && suits(receives, false, false));
+        }
+    }
 }

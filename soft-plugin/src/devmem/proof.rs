@@ -5,7 +5,7 @@ use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use devmem::{Piece, Received, Tokens};
+use devmem::{Calls, Piece, Received, Tokens};
 
 use super::area::{Area, Block};
 use super::host::allow_zerocopy;
@@ -20,8 +20,8 @@ const PIECES: usize = 64;
 
 /// A payload connection that was proved.
 pub enum Payload {
-    /// Of a send comm: with how many calls that the kernel counts.
-    Sends(OwnedFd, Arc<Area>, u32),
+    /// Of a send comm: with the calls that the kernel has counted.
+    Sends(OwnedFd, Arc<Area>, Calls),
     /// Of a receive comm.
     Receives(Arc<Lent>),
 }
@@ -31,13 +31,12 @@ enum State {
     Asked {
         connection: OwnedFd,
     },
-    /// So many bytes of the pattern in the block are with the kernel, by so many calls, of which so many have ended.
+    /// So many bytes of the pattern in the block are with the kernel, by these calls.
     Sending {
         connection: OwnedFd,
         block: Block,
         sent: usize,
-        calls: u32,
-        ended: u32,
+        calls: Calls,
     },
     /// So many bytes of the pattern have come.
     Receiving {
@@ -98,7 +97,7 @@ impl Proof {
                     Some(STEERED) => self.start(connection)?,
                     Some(_) => return Err(io::Error::other("the peer says something else than that it is steered")),
                 },
-                State::Sending { connection, block, sent, calls, ended } => self.send(connection, block, sent, calls, ended)?,
+                State::Sending { connection, block, sent, calls } => self.send(connection, block, sent, calls)?,
                 State::Receiving { lent, got, in_device, tokens } => self.receive(lent, got, in_device, tokens)?,
                 State::Done(payload) => return Ok(Some(payload)),
                 State::Failed => return Err(ErrorKind::InvalidInput.into()),
@@ -114,22 +113,25 @@ impl Proof {
             return Err(io::Error::other("too many patterns are on their way"));
         };
         self.area.memory().write(block.at(), &self.pattern)?;
-        self.send(connection, block, 0, 0, 0)
+        self.send(connection, block, 0, Calls::default())
     }
 
-    fn send(&self, connection: OwnedFd, block: Block, mut sent: usize, mut calls: u32, ended: u32) -> io::Result<State> {
-        let ended = devmem::completed(connection.as_fd(), ended)?;
+    fn send(&self, connection: OwnedFd, block: Block, mut sent: usize, mut calls: Calls) -> io::Result<State> {
+        devmem::completed(connection.as_fd(), &mut calls)?;
         while sent < PATTERN {
             match devmem::send(connection.as_fd(), self.area.sends(), block.offset() + sent, PATTERN - sent) {
-                Ok(taken) => (sent, calls) = (sent + taken, calls + 1),
+                Ok(taken) => {
+                    sent += taken;
+                    calls.add();
+                }
                 Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => break,
                 Err(e) => return Err(io::Error::new(e.kind(), format!("sending a pattern from device memory: {e}"))),
             }
         }
         // Not when it has arrived, which the peer says by the end of its own proof, but when the block may be used again.
-        Ok(match sent == PATTERN && ended == calls {
+        Ok(match sent == PATTERN && calls.all_ended() {
             true => State::Done(Payload::Sends(connection, self.area.clone(), calls)),
-            false => State::Sending { connection, block, sent, calls, ended },
+            false => State::Sending { connection, block, sent, calls },
         })
     }
 

@@ -130,7 +130,7 @@ impl DeviceRecv {
                 Err(e) => return Err(lost(format!("device memory: {e}"))),
             }
             self.at = 0;
-            let came: usize = self.pieces.iter().map(piece_len).sum();
+            let came: usize = self.pieces.iter().map(Piece::length).sum();
             ledger.received.set(ledger.received.get() + came as u64);
             budget = budget.saturating_sub(came);
         }
@@ -168,7 +168,7 @@ impl DeviceRecv {
     fn place(&mut self, lent: &Lent) -> Result<bool, Failure> {
         let Some(message) = &mut self.message else { return Err(broken("payload without a message")) };
         while let Some(piece) = self.pieces.front() {
-            let len = piece_len(piece);
+            let len = piece.length();
             if len > message.len - message.got {
                 return Err(broken("the kernel brings more bytes than were asked for"));
             }
@@ -250,13 +250,6 @@ impl DeviceRecv {
             (..0, _) => self.lent.as_ref().map_or(Ok(()), |lent| check_open(lent.connection())),
             _ => Ok(()),
         }
-    }
-}
-
-fn piece_len(piece: &Piece) -> usize {
-    match piece {
-        Piece::Device(fragment) => fragment.length as usize,
-        Piece::Linear(len) => *len as usize,
     }
 }
 

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use devmem::Calls;
 use nccl_net_abi::{MAX_REQUESTS, NCCL_SYSTEM_ERROR};
 use socket2::{SockRef, TcpKeepalive};
 
@@ -23,24 +24,6 @@ const RETRY: Duration = Duration::from_millis(1);
 /// Keepalive probes of a connection for payload.
 const PROBE: Duration = Duration::from_secs(1);
 const PROBES: u32 = 30;
-
-/// Calls that the kernel counts: how many were made, and how many of them have ended. The counts begin again after the largest.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Calls {
-    made: u32,
-    ended: u32,
-}
-
-impl Calls {
-    fn all_ended(self) -> bool {
-        self.made == self.ended
-    }
-
-    /// Whether the first `number` calls have ended, of which some may be under way.
-    fn reached(self, number: u32) -> bool {
-        self.made.wrapping_sub(number) >= self.made.wrapping_sub(self.ended)
-    }
-}
 
 /// Send state of a comm.
 pub struct DeviceSend {
@@ -63,12 +46,11 @@ fn lost(why: impl Into<String>) -> Failure {
 }
 
 impl DeviceSend {
-    /// The state of a new comm, on whose payload connection so many calls were made, which have ended.
-    pub fn new(connection: OwnedFd, area: Arc<Area>, calls: u32) -> DeviceSend {
+    /// The state of a new comm, on whose payload connection these calls were made.
+    pub fn new(connection: OwnedFd, area: Arc<Area>, calls: Calls) -> DeviceSend {
         // Best effort: without probes an idle connection stays unusable after its NIC was down.
         let probes = TcpKeepalive::new().with_time(PROBE).with_interval(PROBE).with_retries(PROBES);
         let _ = SockRef::from(&connection).set_tcp_keepalive(&probes);
-        let calls = Calls { made: calls, ended: calls };
         DeviceSend {
             connection: Some(connection),
             area,
@@ -142,7 +124,7 @@ impl DeviceSend {
             }
             budget = budget.saturating_sub(self.payload - before);
             if self.head == HEADER && self.payload == body.total - HEADER {
-                self.last[(seq % MAX_REQUESTS as u64) as usize] = self.calls.made;
+                self.last[(seq % MAX_REQUESTS as u64) as usize] = self.calls.made();
                 (self.next, self.head, self.payload) = (seq + 1, 0, 0);
             }
         }
@@ -153,7 +135,7 @@ impl DeviceSend {
         if self.calls.all_ended() {
             return Ok(());
         }
-        self.calls.ended = devmem::completed(connection, self.calls.ended).map_err(|e| lost(e.to_string()))?;
+        devmem::completed(connection, &mut self.calls).map_err(|e| lost(e.to_string()))?;
         let mut completed = ledger.completed();
         let before = completed;
         while completed < self.next && self.calls.reached(self.last[(completed % MAX_REQUESTS as u64) as usize]) {
@@ -184,7 +166,7 @@ impl DeviceSend {
             Ok(sent) => {
                 self.payload += sent;
                 self.outage = None;
-                self.calls.made = self.calls.made.wrapping_add(1);
+                self.calls.add();
                 Ok(true)
             }
             Err(e) if e.kind() == ErrorKind::WouldBlock => Ok(false),
@@ -231,26 +213,9 @@ impl DeviceSend {
     fn update(&mut self, connection: BorrowedFd<'_>) {
         // Other errors than those of calls are of no interest any more.
         for _ in 0..MAX_REQUESTS {
-            if let Ok(ended) = devmem::completed(connection, self.calls.ended) {
-                self.calls.ended = ended;
+            if devmem::completed(connection, &mut self.calls).is_ok() {
                 return;
             }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn calls_are_counted_beyond_the_largest_number() {
-        for from in [0, u32::MAX - 3] {
-            let at = |n: u32| from.wrapping_add(n);
-            let calls = Calls { made: at(8), ended: at(5) };
-            let reached: Vec<bool> = (0..=8).map(|n| calls.reached(at(n))).collect();
-            assert_eq!(reached, [true, true, true, true, true, true, false, false, false]);
-            assert!(!calls.all_ended() && Calls { made: at(8), ended: at(8) }.reached(at(8)));
         }
     }
 }

@@ -25,10 +25,10 @@ pub(super) fn within(copier: &mut Copier, place: Place, body: &mut dyn FnMut() -
 }
 
 /// Registers memory with the GPU of `place` current.
-pub(super) fn register<R>(copier: &mut Copier, place: Place, mut register: impl FnMut() -> Result<R>) -> Result<R> {
-    let mut registered = None;
+pub(super) fn register<R>(copier: &mut Copier, place: Place, register: impl FnOnce() -> Result<R>) -> Result<R> {
+    let (mut register, mut registered) = (Some(register), None);
     within(copier, place, &mut || {
-        registered = Some(register()?);
+        registered = register.take().map(|register| register()).transpose()?;
         Ok(true)
     })?;
     registered.ok_or_else(|| crate::status::err!(Internal, "the registration was not attempted"))

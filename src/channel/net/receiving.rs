@@ -202,7 +202,7 @@ impl Receiving {
         if self.host_in.is_none() {
             let recv = &self.comm;
             // SAFETY: the registration keeps the staging memory, and is dropped after the comm (field order).
-            let register = |p: *mut u8, n| unsafe { recv.register(p.cast(), n, NCCL_PTR_HOST) };
+            let register = |p: *mut u8, n, keep| unsafe { recv.register(p.cast(), n, NCCL_PTR_HOST, keep) };
             let block = Box::new(HostBlock::new(Staging::bytes(usage.chunk_bytes, MAX_REQUESTS))?);
             self.host_in = Some(Staging::new(block, usage.chunk_bytes, MAX_REQUESTS, register)?);
         }
@@ -245,9 +245,9 @@ impl Receiving {
             };
             let memory = device(copier)?.staging(Staging::bytes(chunk, places), place)?;
             let recv = &self.comm;
-            let staging = Staging::new(memory, chunk, places, |p, n| {
+            let staging = Staging::new(memory, chunk, places, |p, n, keep| {
                 // SAFETY: the registration keeps the staging memory, and is dropped after the comm (field order).
-                register(copier, place, || unsafe { recv.register(p.cast(), n, NCCL_PTR_CUDA) })
+                register(copier, place, || unsafe { recv.register(p.cast(), n, NCCL_PTR_CUDA, keep) })
             })?;
             self.device_in = Some(staging);
         }

@@ -182,7 +182,7 @@ impl Sending {
         if let ([part], DeviceMode::Regions) = (&chunk.parts[..], usage.device) {
             let (span, send) = (hold.span_to_register(part.region)?, &mut self.comm);
             // SAFETY: the region stays mapped while it is held, and its registrations are dropped before it is (forget_region).
-            let mhandle = register(copier, place, || unsafe { send.region(span, part.addr) })?;
+            let mhandle = register(copier, place, || unsafe { send.region(span, part.addr, || Box::new(hold.clone())) })?;
             return Ok(Source::Contiguous { data: part.addr as *mut u8, mhandle, packing: Copying::none(), place });
         }
         let staging = self.device_out(place, copier, usage)?;
@@ -210,9 +210,9 @@ impl Sending {
                 }
             };
             let send = &self.comm;
-            let staging = Staging::new(memory, usage.chunk_bytes, places, |p, n| {
+            let staging = Staging::new(memory, usage.chunk_bytes, places, |p, n, keep| {
                 // SAFETY: the registration keeps the staging memory, and is dropped after the comm (field order).
-                register(copier, place, || unsafe { send.register(p.cast(), n, kind) })
+                register(copier, place, || unsafe { send.register(p.cast(), n, kind, keep) })
             })?;
             self.device_out.insert(place, staging);
         }
@@ -226,7 +226,7 @@ impl Sending {
         if self.host_out.is_none() {
             let send = &self.comm;
             // SAFETY: the registration keeps the staging memory, and is dropped after the comm (field order).
-            let register = |p: *mut u8, n| unsafe { send.register(p.cast(), n, NCCL_PTR_HOST) };
+            let register = |p: *mut u8, n, keep| unsafe { send.register(p.cast(), n, NCCL_PTR_HOST, keep) };
             let block = Box::new(HostBlock::new(Staging::bytes(usage.chunk_bytes, MAX_REQUESTS))?);
             self.host_out = Some(Staging::new(block, usage.chunk_bytes, MAX_REQUESTS, register)?);
         }

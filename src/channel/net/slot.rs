@@ -112,7 +112,7 @@ impl Slot {
         }
     }
 
-    /// The channel is not used any more, and closed soon.
+    /// The channel is out of use, and closed soon.
     pub(super) fn fail(&mut self, why: Error) {
         self.failed.get_or_insert(why);
     }
@@ -151,7 +151,7 @@ impl Slot {
         Some(flow)
     }
 
-    /// How long the network had something to do for it between the flows that were last told and this call before.
+    /// How long the network had something to do for it between the flows that were last reported and this call before.
     pub(super) fn busy_time(&mut self) -> Duration {
         let (before, now) = self.busy;
         self.busy.0 = now;

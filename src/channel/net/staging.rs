@@ -3,7 +3,7 @@
 use crate::channel::device::StagingMemory;
 use crate::channel::memory::PAGE;
 use crate::net::comm::MHandle;
-use crate::net::registrations::Registration;
+use crate::net::registrations::{Keep, Registration};
 use crate::status::Result;
 
 /// Chunks of device memory in flight on a channel that takes them from staging memory. Enough to keep copies and network busy, and few
@@ -13,7 +13,7 @@ pub(super) const STAGED_WINDOW: usize = 8;
 /// A ring of staging buffers, registered with the plugin. Messages use the buffers in turn. No more are in flight than there are
 /// buffers, and they complete in order, so the next buffer is always free.
 pub(super) struct Staging {
-    /// It keeps the memory.
+    /// It keeps the memory, which a plugin may use until the registration is dropped.
     registration: Registration,
     base: *mut u8,
     stride: usize,
@@ -27,12 +27,10 @@ impl Staging {
         memory: Box<dyn StagingMemory>,
         chunk_bytes: usize,
         places: usize,
-        register: impl FnOnce(*mut u8, usize) -> Result<Registration>,
+        register: impl FnOnce(*mut u8, usize, Keep) -> Result<Registration>,
     ) -> Result<Staging> {
         let (base, stride) = (memory.ptr(), Staging::bytes(chunk_bytes, 1));
-        let registration = register(base, stride * places)?;
-        // A plugin may use it until the registration is dropped.
-        registration.keep(Box::new(memory));
+        let registration = register(base, stride * places, Box::new(memory))?;
         Ok(Staging { registration, base, stride, places, turn: 0 })
     }
 

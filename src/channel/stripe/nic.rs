@@ -45,7 +45,7 @@ const LOOKS: Duration = Duration::from_millis(1);
 const DELAY_LOOKS: u32 = 3;
 const ROUND_TRIPS: u32 = 4;
 /// A slow NIC is probed with a short chunk. At the known speed the chunk would take this many sampling intervals; if it is acknowledged in half
-/// of the time, the NIC may be faster, and the next follows at once. Where the kernel tells how long it was busy, long intervals do not count.
+/// of the time, the NIC may be faster, and the next follows at once. Where the kernel reports how long it was busy, long intervals do not count.
 const PROBE_LOOKS: f64 = 4.0;
 /// Transfers wait for a probe. The pause after it is this many times as long, within limits, and at most four times the last: a short
 /// outage slows a probe or two, and is over soon.
@@ -283,7 +283,7 @@ impl Nic {
         let limited = flow.limited.saturating_sub(seen.limited).min(gap);
         let held = if flow.in_flight <= HELD_UP { limited } else { Duration::ZERO };
         if seen.backlog.saturating_sub(moved) >= TAIL {
-            // A probe is judged at its end: what of it stands still first would count, and what moves then would not.
+            // A probe is judged at its end: its first bytes, which stall, would count, and what moves then would not.
             if !self.probes.has_just_begun(now) {
                 self.busy.add(moved, gap, held);
                 self.sample(flow.round_trip, now);

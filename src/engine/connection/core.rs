@@ -71,10 +71,10 @@ impl Core {
     /// One round: reads the control connection, advances the channels, schedules chunks, flushes, checks deadlines. `true` when
     /// something moved; an error means that the connection must end.
     pub(super) fn round(&mut self, now: Instant) -> Result<bool> {
-        let hurries = self.channels.activity().wants_polling && now.saturating_duration_since(self.read) < READ_PAUSE;
-        let heard = !hurries && self.read(now)?;
+        let wants_polling = self.channels.activity().wants_polling && now.saturating_duration_since(self.read) < READ_PAUSE;
+        let received = !wants_polling && self.read(now)?;
         let moved = self.advance(now).map_err(|e| self.prefer_goodbye(e, now)).map_err(|e| self.say_suspended(e))?;
-        Ok(heard || moved)
+        Ok(received || moved)
     }
 
     /// A control connection that has failed waits to be made again, if it can be. The silence of the peer goes on meanwhile, and ends the

@@ -67,7 +67,7 @@ impl Waiter<'_> {
         if !self.0.core.is_here() {
             return;
         }
-        let failure = self.0.lock().machine.tell(id);
+        let failure = self.0.lock().machine.take_failure(id);
         if let Some(error) = failure {
             self.0.context.lines.log(log::Level::Error, Instant::now(), format_args!("{error}"));
         }

@@ -151,9 +151,9 @@ impl Restorer<'_> {
         Ok(socket.address)
     }
 
-    /// The control connection will not be made again: the peer is not there any more.
+    /// The control connection will not be made again: the peer has ended.
     pub(crate) fn give_up_control(&self, why: &Error) {
-        // The next attempt tells the same.
+        // The next attempt has the same result.
         let Ok(mut core) = self.open() else { return };
         if let (Some(_), Some(lost)) = (core.suspended, core.control.lost()) {
             let error = err!(RemoteDisconnect, "{lost}, and it could not be made again: {why}");

@@ -168,7 +168,7 @@ impl Health {
         let quiet = silent > limit / 2;
         if quiet && !self.silence_logged {
             lines.push(format!(
-                "nothing was heard from the peer for {silent:.1?}, not even a heartbeat: it is stopped, overloaded or cut off; \
+                "nothing was received from the peer for {silent:.1?}, not even a heartbeat: it is stopped, overloaded or cut off; \
                  the connection ends after {limit:.1?}"
             ));
         }

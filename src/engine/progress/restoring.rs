@@ -22,8 +22,8 @@ pub(crate) struct Asked {
     pub connections: BTreeMap<u64, Vec<LostChannel>>,
     /// Connections whose control connection has failed.
     pub urgent: BTreeSet<u64>,
-    /// An interface of this host has come back: attempts need not wait.
-    pub hurry: bool,
+    /// An interface on this host has come back: attempts need not wait.
+    pub retry_now: bool,
 }
 
 #[derive(Default)]
@@ -57,8 +57,8 @@ impl Restoring {
     }
 
     /// An interface has come back.
-    pub(crate) fn hurry(&self) {
-        self.asked.lock().hurry = true;
+    pub(crate) fn retry_now(&self) {
+        self.asked.lock().retry_now = true;
         self.wake();
     }
 

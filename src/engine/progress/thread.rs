@@ -171,12 +171,12 @@ impl<'a> Driving<'a> {
         }
     }
 
-    /// A network interface of the host has changed: connections give up the NICs that they cannot use any more.
+    /// A network interface of the host has changed: connections give up the NICs that they can no longer use.
     fn check_links(&mut self) {
         let Some(links) = &mut self.links else { return };
         let Ok(links) = links.changed() else { return };
         if links.came_back {
-            self.table.context.restoring.hurry();
+            self.table.context.restoring.retry_now();
         }
         for connection in self.table.connections.all() {
             match close_faulty(&connection, &links) {

@@ -32,7 +32,7 @@ const FIRST_SETUP: u64 = 16;
 const LOST: u64 = FIRST_SETUP - 1;
 /// Sockets accepted from one listening socket before the others get their turn.
 const ACCEPT_BURST: usize = 64;
-/// Unauthenticated connections allowed while descriptors are short: enough to tell peers why they are refused.
+/// Unauthenticated connections allowed while descriptors are short: enough to send peers the reason of a refusal.
 const UNAUTHENTICATED_WHEN_SHORT: usize = 8;
 /// How long accepting pauses after descriptors ran out.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -376,7 +376,7 @@ impl Acceptor {
     }
 
     /// Drops the oldest connection without a complete first message, or else the oldest with one, if it has stayed as long as
-    /// `stays` allows for its kind. Returns whether one was dropped. A peer that speaks the protocol is told to try again, unless
+    /// `stays` allows for its kind. Returns whether one was dropped. A peer that speaks the protocol gets a refusal after which it tries again, unless
     /// descriptors are `short`.
     fn drop_unauthenticated(&mut self, now: Instant, stays: [Duration; 2], short: bool) -> bool {
         // Ids are in the order of arrival.
@@ -505,8 +505,8 @@ impl Acceptor {
         let asked = self.context.table.context.restoring.take();
         asked.connections.iter().for_each(|(&id, channels)| self.restorer.lost(id, channels, now));
         asked.urgent.into_iter().for_each(|id| self.restorer.suspended(id, now));
-        if asked.hurry {
-            self.restorer.hurry(now);
+        if asked.retry_now {
+            self.restorer.retry_now(now);
         }
         while let Some(id) = self.restorer.next(now) {
             self.last += 1;
@@ -551,7 +551,7 @@ impl Acceptor {
     fn not_restored(&mut self, id: u64, error: &Error, now: Instant) {
         log::debug!("connection {id} stays as it is for now: {error}");
         if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Auth) {
-            // Its peer is not there any more. That ends it only where its control connection has failed.
+            // Its peer has ended. That ends it only where its control connection has failed.
             self.context.table.connections.get(id).into_iter().for_each(|c| c.restorer().give_up_control(error));
         }
         self.restorer.ended(id, now);
@@ -564,7 +564,7 @@ impl Acceptor {
             self.not_restored(connection, error, now);
             return drop(entry.driver.give_up(error));
         }
-        // An engine with another key or of another version is worth a warning; a stranger is not.
+        // An engine with another key or of another version is worth a warning; one that speaks another protocol is not.
         let is_engine = error.kind() == ErrorKind::Auth || entry.driver.setup().link.is_of_another_version();
         if role == Role::Unauthenticated && !is_engine {
             self.context.table.context.counters.setup_failed(error.kind());
@@ -653,7 +653,7 @@ impl Acceptor {
     /// Drops the admitted set-up whose peer has been silent the longest, if it is stale.
     fn drop_stale(&mut self, now: Instant) -> bool {
         match self.stale.first().copied() {
-            Some((heard, id)) if now.saturating_duration_since(heard) > STALE => {
+            Some((received, id)) if now.saturating_duration_since(received) > STALE => {
                 let error = err!(TimedOut, "the peer was silent for {} s while other set-ups waited", STALE.as_secs());
                 self.fail(id, &error, now);
                 true

@@ -24,7 +24,7 @@ pub(crate) struct Listeners {
     pub addresses: Vec<SocketAddr>,
 }
 
-/// Most addresses that an engine tells a peer.
+/// Most addresses that an engine sends a peer.
 pub(crate) const MAX_ADDRESSES: usize = crate::wire::setup::MAX_ADDRESSES;
 
 /// Whether a peer on another host may find this engine there, without knowing an interface of its own.

@@ -154,7 +154,7 @@ impl Restorer {
     }
 
     /// An interface has come back.
-    pub(super) fn hurry(&mut self, now: Instant) {
+    pub(super) fn retry_now(&mut self, now: Instant) {
         let waiting: Vec<(Instant, u64)> = self.due.iter().copied().collect();
         for (at, id) in waiting {
             self.plan(id, at.min(now + about(SOON)));
@@ -262,7 +262,7 @@ impl Restorer {
         (mut rest, mut refused): (VecDeque<SocketAddr>, bool),
         now: Instant,
     ) -> Result<RawFd> {
-        let mut last = err!(NotFound, "no engine listens at the addresses of the peer any more");
+        let mut last = err!(NotFound, "no engine listens at the addresses of the peer now");
         while let Some(address) = rest.pop_front() {
             match dial::begin(address) {
                 Ok(socket) => {
@@ -368,7 +368,7 @@ mod tests {
             pauses[0] <= FIRST * 5 / 4 && pauses.iter().all(|&p| p <= LONGEST * 5 / 4) && pauses[7] >= LONGEST / 2,
             "{pauses:?}"
         );
-        restorer.hurry(now);
+        restorer.retry_now(now);
         assert!(pause(&restorer, now) <= 2 * SOON);
     }
 

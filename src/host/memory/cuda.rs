@@ -1,4 +1,4 @@
-//! Memory of GPUs that peers of one host share: CUDA IPC handles for memory of `cudaMalloc`, descriptors for memory that is mapped piece by
+//! GPU memory that peers on one host share: CUDA IPC handles for memory of `cudaMalloc`, descriptors for memory that is mapped piece by
 //! piece, areas for peers that push, and pulls by kernel or copy engine. Whatever else there is, is refused. Knows nothing of sockets, rings and transfers.
 
 use super::mappings::Mappings;
@@ -91,7 +91,7 @@ struct Unit {
     pulls: Pulls,
 }
 
-/// Memory of GPUs on a connection within a host.
+/// GPU memory of a connection on one host.
 pub(crate) struct CudaMemory {
     options: CudaOptions,
     // Dropped before the mappings that its pulls read.
@@ -137,7 +137,7 @@ impl CudaMemory {
 fn ordinal(place: Place) -> Result<i32> {
     match place.ordinal() {
         Some(ordinal) => Ok(ordinal.into()),
-        None => bail!(Unsupported, "host memory is not memory of a GPU"),
+        None => bail!(Unsupported, "internal error: {place:?} is no GPU"),
     }
 }
 
@@ -158,7 +158,7 @@ fn gpu(place: Place) -> Result<Arc<Gpu>> {
     Gpu::open(ordinal(place)?)
 }
 
-/// An allocation that can be told to a peer.
+/// An allocation as it is announced to a peer.
 fn export_of(gpu: &Gpu, uuid: GpuId, found: Allocation) -> Result<Export> {
     let Allocation { base, len, id, sharing } = found;
     let (kind, handle) = match sharing {
@@ -224,11 +224,11 @@ impl LocalMemory for CudaMemory {
     fn area(&mut self, place: Place, len: usize) -> Result<Area> {
         // What copies from there is made now, too.
         self.unit(place)?;
-        let counted = Counted::new(&AREAS, MAX_AREAS, "areas for others to push into")?;
+        let counted = Counted::new(&AREAS, MAX_AREAS, "areas that peers push into")?;
         let gpu = gpu(place)?;
         let mapped = shareable(gpu.context(), len)?;
         let stream = Stream::new(gpu.context())?;
-        // What was there before is nobody's business.
+        // The peer must not see what was there before.
         // SAFETY: the range is this call's own; where the fill does not end it stays for ever.
         let filled = unsafe { stream.fill(mapped.ptr(), 0, len) }.and_then(|()| stream.finish(QUIESCE_LIMIT));
         if let Err(e) = filled {
@@ -242,7 +242,7 @@ impl LocalMemory for CudaMemory {
     }
 
     fn export_area(&mut self, area: &Area) -> Result<Export> {
-        let Some(own) = self.areas.get(&area.id) else { bail!(Internal, "an area of nobody") };
+        let Some(own) = self.areas.get(&area.id) else { bail!(Internal, "unknown area {}", area.id) };
         let fd = posix_handle(gpu(own.place)?.context(), own.mapped.ptr())?;
         let (base, len) = (own.mapped.ptr(), own.mapped.len() as u64);
         let gpu = cuda_driver::uuid_of(ordinal(own.place)?)?;
@@ -295,7 +295,7 @@ impl LocalMemory for CudaMemory {
         let ordinal = place.ordinal().map(i32::from).filter(|_| *peer_gpu != GpuId::default())?;
         match cuda_driver::ordinal_of_uuid(peer_gpu) {
             Ok(Some(peer)) => self.manner(ordinal, peer).ok()?,
-            // Hidden from this process (CUDA_VISIBLE_DEVICES), which keeps nobody from opening its memory: opening tells.
+            // Hidden from this process (CUDA_VISIBLE_DEVICES), which does not keep it from opening memory there: opening shows.
             Ok(None) => Some(self.options.manner.unwrap_or_else(|| manner_by_nvlink(ordinal, peer_gpu))),
             Err(_) => None,
         }

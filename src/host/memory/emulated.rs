@@ -1,4 +1,4 @@
-//! Simulated: memory of GPUs of one host without a GPU. What an application has mapped from memory files is shared by their
+//! Simulated: GPU memory on one host without a GPU. What an application has mapped from memory files is shared by their
 //! descriptors, as a driver does with allocations; all else cannot be shared. Copies end later than they begin, as on a GPU. Knows
 //! nothing of chunks.
 
@@ -26,7 +26,7 @@ pub(crate) fn gpu(index: u8) -> GpuId {
     id
 }
 
-/// Simulated memory of GPUs.
+/// Simulated GPU memory.
 #[derive(Default)]
 pub(crate) struct EmulatedMemory {
     last: u64,
@@ -35,7 +35,7 @@ pub(crate) struct EmulatedMemory {
     /// Areas, with their descriptors.
     areas: HashMap<u64, (Shared, OwnedFd, GpuId)>,
     open: HashMap<u64, Arc<Shared>>,
-    /// Pulls that were started, and how often somebody has asked for them.
+    /// Pulls that were started, and how often they were polled.
     pulls: HashMap<u64, (Vec<Piece>, u32)>,
 }
 
@@ -114,7 +114,7 @@ fn duplicate(of: &Mapped) -> Option<OwnedFd> {
 }
 
 fn seal(fd: BorrowedFd<'_>) {
-    // SAFETY: a plain system call; where it fails, the check of the other side does too.
+    // SAFETY: a plain system call; where it fails, the check of the peer does too.
     unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_SHRINK) };
 }
 
@@ -163,7 +163,7 @@ impl LocalMemory for EmulatedMemory {
     }
 
     fn export_area(&mut self, area: &Area) -> Result<Export> {
-        let Some((shared, fd, gpu)) = self.areas.get(&area.id) else { bail!(Internal, "simulated: an area of nobody") };
+        let Some((shared, fd, gpu)) = self.areas.get(&area.id) else { bail!(Internal, "simulated: unknown area {}", area.id) };
         let fd = match fd.try_clone() {
             Ok(fd) => Some(fd),
             Err(e) => bail!(System, "simulated: the descriptor of an area: {e}"),

@@ -38,8 +38,8 @@ pub(crate) fn hint() -> String {
     }
 }
 
-/// Whether the kernel reads memory of this process for another one: not what a device or nobody but this process has mapped, which it
-/// finds out here as there. The two ends of a region tell.
+/// Whether the kernel reads memory of this process for another one: not what a device has mapped or this process alone can map, which it
+/// finds out here as there. Testing both ends of a region suffices.
 pub(crate) fn is_readable(region: &Span) -> bool {
     let mut bytes = [0u8; 2];
     let part = |base: u64, len: usize| libc::iovec { iov_base: base as *mut _, iov_len: len };
@@ -108,7 +108,7 @@ impl Peer {
         }
         match witness == self.0.witness.bytes {
             true => Ok(()),
-            false => Err(Failed::Stranger),
+            false => Err(Failed::OtherProcess),
         }
     }
 
@@ -117,17 +117,19 @@ impl Peer {
         match failed {
             Failed::TooMany => err!(Internal, "a slice has too many pieces"),
             Failed::Call(e) => err!(RemoteDisconnect, "memory of process {} cannot be read: {e}", self.0.pid),
-            Failed::Stranger => err!(RemoteDisconnect, "process {} is not the peer any more", self.0.pid),
+            Failed::OtherProcess => {
+                err!(RemoteDisconnect, "process {} is no longer the peer: its number was taken by another process", self.0.pid)
+            }
             Failed::Partly { got, of } => match self.is_readable(pieces) {
                 // A place here that the kernel cannot write: the caller has unmapped it, or made it read-only.
                 true => err!(
                     InvalidArgument,
-                    "registered memory of this process (process {}) cannot be written any more: {got} of {of} bytes came from process {}",
+                    "registered memory of this process ({}) can no longer be written: {got} of {of} bytes came from process {}",
                     std::process::id(),
                     self.0.pid
                 ),
                 false => {
-                    err!(RemoteDisconnect, "process {} gave {got} of {of} bytes: its memory cannot be read any more", self.0.pid)
+                    err!(RemoteDisconnect, "process {} gave {got} of {of} bytes: its memory can no longer be read", self.0.pid)
                 }
             },
         }
@@ -165,7 +167,7 @@ enum Failed {
         of: u64,
     },
     /// The witness is another.
-    Stranger,
+    OtherProcess,
 }
 
 /// Bytes between two sources if both are one stretch there.
@@ -504,7 +506,7 @@ mod tests {
     use std::time::Instant;
 
     /// A process that does not exist.
-    fn nobody() -> Sources {
+    fn no_source() -> Sources {
         Sources::Peer(Peer(Process { pid: 0, witness: Witness { addr: 0, bytes: [0; WITNESS] } }))
     }
 
@@ -561,7 +563,7 @@ mod tests {
             let piece = Piece { src: source.as_ptr() as u64, dst: dest.as_mut_ptr() as u64, len };
             // SAFETY: as above.
             let result = unsafe { memory.pull(Place::HOST, &[piece]) }.and_then(|pull| finish(&mut memory, pull));
-            assert!(result.is_err_and(|e| e.to_str().contains("not the peer")), "{len} bytes");
+            assert!(result.is_err_and(|e| e.to_str().contains("no longer the peer")), "{len} bytes");
         }
     }
 
@@ -693,7 +695,7 @@ mod tests {
                 (src, dst) = (src + piece.len + gap, dst + piece.len + gap % 2);
                 piece
             }).collect();
-            let slices = Slices::new(nobody(), pieces.clone());
+            let slices = Slices::new(no_source(), pieces.clone());
             let mut all = Vec::new();
             for index in 0..slices.len() {
                 let part: Vec<Piece> = between(&slices.pieces, slices.marks[index], slices.marks[index + 1]).collect();
@@ -726,7 +728,7 @@ mod tests {
             (0..200).map(|i| Piece { src: (1 << 20) + i * stride, dst: (1 << 30) + i * 1000, len: 64 }).collect()
         };
         for (stride, calls) in [(64, 1), (128, 1), (2112, 1), (2113, 2), (4096, 2)] {
-            let slices = Slices::new(nobody(), blocks(stride));
+            let slices = Slices::new(no_source(), blocks(stride));
             assert_eq!(slices.len(), calls, "blocks every {stride} bytes");
         }
     }
@@ -735,7 +737,7 @@ mod tests {
     fn blocks_in_any_order_are_as_few_stretches_as_in_their_own() {
         let place = |i: u64| Piece { src: (1 << 20) + i * 37 % 200 * 64, dst: (1 << 30) + i * 1000, len: 64 };
         let mixed: Vec<Piece> = (0..200).map(place).collect();
-        let calls = |pieces: &[Piece]| Slices::new(nobody(), pieces.to_vec()).len();
+        let calls = |pieces: &[Piece]| Slices::new(no_source(), pieces.to_vec()).len();
         assert_eq!((calls(&mixed), calls(&by_source(&mixed))), (2, 1));
         let long: Vec<Piece> = mixed.iter().map(|&piece| Piece { len: LONG + 1, ..piece }).collect();
         assert_eq!(*by_source(&long), long);
@@ -760,7 +762,7 @@ mod tests {
             libc::kill(child, libc::SIGKILL);
             libc::waitpid(child, std::ptr::null_mut(), 0);
         }
-        assert!(wrong.is_some_and(|e| e.to_str().contains("not the peer")), "the page is empty there");
+        assert!(wrong.is_some_and(|e| e.to_str().contains("no longer the peer")), "the page is empty there");
         assert!(HostMemory::new(child, own).is_err());
         assert!(HostMemory::new(0, own).is_err());
     }

@@ -9,7 +9,7 @@ use crate::types::Place;
 use process::Mutex;
 use std::sync::{Arc, Weak};
 
-/// An allocation of a process, as it is mapped for one place here. Its handle tells it from what lay at its address before.
+/// An allocation of a process, as it is mapped for one place here. Its handle distinguishes it from what lay at its address before.
 #[derive(PartialEq, Eq, Hash)]
 struct Key {
     owner: Process,
@@ -121,7 +121,7 @@ mod tests {
         assert_eq!(Arc::strong_count(&value), 2);
         drop(two);
         assert_eq!(Arc::strong_count(&value), 1);
-        assert!(mappings.open(owner, &nothing, place, || bail!(Unsupported, "not any more")).is_err());
+        assert!(mappings.open(owner, &nothing, place, || bail!(Unsupported, "no longer")).is_err());
         let kept = mappings.open(owner, &nothing, place, map).unwrap();
         for i in 0..10_000 {
             mappings.open(owner, &export(|e| e.base += i + 1), place, map).unwrap();

@@ -1,5 +1,5 @@
-//! Memory of one host, as the one-host path sees it: what a peer needs to reach memory of ours, mappings of a peer's memory, and
-//! pulls from there into memory of our own; areas into which a peer pushes. One trait, so that the path is the same for GPUs, for host memory and for emulated device
+//! What direct transfers need of memory: exports for a peer, mappings of a peer's memory, and
+//! pulls from there into memory of this process; areas into which a peer pushes. One trait, so that the flow is the same for GPUs and for emulated device
 //! memory. Knows nothing of sockets, rings, chunks or transfers.
 
 pub(crate) mod cuda;
@@ -105,10 +105,10 @@ pub(crate) struct Pull {
     pub job: u64,
 }
 
-/// Memory of one kind on a connection between processes of one host. One object a connection; used by one thread at a time. Only
+/// Memory of one kind on a connection between processes on one host. One object a connection; used by one thread at a time. Only
 /// `export`, `open`, `close` and `quiesce` may take long.
 pub(crate) trait LocalMemory: Send {
-    /// Allocations that cover `[addr, addr + len)`, memory of a registered region of ours, in rising order, to be told to a peer. Without
+    /// Allocations that cover `[addr, addr + len)`, memory of a registered region, in rising order, to announce to a peer. Without
     /// descriptors: there may be more allocations than this process may have of those.
     ///
     /// # Errors
@@ -133,7 +133,7 @@ pub(crate) trait LocalMemory: Send {
     /// `Unsupported` where it cannot be reached from here.
     fn open(&mut self, export: &Export, place: Place, owner: Option<Process>) -> Result<Mapping>;
 
-    /// Ends a mapping; no pull uses it any more.
+    /// Ends a mapping that no pull uses.
     fn close(&mut self, mapping: Mapping);
 
     /// Memory of `place` that a peer may write to: zeros, page-aligned. Its pages are used for nothing else as long as a peer
@@ -147,10 +147,10 @@ pub(crate) trait LocalMemory: Send {
 
     /// What a peer needs to map an area.
     fn export_area(&mut self, _area: &Area) -> Result<Export> {
-        bail!(Internal, "an area of nobody")
+        bail!(Internal, "this memory has no areas")
     }
 
-    /// Ends an area; no pull uses it any more.
+    /// Ends an area that no pull uses.
     fn drop_area(&mut self, _area: Area) {}
 
     /// Maps a peer's area for pulls that write to it from `place`. As with `open`, everything in `export` is the peer's word.
@@ -187,7 +187,7 @@ pub(crate) trait LocalMemory: Send {
     /// Pulls are under way whose end wakes no thread.
     fn busy(&self) -> bool;
 
-    /// Waits, for a bounded time, until no pull touches memory any more. After an error some may still run: then this object, its
+    /// Waits, for a bounded time, until no pull touches memory. After an error some may still run: then this object, its
     /// mappings and the memory of the pulls must stay.
     fn quiesce(&mut self) -> Result<()>;
 

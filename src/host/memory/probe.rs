@@ -1,5 +1,5 @@
-//! Work that whoever it looks at may keep from ending: on a thread of its own, with a limit of time, and few at once in a process. A thread
-//! that is kept stays behind. Knows nothing of what the work is.
+//! Work that another process can delay for ever: it runs on a thread of its own, with a time limit, and few at once in a process. A thread
+//! that is delayed beyond its limit is left behind. Knows nothing of what the work is.
 
 use crate::status::{bail, err, Result};
 use process::{Condvar, Mutex, PerProcess};
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 /// Threads of a process at most, those that stayed behind among them.
 const MOST: usize = 16;
-/// How long the first look waits: usual work takes microseconds, and nobody comes back before its end then.
+/// How long the first look waits: the work usually takes microseconds, and then the first poll returns its result.
 const AT_FIRST: Duration = Duration::from_millis(1);
 /// How long the work may take, the wait for a thread included.
 const LIMIT: Duration = Duration::from_secs(1);

@@ -7,7 +7,7 @@ use process::PerProcess;
 /// Bytes of a witness.
 pub(super) const WITNESS: usize = 32;
 
-/// A process of this host. For a peer, [`super::host::HostMemory`] alone makes one, once it has found the witness in the memory of the
+/// A process on this host. For a peer, [`super::host::HostMemory`] alone makes one, once it has found the witness in the memory of the
 /// process that the kernel names: no peer can pass for another by what it says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Process {

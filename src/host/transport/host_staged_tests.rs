@@ -137,7 +137,7 @@ fn without_room_for_areas_channels_carry_it() {
     }
 }
 
-/// The peer writes into an area at any time, and tells records that do not fit: nothing goes beyond what is granted.
+/// The peer writes into an area at any time, and announces records that do not fit: nothing goes beyond what is granted.
 #[test]
 fn a_peer_that_lies_writes_nothing_but_what_it_may() {
     type Change = fn(&mut Head, &mut Piece);
@@ -160,13 +160,13 @@ fn a_peer_that_lies_writes_nothing_but_what_it_may() {
         let mut head = Head { order, slot, generation, export: Kind::Write.export(HOST), last: true, bulk: false };
         let mut block = Piece { src: 0, dst: granted.addr, len: 100 };
         lie(&mut head, &mut block);
-        a.host.writes.out.tell(head, &[block]).unwrap();
+        a.host.writes.out.announce(head, &[block]).unwrap();
         let error = (0..20).find_map(|_| b.step(&mut Vec::new()).err());
         drop(b);
         assert!(error.is_some_and(|e| e.kind() == ErrorKind::Protocol) && there.seen() == [2; 1000], "lie {n}");
         assert!(!there.region.in_use());
     }
-    // More scattered than was told.
+    // More scattered than was announced.
     let (here, there) = two(Way::Out, 1000);
     let (mut a, b) = begun(Way::Out, &here, &there, 10);
     let word = super::super::layout::scattered(super::super::layout::GPUS);

@@ -350,7 +350,7 @@ fn a_region_that_ends_refuses_what_comes_later() {
     }
 }
 
-/// A stopped source goes on after the other side has ended the connection: it writes to pages that no process reads, and that are not
+/// A stopped source goes on after the peer has ended the connection: it writes to pages that no process reads, and that are not
 /// those of a later connection.
 #[test]
 fn late_writes_of_a_source_reach_no_memory_in_use() {
@@ -410,7 +410,7 @@ fn lie(change: impl Fn(&mut Head, &mut Vec<Piece>), times: usize) -> Option<crat
         let mut head = Head { order, slot, generation, export: Kind::Write.export(GPU), last: true, bulk: false };
         let mut blocks = vec![Piece { src: 0, dst: granted.addr, len: 100 }];
         change(&mut head, &mut blocks);
-        a.host.writes.out.tell(head, &blocks).unwrap();
+        a.host.writes.out.announce(head, &blocks).unwrap();
     }
     let error = (0..20).find_map(|_| b.step(&mut Vec::new()).err());
     drop(b);
@@ -475,7 +475,7 @@ fn slots_that_are_in_use_are_not_filled_again() {
     for i in 0..=SLOTS {
         let (order, slot, generation) = (a.host.writes.out.begin().unwrap(), granted.slot, granted.generation);
         let head = Head { order, slot, generation, export: Kind::Write.export(GPU), last: true, bulk: false };
-        a.host.writes.out.tell(head, &[Piece { src: i % SLOTS * SLOT, dst: granted.addr, len: 100 }]).unwrap();
+        a.host.writes.out.announce(head, &[Piece { src: i % SLOTS * SLOT, dst: granted.addr, len: 100 }]).unwrap();
     }
     assert!(b.step(&mut Vec::new()).is_err_and(|e| e.kind() == ErrorKind::Protocol));
 }
@@ -487,7 +487,7 @@ fn a_reader_and_a_writer_believe_nothing_either() {
     let (mut a, mut b) = begun(Way::In, &here, &there, 10);
     b.register(&there);
     let head = Head { order: 1, export: Kind::Answer.export(GPU), last: true, ..Head::default() };
-    b.host.writes.out.tell(head, &[Piece { src: 0, dst: 0, len: 1001 }]).unwrap();
+    b.host.writes.out.announce(head, &[Piece { src: 0, dst: 0, len: 1001 }]).unwrap();
     b.host.staged.provide(GPU, &mut b.host.copies);
     let error = (0..9).find_map(|_| a.step(&mut Vec::new()).err());
     assert!(error.is_some_and(|e| e.kind() == ErrorKind::Protocol) && here.seen() == [0; 1000]);
@@ -515,7 +515,7 @@ fn answers_to_no_read_are_dropped_and_their_slots_come_back() {
     assert_eq!(route(&mut a, &mut b, Way::Out, &here, &there), Route::Direct);
     for i in 0..3 * SLOTS {
         let head = Head { order: 77, export: Kind::Answer.export(GPU), last: true, ..Head::default() };
-        a.host.writes.out.tell(head, &[Piece { src: i % SLOTS * SLOT, dst: 0, len: SLOT }]).unwrap();
+        a.host.writes.out.announce(head, &[Piece { src: i % SLOTS * SLOT, dst: 0, len: SLOT }]).unwrap();
         b.step(&mut Vec::new()).unwrap();
     }
     assert_eq!(count(a.host.writes.out.shared(), GPU).unwrap(), 3 * SLOTS);

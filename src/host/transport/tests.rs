@@ -52,7 +52,7 @@ fn blocks_of_all_sizes_arrive_either_way() {
     }
 }
 
-/// Simulated: memory of a GPU that another process can map.
+/// Simulated: GPU memory that another process can map.
 fn shareable(id: u64, fill: u8, len: usize) -> Memory {
     // SAFETY: a terminated name; a new mapping that stays until the test ends.
     let at = unsafe {
@@ -262,9 +262,9 @@ fn a_lying_ring_writes_nothing_outside_of_what_is_granted() {
     ];
     for (i, lie) in lies.iter().enumerate() {
         let (mut a, mut b) = granted(Way::Out, &here, &there);
-        let (told, blocks) = lie(head(&mut a, true));
+        let (announced, blocks) = lie(head(&mut a, true));
         a.host.writes.out.room(blocks.len(), false).unwrap();
-        a.host.writes.out.tell(told, &blocks).unwrap();
+        a.host.writes.out.announce(announced, &blocks).unwrap();
         let error = (0..100).find_map(|_| b.step(&mut Vec::new()).err());
         // An order of a number far ahead is no violation while its place is free.
         assert!(error.is_some_and(|e| e.kind() == ErrorKind::Protocol) || i == 5, "lie {i}");

@@ -112,7 +112,7 @@ macro_rules! set_up {
     (context) => {
         unsafe fn init(&self, logger: ncclDebugLogger_t) -> Answer {
             let (mut context, mut config) = (std::ptr::null_mut(), UNCONFIGURED);
-            // The id tells NCCL's communicators apart; the engine has none.
+            // The id distinguishes NCCL's communicators; the engine has none.
             // SAFETY: by the trait's contract, here and below; the plugin reads the configuration during the call.
             let answer = self.init.map(|call| unsafe { call(&mut context, 0, &mut config, logger, Some(no_profiler)) });
             self.set_context(context);

@@ -68,10 +68,10 @@ pub(super) struct Link {
     open: [Vec<Open>; 2],
     ended: [u64; 2],
     held: [Held; 2],
-    told: [bool; 2],
+    notified: [bool; 2],
 }
 
-/// What a scenario hears of.
+/// What a scenario is notified of.
 #[derive(Debug)]
 pub(super) enum Happened {
     /// A transfer has ended: its tag, the time that it took, and why it failed.
@@ -175,7 +175,7 @@ impl Cluster {
             open: Default::default(),
             ended: [0; 2],
             held: [Held::default(); 2],
-            told: [false; 2],
+            notified: [false; 2],
         };
         match self.links.get_mut(place) {
             Some(old) => *old = link,
@@ -192,11 +192,11 @@ impl Cluster {
             self.links[link].sides[side].fail(err!(Canceled, "closed"), now);
             self.measure((link, side));
         }
-        self.links[link].told = [true; 2];
+        self.links[link].notified = [true; 2];
         self.free.push(link);
     }
 
-    /// Starts a transfer and returns its id. The scenario hears of its end.
+    /// Starts a transfer and returns its id. The scenario is notified of its end.
     pub(super) fn transfer(&mut self, end: End, direction: Direction, blocks: Vec<Block>, tag: u64) -> Option<u64> {
         let now = self.now();
         let link = &mut self.links[end.0];
@@ -461,7 +461,7 @@ impl Cluster {
             let fresh = (fresh as usize).min(link_.sides[side].out.len());
             let bytes: Vec<u8> = link_.sides[side].out.drain(..fresh).collect();
             if !bytes.is_empty() && !self.crashed[link_.engines[1 - side]] {
-                link_.sides[1 - side].hear(&bytes, now);
+                link_.sides[1 - side].receive(&bytes, now);
                 self.poll((link, 1 - side));
             }
         } else if fresh > 0 && self.links[link].net.lock().deliver(channel, side) {
@@ -540,7 +540,7 @@ impl Cluster {
         let (place, side) = end;
         let link = &mut self.links[place];
         let dead = link.sides[side].machine.dead().is_some();
-        if dead && !std::mem::replace(&mut link.told[side], true) {
+        if dead && !std::mem::replace(&mut link.notified[side], true) {
             self.happened.push_back(Happened::Lost(end));
         }
         let ended = link.sides[side].machine.ended();

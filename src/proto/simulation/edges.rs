@@ -40,7 +40,7 @@ impl Both {
                 moved |= !bytes.is_empty();
                 if !bytes.is_empty() {
                     let now = self.now;
-                    self.cluster.links[0].sides[1 - side].hear(&bytes, now);
+                    self.cluster.links[0].sides[1 - side].receive(&bytes, now);
                 }
                 let mut net = self.cluster.links[0].net.lock();
                 for channel in 0..CHANNELS {

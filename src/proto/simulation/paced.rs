@@ -340,7 +340,7 @@ fn an_idle_connection_asks_for_one_tick_a_heartbeat() {
             }
             let bytes: Vec<u8> = world.side(side).out.drain(..).collect();
             if !bytes.is_empty() {
-                world.side(1 - side).hear(&bytes, now);
+                world.side(1 - side).receive(&bytes, now);
             }
         }
     }
@@ -369,7 +369,7 @@ fn heartbeats_of_both_sides_meet() {
             let bytes: Vec<u8> = world.side(side).out.drain(..).collect();
             if !bytes.is_empty() {
                 announced[side] += 1;
-                world.side(1 - side).hear(&bytes, now);
+                world.side(1 - side).receive(&bytes, now);
             }
         }
     }

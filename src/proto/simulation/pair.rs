@@ -461,7 +461,7 @@ impl World {
         }
     }
 
-    /// Moves some bytes of a side's control connection to the other side.
+    /// Moves some bytes of a side's control connection to the other.
     fn deliver_control(&mut self, side: usize, limit: usize) {
         let now = self.cluster.now();
         self.cluster.links[0].sides[side].flush(now);
@@ -477,7 +477,7 @@ impl World {
         }
         if !bytes.is_empty() {
             let now = self.cluster.now();
-            self.cluster.links[0].sides[1 - side].hear(&bytes, now);
+            self.cluster.links[0].sides[1 - side].receive(&bytes, now);
         }
     }
 
@@ -616,7 +616,7 @@ impl World {
             self.check()?;
         }
         self.check_messages()?;
-        // The owner of memory that was read hears at the reader's next look that it is in place.
+        // The owner of memory that was read learns at the reader's next look that it is in place.
         for _ in 0..2 {
             self.advance(Duration::from_millis(50));
             self.busy(4);

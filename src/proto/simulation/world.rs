@@ -250,7 +250,7 @@ impl Side {
     }
 
     /// Bytes of the peer's control connection arrive.
-    pub(super) fn hear(&mut self, bytes: &[u8], now: Instant) {
+    pub(super) fn receive(&mut self, bytes: &[u8], now: Instant) {
         self.partial.extend_from_slice(bytes);
         while let Some(&header) = self.partial.first_chunk::<RECORD>() {
             let number = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| header[at + i]));

@@ -112,6 +112,16 @@ delay() { prepare && on $a tc qdisc add dev vmnic0 root netem delay 5ms limit 20
 # Payload that the NIC leaves in the linear part is copied.
 unsplit() { prepare unsplit_every=3 && moved --op write --require devmem && says 'was copied to device memory' && [ "$(counter $b vmnic1 rx_left_unsplit)" -gt 0 ]; }
 unsplit_fragments() { prepare fragment=1448 offset=64 unsplit_every=7 unsplit_bytes=99 && moved --op read --require devmem && says 'was copied to device memory'; }
+# 4 MiB at 400,000 bytes a second, over both channels together.
+paced() {
+  local total=1048576 begun
+  prepare && start_server UCCL_TCPX_PEER_RATE=400000 || return 1
+  begun=${EPOCHREALTIME/./}
+  UCCL_TCPX_PEER_RATE=400000 client --op write --require devmem && stop_server || return 1
+  begun=$(((${EPOCHREALTIME/./} - begun) / 1000))
+  echo "note: 4 MiB took $begun ms"
+  [ $begun -ge 8000 ] && all_by_device
+}
 large() {
   local total=33554432
   prepare fragment=1448 offset=64 && over_devmem --op write
@@ -231,14 +241,15 @@ agent_is_asked_for_too_much() {
 # consumes none (held).
 neighbour() {
   prepare fragment=1448 offset=64 || return 1
-  export NCCL_GPUDIRECTTCPX_SOCKET_IFNAME=vmnic
+  # Chunks of other plugins than this one may be longer than its messages.
+  export NCCL_GPUDIRECTTCPX_SOCKET_IFNAME=vmnic UCCL_TCPX_CHUNK_BYTES=1M
   mkdir -p $out/meet
   ip netns exec $b devmem_neighbour receive $out/meet "$1" >$out/server 2>&1 &
   local receiver=$! status=0
   timeout 100 ip netns exec $a devmem_neighbour send $out/meet "$1" >$out/client 2>&1 || status=1
   [ $status = 0 ] || kill $receiver
   wait $receiver || status=1
-  unset NCCL_GPUDIRECTTCPX_SOCKET_IFNAME
+  unset NCCL_GPUDIRECTTCPX_SOCKET_IFNAME UCCL_TCPX_CHUNK_BYTES
   grep -E '^(held|the neighbour)' $out/server | sed 's/^/note: /'
   echo "note: $(counter $b vmnic1 rx_starved) packets found no place"
   return $status
@@ -257,7 +268,7 @@ doctor_names_faults() {
     says 'MISSING.*trial.*tcp-data-split is disabled'
 }
 
-rows=(write read_back messages both_ways scattered many_at_once fragments_of_a_packet odd_offsets lost_packets delay unsplit unsplit_fragments large
+rows=(write read_back messages both_ways scattered many_at_once fragments_of_a_packet odd_offsets lost_packets delay unsplit unsplit_fragments large paced
   switched_off peer_without protected no_header_split no_spare_queue no_privileges no_export area_too_small not_steered lost_writes area_is_full required required_of_the_peer
   rules_deleted sender_down receiver_down server_killed)
 [ ! -e /vm/bin/uccl-devmem-agent ] || rows+=(unprivileged unprivileged_both_ways agent_killed agent_frozen agent_refuses client_of_agent_killed)

@@ -1,4 +1,4 @@
-//! For tests: a process that owns GPU memory and exports it, and this side's grip on it. Kinds of memory as applications allocate them.
+//! For tests: a process that owns GPU memory and exports it, and this engine's grip on it. Kinds of memory as applications allocate them.
 
 use super::*;
 use cuda_driver::{sys, Context, Stream};
@@ -42,7 +42,7 @@ pub(super) fn pattern(len: usize, seed: u64) -> Vec<u8> {
     (0..len as u64).map(|i| byte(i, seed)).collect()
 }
 
-/// Memory of a GPU, of any kind.
+/// GPU memory, allocated in any way.
 pub(super) struct Block {
     pub(super) stream: Stream,
     pub(super) at: u64,
@@ -241,7 +241,7 @@ impl Pushing {
     }
 }
 
-/// What the other process does: allocates, exports and frees as it is told, until the socket ends.
+/// What the other process does: allocates, exports and frees on command, until the socket ends.
 pub(super) fn serve() {
     // SAFETY: the parent gave a socket as descriptor 0.
     let socket = unsafe { UnixDatagram::from_raw_fd(0) };

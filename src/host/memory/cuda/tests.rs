@@ -403,7 +403,7 @@ fn gpu_memory_of_every_kind_is_pushed_byte_for_byte() {
     memory.drop_area(area);
 }
 
-/// What a source writes after the area was given back, while it dies, or when it goes on after a stop, reaches nobody's memory.
+/// What a source writes after the area was given back, while it dies, or when it goes on after a stop, reaches no process's memory.
 #[test]
 fn gpu_sources_that_write_late_reach_nobody() {
     let Some(gpus) = gpus("gpu_sources_that_write_late_reach_nobody") else { return };
@@ -531,7 +531,7 @@ fn gpu_captures_in_global_mode_neither_fail_nor_break_pulls() {
     assert!(captures.load(Ordering::SeqCst) > 2);
 }
 
-/// Work of the application that occupies the legacy default stream until it is told to end.
+/// Work of the application that occupies the legacy default stream until it is ended.
 struct Busy(Arc<[AtomicBool; 2]>);
 
 /// The application's work lasts this long at most; whatever waits for it waits as long.

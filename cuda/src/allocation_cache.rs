@@ -35,11 +35,11 @@ impl Kept {
     }
 }
 
-static SHELF: PerProcess<Mutex<Vec<Kept>>> = PerProcess::new(Mutex::default);
+static CACHE: PerProcess<Mutex<Vec<Kept>>> = PerProcess::new(Mutex::default);
 
 /// Puts an unused allocation back.
 pub(crate) fn put(kept: Kept) {
-    SHELF.get().lock().push(kept);
+    CACHE.get().lock().push(kept);
 }
 
 /// An allocation of exactly this length that `context` can use. The last one put back is taken first: it may still be in the CPU's
@@ -48,9 +48,9 @@ pub(crate) fn take(cuda: &Functions, context: &Context, len: usize, sort: Sort) 
     let suits = |k: &Kept| k.len == len && k.sort == sort && (sort == Sort::Pinned || k.context.id() == context.id());
     loop {
         let kept = {
-            let mut shelf = SHELF.get().lock();
-            let i = shelf.iter().rposition(suits)?;
-            shelf.swap_remove(i)
+            let mut cache = CACHE.get().lock();
+            let i = cache.iter().rposition(suits)?;
+            cache.swap_remove(i)
         };
         // If the application has reset its GPU or destroyed the context, the memory no longer exists.
         if kept.is_known(cuda) {
