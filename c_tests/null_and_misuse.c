@@ -1244,6 +1244,40 @@ CASE(uccl_engine_poll)
     }
 }
 
+CASE(uccl_engine_xfer_path)
+{
+    WITH_FIXTURE(f)
+    {
+        uint64_t id, large;
+        uccl_xfer_path_t path = {.size = sizeof path, .channels = UNTOUCHED};
+        CHECK_OK(uccl_engine_read(f.conn, f.mr, f.mem, 64, f.item, &id));
+        CHECK_OK(outcome(f.conn, id));
+        uccl_conn_t *conn;
+        FOR_EACH(conn, f.bad_conns) CHECK_MISUSE(uccl_engine_xfer_path(conn, id, &path));
+        CHECK_MISUSE(uccl_engine_xfer_path(f.conn, id, NULL));
+        CHECK_STATUS(uccl_engine_xfer_path(f.conn, 0, &path), UCCL_ERR_NOT_FOUND);
+        CHECK_STATUS(uccl_engine_xfer_path(f.conn, id + 1000, &path), UCCL_ERR_NOT_FOUND);
+        path.size = 8;
+        CHECK_MISUSE(uccl_engine_xfer_path(f.conn, id, &path));
+        CHECK(path.channels == UNTOUCHED);
+        path.size = sizeof path;
+        CHECK_OK(uccl_engine_xfer_path(f.conn, id, &path));
+        CHECK(strcmp(path.carriers, "eager") == 0 || strcmp(path.carriers, "direct") == 0 || path.nics[0]);
+        /* What it says of a large transfer is what the channels have counted. */
+        CHECK_OK(uccl_engine_write(f.conn, f.mr, f.mem, LEN, f.item, &large));
+        CHECK_OK(outcome(f.conn, large));
+        CHECK_OK(uccl_engine_xfer_path(f.conn, large, &path));
+        CHECK(path.channels != 0 && path.carriers[0] && !strchr(path.carriers, ','));
+        for (size_t i = 0; i < 64; i++) {
+            uccl_channel_stats_t stats = {.size = sizeof stats};
+            if (!(path.channels >> i & 1)) continue;
+            CHECK_OK(uccl_engine_channel_stats(f.conn, i, &stats));
+            CHECK(stats.sent_bytes > 0 && strcmp(stats.carrier, path.carriers) == 0);
+            CHECK(strcmp(stats.carrier, "direct") == 0 || strstr(path.nics, stats.nic));
+        }
+    }
+}
+
 CASE(uccl_engine_wait)
 {
     WITH_FIXTURE(f)

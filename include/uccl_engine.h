@@ -336,6 +336,24 @@ typedef struct uccl_channel_stats_t {
   char carrier[16];
 } uccl_channel_stats_t;
 
+/** What carried the bytes of a transfer. All empty before the first byte has moved. */
+typedef struct uccl_xfer_path_t {
+  /** Size of this structure. Set it to sizeof(uccl_xfer_path_t) before the call; the call sets it to the bytes that it filled. */
+  size_t size;
+  /**
+   * Channels that moved bytes of it: bit n stands for channel n of uccl_engine_channel_stats. Channels after the 61st share its bit. A
+   * channel that was lost counts if it had sent bytes.
+   */
+  uint64_t channels;
+  /**
+   * The words for what carried its bytes, as in UCCL_TCPX_REQUIRE, each once, separated by commas: "eager" (in frames of the control
+   * connection: small transfers), "direct", "nvlink", and the carriers of the channels, such as "tcpx". NUL-terminated, cut to 63 bytes.
+   */
+  char carriers[64];
+  /** This host's NICs of the channels that moved bytes, each once, separated by commas; NUL-terminated, cut to 127 bytes. */
+  char nics[128];
+} uccl_xfer_path_t;
+
 /** Unused; kept for compatibility with code that names it. */
 typedef struct md {
   /** The notification. */
@@ -1219,6 +1237,22 @@ int uccl_engine_channel_stats(uccl_conn_t *conn, size_t channel, struct uccl_cha
  * Threads: any.
  */
 int uccl_engine_stats_text(uccl_engine_t *engine, char *buf, size_t len, size_t *needed);
+
+/**
+ * Returns what carried the bytes of a transfer, counted while they moved: not what the configuration says.
+ *
+ * @param conn         [in]     The connection that started it.
+ * @param transfer_id  [in]     Its id. It may be in flight, or have ended, unless 16,384 later transfers of its connection have ended too:
+ *                              then nothing is known of it.
+ * @param path         [in,out] The answer; the caller sets the member size. Once the connection has ended, channels have no names.
+ * @return UCCL_OK; UCCL_ERR_NOT_FOUND for an id that this connection never returned;
+ *         UCCL_ERR_INVALID_ARGUMENT for a size below 16; another negative status.
+ *
+ * Threads: any.
+ */
+int uccl_engine_xfer_path(uccl_conn_t *conn,
+                          uint64_t transfer_id,
+                          struct uccl_xfer_path_t *path);
 
 /* ==== Errors and version ==== */
 

@@ -157,6 +157,9 @@ pub(crate) trait Direct: Send {
     /// Errors of the GPU's driver.
     fn ready(&mut self, place: Place) -> Result<()>;
 
+    /// Whether copies between these places cross NVLink.
+    fn by_nvlink(&self, here: Place, there: Place) -> bool;
+
     /// Bytes sent and received.
     fn flowed(&self) -> (u64, u64);
 

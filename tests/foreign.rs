@@ -13,6 +13,10 @@ use uccl_p2p::config::Config;
 use uccl_p2p::engine::{Connection, Direction, Engine, LocalSegment};
 
 const CASE: &str = "UCCL_FOREIGN_TEST_CASE";
+/// What the receive manager does wrong.
+const HOW: &str = "UCCL_FOREIGN_TEST_HOW";
+/// A call may take so much longer than its deadline.
+const MARGIN: Duration = Duration::from_secs(1);
 /// Places of the plugin's counters, as its `rules::Counters` lists them.
 const REGISTRATIONS: usize = 0;
 const REGISTRATIONS_MOST: usize = 1;
@@ -235,17 +239,48 @@ fn standing(log: &str) -> usize {
 
 #[test]
 fn a_frozen_receive_manager_keeps_no_close() {
-    let log = run_frozen("frozen_close", &[("UCCL_TCPX_CLOSE_TIMEOUT_MS", "1000")]);
+    let short = [("UCCL_TCPX_CLOSE_TIMEOUT_MS", "1000"), ("UCCL_TCPX_CONNECT_TIMEOUT_MS", "6000")];
+    let log = run_frozen("frozen_close", &short);
     assert_eq!(standing(&log), 1, "{log}");
     assert!(log.contains("GPUDirectTCPX_v7: closeRecv has returned after"), "{log}");
+    let log = run_frozen("frozen_close", &[&short[..], &[TCPXO]].concat());
+    assert_eq!(standing(&log), 1, "{log}");
+    assert!(log.contains("FasTrak (simulated): ") && log.contains(" has returned after"), "{log}");
 }
 
 #[test]
 fn a_frozen_receive_manager_keeps_no_connect() {
     let log = run_frozen("frozen_import", &[("UCCL_TCPX_CONNECT_TIMEOUT_MS", "6000")]);
     assert_eq!(standing(&log), 1, "{log}");
+    // The deadline is before the time after which a call stands still.
+    let log = run_frozen("frozen_import", &[("UCCL_TCPX_CONNECT_TIMEOUT_MS", "1500")]);
+    assert!(standing(&log) <= 1, "{log}");
     // The plugin's own threads wait for rules.
     run_frozen("frozen_rule", &[("UCCL_TCPX_CONNECT_TIMEOUT_MS", "1000")]);
+    for timeout in ["1500", "8000"] {
+        run_frozen("frozen_register", &[TCPXO, ("UCCL_TCPX_CONNECT_TIMEOUT_MS", timeout)]);
+    }
+}
+
+#[test]
+fn a_plugin_whose_init_stands_still_holds_up_no_other() {
+    run_frozen("frozen_init", &[TCPXO, ("UCCL_TCPX_CONNECT_TIMEOUT_MS", "1000")]);
+}
+
+/// A manager that hangs up makes TCPX compute for ever.
+#[test]
+fn a_receive_manager_that_hangs_up_or_refuses_or_talks_nonsense_keeps_no_caller() {
+    let short = [("UCCL_TCPX_CLOSE_TIMEOUT_MS", "1000"), ("UCCL_TCPX_CONNECT_TIMEOUT_MS", "2000")];
+    for how in ["import=hangup", "rule=hangup", "rule=refusal", "rule=garbage", "close=hangup", "close=refusal"] {
+        run_frozen("wrong_answers", &[&short[..], &[(HOW, how)]].concat());
+    }
+    for how in ["hangup", "refusal", "garbage"] {
+        for call in ["regMr", "deregMr"] {
+            let log = run_frozen("wrong_answers", &[&short[..], &[(HOW, &format!("{call}={how}")), TCPXO]].concat());
+            let kept = log.contains("blocks of staging memory are never freed, since the plugin may go on using them");
+            assert_eq!(kept, call == "deregMr", "{log}");
+        }
+    }
 }
 
 #[test]
@@ -367,6 +402,9 @@ fn child() {
         "frozen_close" => frozen_close(),
         "frozen_import" => frozen_set_up("import"),
         "frozen_rule" => frozen_set_up("rule"),
+        "frozen_register" => frozen_register(),
+        "frozen_init" => frozen_init(),
+        "wrong_answers" => wrong_answers(),
         "slow_close" => slow_close(),
         "closes" => closes(false),
         "network_resets" => closes(true),
@@ -507,30 +545,38 @@ fn peer_dies() {
     settles("descriptors are closed", DESCRIPTORS, 0);
 }
 
-/// A receive manager that answers no call of some kinds, until it is dropped or for a minute: a call that waits for it goes on then.
+/// A receive manager that answers calls of some kinds not or wrongly, until it is dropped or for a minute: a call that waits for it goes on
+/// then.
 struct Frozen {
     file: PathBuf,
-    thawed: Arc<std::sync::atomic::AtomicBool>,
 }
 
 impl Frozen {
     fn new(calls: &str) -> Frozen {
         let file = PathBuf::from(std::env::var("STRICT_FOREIGN_ANSWERS").expect("file"));
         std::fs::write(&file, calls).expect("file");
-        let frozen = Frozen { file: file.clone(), thawed: Arc::default() };
-        let thawed = frozen.thawed.clone();
+        let frozen = Frozen { file: file.clone() };
         std::thread::spawn(move || {
             std::thread::sleep(Duration::from_secs(60));
-            thawed.store(true, std::sync::atomic::Ordering::SeqCst);
             let _ = std::fs::remove_file(file);
         });
         frozen
     }
+}
 
-    /// What went before did not wait for it.
-    fn is_frozen(&self, what: &str) {
-        assert!(!self.thawed.load(std::sync::atomic::Ordering::SeqCst), "{what} has waited for the receive manager");
-    }
+/// Runs something that has a deadline.
+fn in_time<R>(what: &str, deadline: Duration, body: impl FnOnce() -> R) -> R {
+    let before = Instant::now();
+    let result = body();
+    let (time, most) = (before.elapsed(), deadline + MARGIN);
+    assert!(time < most, "{what} took {time:.1?}, of at most {most:.1?}");
+    result
+}
+
+/// The deadlines of a connect and of a close.
+fn deadlines() -> (Duration, Duration) {
+    let config = Config::from_env().expect("configuration");
+    (config.connect_timeout, config.close_timeout)
 }
 
 impl Drop for Frozen {
@@ -543,8 +589,9 @@ impl Drop for Frozen {
 fn is_refused(a: &Engine, b: &Engine, call: &str) {
     let until = Instant::now() + Duration::from_secs(20);
     loop {
-        let error = a.connect("127.0.0.1", "", local::port(b)).expect_err("the receive manager is frozen").to_string();
-        if error.contains(&format!("GPUDirectTCPX_v7: {call} has not returned for ")) {
+        let connect = || a.connect("127.0.0.1", "", local::port(b));
+        let error = in_time("a connect", deadlines().0, connect).expect_err("the receive manager is frozen").to_string();
+        if error.contains(&format!("{call} has not returned for ")) {
             return;
         }
         assert!(Instant::now() < until, "{error}");
@@ -554,45 +601,52 @@ fn is_refused(a: &Engine, b: &Engine, call: &str) {
 fn frozen_close() {
     let (a, b) = (engine(), engine());
     let (connection, other) = pair(&a, &b);
+    let (connect, close) = deadlines();
     // Comms that are not closed may use it.
     let memory: [&'static mut [u8]; 2] = [vec![3u8; 64 << 20].leak(), vec![0; 64 << 20].leak()];
     let [from, to] = [0, 1].map(|i| memory[i].as_ptr() as usize);
     let (near, far) = (a.register(from, 64 << 20).expect("register"), b.register(to, 64 << 20).expect("register"));
     let item = b.fifo_item(far, to, 64 << 20).expect("item");
     let local = LocalSegment { mr: near, addr: from, len: 64 << 20 };
-    let frozen = Frozen::new("close");
+    // A close of TCPXO does not ask the manager, and the end of a registration does.
+    let frozen = Frozen::new(if delivers() { "deregMr" } else { "close" });
     connection.transfer(Direction::Write, std::iter::once((local, item))).expect("start");
     std::thread::sleep(Duration::from_millis(20));
-    connection.close();
-    other.close();
-    frozen.is_frozen("a close");
-    // The last sends of the four channels wait behind the first closeRecv, and may be read until they are closed.
-    let results = [a.deregister(near), b.deregister(far)];
-    frozen.is_frozen("a deregistration");
-    let error = results.into_iter().find_map(Result::err).expect("a comm that is not closed may use it").to_string();
-    assert!(error.contains("a plugin has not closed a channel"), "{error}");
-    is_refused(&a, &b, "closeRecv");
-    drop((connection, other));
+    in_time("a close", close, || connection.close());
+    in_time("a close", close, || other.close());
+    // After the deadline the connections are closed, which has a second.
+    let deregistration = close + Duration::from_secs(1);
+    let results =
+        [(&a, near), (&b, far)].map(|(engine, mr)| in_time("a deregistration", deregistration, || engine.deregister(mr)));
+    if !delivers() {
+        // The last sends of the four channels wait behind the first closeRecv, and may be read until they are closed.
+        let error = results.into_iter().find_map(Result::err).expect("a comm that is not closed may use it").to_string();
+        assert!(error.contains("a plugin has not closed a channel"), "{error}");
+    }
+    is_refused(&a, &b, if delivers() { "" } else { "closeRecv" });
+    in_time("the end of two connections", 2 * close, || drop((connection, other)));
     let (c, d) = (engine(), engine());
-    c.connect("127.0.0.1", "", local::port(&d)).expect_err("the plugin is the same");
-    drop((c, d));
-    frozen.is_frozen("the end of an engine");
+    let connected = in_time("a connect", connect, || c.connect("127.0.0.1", "", local::port(&d)));
+    connected.expect_err("the plugin is the same");
+    in_time("the end of two engines", 2 * close, || drop((c, d)));
     assert!(counter(COMMS) > 0);
     drop(frozen);
     settles("comms are closed", COMMS, 0);
     settles("flow rules are taken back", FLOW_RULES, 0);
     settles("receive pages are given back", PAGES_OUT, 0);
     drop(pair(&a, &b));
+    settles("comms are closed", COMMS, 0);
+    // An engine of TCPXO has no registration but those of its comms.
+    settles("registrations are dropped", REGISTRATIONS, 0);
 }
 
 fn frozen_set_up(call: &str) {
     let (a, b) = (engine(), engine());
-    let frozen = Frozen::new(call);
-    let error = a.connect("127.0.0.1", "", local::port(&b)).expect_err("the receive manager is frozen").to_string();
-    frozen.is_frozen("a connect");
+    let (frozen, (connect, _)) = (Frozen::new(call), deadlines());
+    let connected = in_time("a connect", connect, || a.connect("127.0.0.1", "", local::port(&b)));
+    let error = connected.expect_err("the receive manager is frozen").to_string();
     assert!(error.contains("did not come up in time"), "{error}");
     if call == "import" {
-        assert!(error.contains("GPUDirectTCPX_v7: accept has not returned for "), "{error}");
         is_refused(&a, &b, "accept");
     }
     drop(frozen);
@@ -602,6 +656,100 @@ fn frozen_set_up(call: &str) {
     }
     drop((a, b));
     settles("comms are closed", COMMS, 0);
+}
+
+/// The connection comes up without the memory that chunks need, and gets it with the first of them.
+fn frozen_register() {
+    let (a, b) = (engine(), engine());
+    let mut memory = [vec![3u8; LEN], vec![0; LEN]];
+    let [from, to] = [0, 1].map(|i| memory[i].as_mut_ptr() as usize);
+    let (near, far) = (a.register(from, LEN).expect("register"), b.register(to, LEN).expect("register"));
+    let (frozen, (connect, close)) = (Frozen::new("regMr"), deadlines());
+    let connection = in_time("a connect", connect, || a.connect("127.0.0.1", "", local::port(&b))).expect("connect");
+    let other = b.accept().expect("accept");
+    is_refused(&a, &b, "regMr");
+    drop(frozen);
+    let until = Instant::now() + Duration::from_secs(20);
+    while a.connect("127.0.0.1", "", local::port(&b)).is_err() {
+        assert!(Instant::now() < until, "the plugin does not go on");
+    }
+    let item = b.fifo_item(far, to, LEN).expect("item");
+    let local = LocalSegment { mr: near, addr: from, len: LEN };
+    let id = connection.transfer(Direction::Write, std::iter::once((local, item))).expect("start");
+    assert!(connection.wait(id, Some(Duration::from_secs(30))).expect("written").complete);
+    assert!(memory[0] == memory[1], "wrong bytes");
+    in_time("the end of two engines", 2 * close, || drop((connection, other, a, b)));
+    settles("comms are closed", COMMS, 0);
+}
+
+/// Engines with other plugins are made meanwhile, and those with this one as soon as it goes on.
+fn frozen_init() {
+    let (frozen, (connect, _)) = (Frozen::new("init"), deadlines());
+    let create = || Engine::new(Config::from_env().expect("configuration"));
+    let first = std::thread::spawn(move || in_time("an engine", connect, create).map(|_| ()));
+    std::thread::sleep(Duration::from_millis(100));
+    let soft = || Config::from_env_with(&[("UCCL_TCPX_PLUGIN_PATH", ""), ("UCCL_TCPX_PLUGIN", "soft")]).expect("configuration");
+    in_time("an engine over the software plugin", Duration::ZERO, || {
+        let (a, b) = (Engine::new(soft()).expect("engine"), Engine::new(soft()).expect("engine"));
+        assert_eq!(a.plugin_name(), "TCPX-soft");
+        drop(pair(&a, &b));
+    });
+    let second = std::thread::spawn(move || in_time("a second engine", connect, create).map(|_| ()));
+    for engine in [first, second] {
+        let error = engine.join().expect("in time").expect_err("the receive manager is frozen");
+        assert_eq!(error.kind(), uccl_p2p::status::ErrorKind::PluginLoad);
+        assert!(error.to_string().contains("plugin FasTrak (simulated): init has not returned for 1."), "{error}");
+    }
+    in_time("a third engine", Duration::ZERO, create).expect_err("it stands still");
+    drop(frozen);
+    let until = Instant::now() + Duration::from_secs(20);
+    while let Err(e) = create() {
+        assert!(Instant::now() < until, "{e}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    moves();
+}
+
+fn wrong_answers() {
+    let how = std::env::var(HOW).expect("how");
+    let (connect, close) = deadlines();
+    let (a, b) = (engine(), engine());
+    let memory: [&'static mut [u8]; 2] = [vec![3u8; LEN].leak(), vec![0; LEN].leak()];
+    let [from, to] = [0, 1].map(|i| memory[i].as_ptr() as usize);
+    let (near, far) = (a.register(from, LEN).expect("register"), b.register(to, LEN).expect("register"));
+    let later = how.starts_with("close") || how.starts_with("deregMr");
+    let before = later.then(|| pair(&a, &b));
+    let frozen = Frozen::new(&how);
+    let connected: uccl_p2p::status::Result<_> = before.map_or_else(
+        || {
+            let connection = in_time("a connect", connect, || a.connect("127.0.0.1", "", local::port(&b)))?;
+            Ok((connection, b.accept().expect("accept")))
+        },
+        Ok,
+    );
+    if how.starts_with("import") || how.starts_with("rule") {
+        let error = connected.as_ref().map(|_| ()).expect_err("no channel comes up").to_string();
+        let refused = !how.ends_with("hangup");
+        assert_eq!(error.contains("no flow rule: "), refused, "{error}");
+    } else {
+        let (connection, other) = connected.as_ref().expect("connected");
+        let item = b.fifo_item(far, to, LEN).expect("item");
+        let local = LocalSegment { mr: near, addr: from, len: LEN };
+        let id = connection.transfer(Direction::Write, std::iter::once((local, item))).expect("start");
+        // Without staging memory the transfer fails.
+        let written = in_time("a transfer", Duration::from_secs(10), || connection.wait(id, Some(Duration::from_secs(10))));
+        assert_eq!(written.is_ok(), later, "{written:?}");
+        in_time("a close", close, || connection.close());
+        in_time("a close", close, || other.close());
+    }
+    drop(frozen);
+    in_time("the end of two engines", 3 * close, || drop((connected, a, b)));
+    // Only a restart helps where TCPX computes for ever.
+    if !how.ends_with("hangup") || delivers() {
+        settles("comms are closed", COMMS, 0);
+        let (c, d) = (engine(), engine());
+        drop(pair(&c, &d));
+    }
 }
 
 fn slow_close() {

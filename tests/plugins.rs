@@ -266,6 +266,23 @@ fn the_newest_table_is_preferred_and_read_right() {
     }
 }
 
+/// Every byte compared, over the tables of all versions. With an iflush, a receive has wrong bytes until it was flushed.
+#[test]
+fn an_engine_transfers_over_every_table() {
+    let s = Scratch::new("moves");
+    for version in 7..=12 {
+        for full in [&[][..], &["-DFULL"]] {
+            let name = format!("moves_v{version}_{}", full.len());
+            let own = format!("-DVERSION={version}");
+            let options = [&["-DMOVES", &own], full].concat();
+            let path = compiled(&s, "net_table", &name, &options).display().to_string();
+            let carried = format!("2 channels over simulated-v{version} on ib0 for GPU 0 here and GPU 0 there");
+            let environment = [("UCCL_TCPX_PLUGIN_PATH", &*path), ("UCCL_P2P_DISABLE_IPC", "1"), ("UCCL_TCPX_NUM_CHANNELS", "2")];
+            passes("chunks", &environment, &[&carried]);
+        }
+    }
+}
+
 // ---- cases ----
 
 fn engine() -> std::sync::Arc<Engine> {

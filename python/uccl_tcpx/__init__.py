@@ -9,7 +9,7 @@ elsewhere. docs/python.md explains it.
 from . import p2p
 from ._version import __version__
 from .errors import ConnectionLost, InvalidArgument, TimedOut, UcclError
-from .p2p import Endpoint, Notification, Path, Progress, Region, XferDesc
+from .p2p import Endpoint, Notification, Path, Progress, Region, TransferPath, XferDesc
 
 __all__ = [
     "ConnectionLost",
@@ -20,6 +20,7 @@ __all__ = [
     "Progress",
     "Region",
     "TimedOut",
+    "TransferPath",
     "UcclError",
     "XferDesc",
     "__version__",

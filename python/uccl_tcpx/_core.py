@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Opt
 
 from ._buffers import Memory
 from ._events import Events
-from ._library import FIFO_SIZE, ChannelStats, ConnectionStats, FifoItem, Option, TransferInfo, library
+from ._library import FIFO_SIZE, ChannelStats, ConnectionStats, FifoItem, Option, TransferInfo, XferPath, library
 from .errors import CANCELED, IN_PROGRESS, NOT_FOUND, RESOURCE, TIMED_OUT, UcclError, error, invalid
 
 # A blocking call comes back to the interpreter so often, for signals such as Ctrl-C.
@@ -52,6 +52,15 @@ class Path(NamedTuple):
     bytes: int
     channels: int
     lost: int
+
+
+class TransferPath(NamedTuple):
+    """What carried a transfer, counted while it moved; empty before its first byte.
+
+    `carriers` are words as in `Path`, `nics` this host's NICs of the channels that moved bytes of it."""
+
+    carriers: Tuple[str, ...]
+    nics: Tuple[str, ...]
 
 
 class Segment(NamedTuple):
@@ -365,6 +374,19 @@ class Core:
             status = self.lib.check(self.lib.poll(handle, part & (1 << _CONNECTION_SHIFT) - 1, c.byref(info)))
             done, moved, total = done and status != IN_PROGRESS, moved + info.bytes_done, total + info.bytes_total
         return Progress(done, moved, total)
+
+    def transfer_path(self, number: int) -> TransferPath:
+        """What carried a transfer."""
+        carriers: List[str] = []
+        nics: List[str] = []
+        answer = XferPath()
+        for part in self._parts(number):
+            answer.size = c.sizeof(XferPath)
+            handle = self.connection(part >> _CONNECTION_SHIFT)
+            self.lib.check(self.lib.xfer_path(handle, part & (1 << _CONNECTION_SHIFT) - 1, c.byref(answer)))
+            for words, text in ((carriers, answer.carriers), (nics, answer.nics)):
+                words += [word for word in text.decode(errors="replace").split(",") if word and word not in words]
+        return TransferPath(tuple(carriers), tuple(nics))
 
     def wait(self, number: int, timeout: Optional[float]) -> bool:
         """Blocks until a transfer has ended; False after the timeout (seconds).

@@ -70,6 +70,10 @@ class ChannelStats(c.Structure):
     ]
 
 
+class XferPath(c.Structure):
+    _fields_ = [("size", c.c_size_t), ("channels", c.c_uint64), ("carriers", c.c_char * 64), ("nics", c.c_char * 128)]
+
+
 _handle, _size, _status, _text, _id = c.c_void_p, c.c_size_t, c.c_int, c.c_char_p, c.c_uint64
 _sizes, _ids, _items, _addresses = c.POINTER(_size), c.POINTER(_id), c.POINTER(FifoItem), c.POINTER(c.c_void_p)
 _vector = [_handle, _ids, _addresses, _sizes, _items, c.c_int, _ids]
@@ -105,6 +109,7 @@ _PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
     "notif_free": (None, [_handle]),
     "conn_stats": (_status, [_handle, c.POINTER(ConnectionStats)]),
     "channel_stats": (_status, [_handle, _size, c.POINTER(ChannelStats)]),
+    "xfer_path": (_status, [_handle, _id, c.POINTER(XferPath)]),
     "stats_text": (_status, [_handle, _text, _size, _sizes]),
     "strerror": (_text, [c.c_int32]),
     "last_error": (_text, []),

@@ -22,7 +22,7 @@ from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Seq
 
 from ._aio import Aio
 from ._buffers import Memory, memory_of
-from ._core import Core, Notification, Path, Progress, Segment, deadline, slices, timed_out
+from ._core import Core, Notification, Path, Progress, Segment, TransferPath, deadline, slices, timed_out
 from ._library import ACCESS_REMOTE_READ, ACCESS_REMOTE_WRITE, FIFO_SIZE, library
 from ._passive import accept_passively
 from .errors import UNSUPPORTED, ConnectionLost, InvalidArgument, TimedOut, UcclError, invalid
@@ -39,6 +39,7 @@ __all__ = [
     "Progress",
     "Region",
     "TimedOut",
+    "TransferPath",
     "UcclError",
     "XferDesc",
     "XferHandle",
@@ -536,6 +537,11 @@ class Endpoint:
         """Which path has carried how many bytes of the connection, in both directions: by carrier (as in UCCL_TCPX_REQUIRE) and NIC. The
         difference of two calls is what the transfers between them took. Bytes of a transfer are counted when it has ended, at the latest."""
         return self._core.paths(conn_id)
+
+    def transfer_path(self, transfer_id: int) -> TransferPath:
+        """What carried a transfer: its carriers, as in `paths`, and this host's NICs. Also of a transfer that is done, while it is among the
+        last 16,384 of its connection."""
+        return self._core.transfer_path(transfer_id)
 
     def stats_text(self) -> str:
         """Statistics of the endpoint, its connections and their channels, for people."""

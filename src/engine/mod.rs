@@ -19,7 +19,7 @@ mod setup;
 pub(crate) mod transfer;
 
 pub use crate::notify::{next_notification_of_process, Notification};
-pub use connection::Connection;
+pub use connection::{Connection, TransferPath};
 pub use fifo::FifoItem;
 pub use list::List;
 pub use transfer::{Direction, LocalSegment, TransferState};

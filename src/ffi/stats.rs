@@ -5,6 +5,7 @@ use super::engine::uccl_engine_t;
 use super::guard::{out_arg, status};
 use super::handles::{connections, engines};
 use super::metadata::copy_text;
+use crate::engine::TransferPath;
 use crate::stats::{ChannelStats, ConnectionStats, EngineStats, Totals};
 use crate::status::{bail, Result, UCCL_OK};
 use std::ffi::{c_char, c_int};
@@ -288,6 +289,49 @@ fn nth(channels: Vec<ChannelStats>, channel: usize) -> Result<uccl_channel_stats
     match channels.get(channel) {
         Some(found) => Ok(found.into()),
         None => bail!(NotFound, "no channel {channel}: the connection has {}", channels.len()),
+    }
+}
+
+/// What carried the bytes of a transfer. All empty before the first byte has moved.
+#[allow(non_camel_case_types)]
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct uccl_xfer_path_t {
+    /// Size of this structure. Set it to sizeof(uccl_xfer_path_t) before the call; the call sets it to the bytes that it filled.
+    pub size: usize,
+    /// Channels that moved bytes of it: bit n stands for channel n of uccl_engine_channel_stats. Channels after the 61st share its bit. A
+    /// channel that was lost counts if it had sent bytes.
+    pub channels: u64,
+    /// The words for what carried its bytes, as in UCCL_TCPX_REQUIRE, each once, separated by commas: "eager" (in frames of the control
+    /// connection: small transfers), "direct", "nvlink", and the carriers of the channels, such as "tcpx". NUL-terminated, cut to 63 bytes.
+    pub carriers: [c_char; 64],
+    /// This host's NICs of the channels that moved bytes, each once, separated by commas; NUL-terminated, cut to 127 bytes.
+    pub nics: [c_char; 128],
+}
+
+/// Returns what carried the bytes of a transfer, counted while they moved: not what the configuration says.
+///
+/// @param conn         [in]     The connection that started it.
+/// @param transfer_id  [in]     Its id. It may be in flight, or have ended, unless 16,384 later transfers of its connection have ended too:
+///                              then nothing is known of it.
+/// @param path         [in,out] The answer; the caller sets the member size. Once the connection has ended, channels have no names.
+/// @return UCCL_OK; UCCL_ERR_NOT_FOUND for an id that this connection never returned;
+///         UCCL_ERR_INVALID_ARGUMENT for a size below 16; another negative status.
+///
+/// Threads: any.
+#[no_mangle]
+pub unsafe extern "C" fn uccl_engine_xfer_path(conn: *mut uccl_conn_t, transfer_id: u64, path: *mut uccl_xfer_path_t) -> c_int {
+    status(|| {
+        let conn = connections().get(conn.cast())?;
+        // SAFETY: the caller passes a structure that begins with its size, or null.
+        unsafe { fill(path, || Ok(uccl_xfer_path_t::from(&conn.path(transfer_id)?))) }
+    })
+}
+
+impl From<&TransferPath> for uccl_xfer_path_t {
+    fn from(of: &TransferPath) -> uccl_xfer_path_t {
+        let (carriers, nics) = (name(&of.carriers.join(",")), name(&of.nics.join(",")));
+        uccl_xfer_path_t { size: size_of::<uccl_xfer_path_t>(), channels: of.channels, carriers, nics }
     }
 }
 

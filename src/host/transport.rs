@@ -677,6 +677,10 @@ impl Direct for OneHost {
         }
     }
 
+    fn by_nvlink(&self, here: Place, there: Place) -> bool {
+        self.wire.by_nvlink(here, there)
+    }
+
     fn flowed(&self) -> (u64, u64) {
         (self.writes.moved().0 + self.staged.doing().moved.0, self.received)
     }

@@ -2,6 +2,7 @@
 //! through here, with the locks and the signal mask that the plugin's traits require; `comm` keeps the order of calls.
 
 pub use super::device::Device;
+use super::loads::{Loads, Name, Work};
 use super::plugin_thread::PluginThread;
 use super::registrations::{End, MHandle, Registrar, Registrations};
 use super::rxdm::Asking;
@@ -18,11 +19,12 @@ use crate::status::{bail, err, Error, ErrorKind, Result};
 use crate::types::{DEVMEM, SOFT};
 use nccl_net_abi as abi;
 use nccl_net_abi::{ncclNetDeviceHandle_v7, ncclResult_t, ucclIoVec};
-use process::{Mutex, PerProcess};
+use process::PerProcess;
 use std::ffi::{c_int, c_void, CStr, CString};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Arc, Once};
+use std::time::Duration;
 
 /// Folders and file names searched for GPUDirect-TCPX and GPUDirect-TCPXO, in order; LD_LIBRARY_PATH follows.
 pub const PLACES: [(&[&str], &[&str]); 2] = [(search::TCPX.dirs, search::TCPX.files), (search::TCPXO.dirs, search::TCPXO.files)];
@@ -31,6 +33,9 @@ pub const PLACES: [(&[&str], &[&str]); 2] = [(search::TCPX.dirs, search::TCPX.fi
 pub fn device_memory_agent() -> Option<String> {
     soft_plugin::device_memory_agent().map(|path| path.display().to_string())
 }
+
+/// How long to wait while another thread loads a plugin of this library.
+const LOAD_WITHIN: Duration = Duration::from_secs(30);
 
 /// Largest message of a foreign plugin. A larger one could need more fragments than TCPX has room for, and TCPX would end the
 /// process.
@@ -97,7 +102,9 @@ fn answered(plugin: &str, call: &str, answer: Answer) -> Result<()> {
 impl Plugin {
     /// The built-in software plugin.
     pub(crate) fn soft() -> Result<Arc<Plugin>> {
-        load_once(None, || Plugin::start(soft_plugin::table(), Some(Ext::built_in()), None, &None))
+        load_once(None, LOAD_WITHIN, || {
+            Ok(Work::Here(Box::new(|| Plugin::start(soft_plugin::table(), Some(Ext::built_in()), None, &None).map(Arc::new))))
+        })
     }
 
     /// Device memory TCP. `gpu` returns the GPU whose memory the NICs first get.
@@ -105,10 +112,11 @@ impl Plugin {
     /// # Errors
     /// `Unsupported`: what it lacks, in the kernel's words where it has some.
     pub(crate) fn device_memory(gpu: &dyn Fn() -> Result<Scope>) -> Result<Arc<Plugin>> {
-        load_once(Some(Path::new(soft_plugin::DEVICE_MEMORY)), || {
+        load_once(Some(Path::new(soft_plugin::DEVICE_MEMORY)), LOAD_WITHIN, || {
             let scope = gpu()?;
             within(&scope, || soft_plugin::prepare_device_memory().map_err(|why| err!(Unsupported, "{why}")))?;
-            Plugin::start(soft_plugin::device_table(), Some(Ext::for_device_memory()), None, &scope)
+            let start = move || Plugin::start(soft_plugin::device_table(), Some(Ext::for_device_memory()), None, &scope);
+            Ok(Work::Here(Box::new(move || start().map(Arc::new))))
         })
     }
 
@@ -201,10 +209,10 @@ impl Plugin {
             Some(kind) => Err(err!(Unsupported, "{}: holds plugin {name}, which is not {}", path.display(), kind.title)),
             None => Ok(()),
         };
-        let plugin = load_once(Some(path), || {
-            let (table, ext) = open(path)?;
+        let plugin = load_once(Some(path), config.connect_timeout, || {
+            let ((table, ext), path) = (open(path)?, path.to_owned());
             if ext.is_some() {
-                return Plugin::start(table, ext, Some(path.to_owned()), &None);
+                return Ok(Work::Here(Box::new(move || Plugin::start(table, ext, Some(path), &None).map(Arc::new))));
             }
             admit(&table.name())?;
             if is_tcpx(&table.name()) {
@@ -216,7 +224,9 @@ impl Plugin {
             if is_tcpxo(&table.name()) && !config.emulate_device {
                 Machine::here().check(scope.as_ref().and_then(|gpu| gpu.address()).as_deref())?;
             }
-            Plugin::start(table, ext, Some(path.to_owned()), &scope)
+            // It may wait for other programs without a limit.
+            let start = move || Plugin::start(table, ext, Some(path), &scope).map(Arc::new);
+            Ok(Work::Thread(table.name(), Box::new(start)))
         })?;
         admit(&plugin.name)?;
         Ok(plugin)
@@ -701,8 +711,8 @@ impl CommKind {
     }
 }
 
-/// The result of loading each path (`None`: the built-in plugin). An error after the library was loaded is final: init runs once.
-type Loaded = Vec<(Option<PathBuf>, Arc<Plugin>)>;
+/// The plugins of this process, each with its path.
+type Loaded = Vec<(Name, Arc<Plugin>)>;
 
 /// Kinds of plugins of Google's that the configuration asks for, in this order.
 fn wanted(config: &Config, machine: &Machine) -> &'static [&'static Kind] {
@@ -742,21 +752,16 @@ fn open(path: &Path) -> Result<(&'static dyn NetTable, Option<Ext>)> {
     }
 }
 
-fn load_once(path: Option<&Path>, load: impl FnOnce() -> Result<Plugin>) -> Result<Arc<Plugin>> {
+fn load_once(path: Option<&Path>, within: Duration, prepare: impl FnOnce() -> Result<Work<Arc<Plugin>>>) -> Result<Arc<Plugin>> {
     /// The latest list of this process or its parent: plugins stay loaded in a child, and are not initialised again.
     static LAST: AtomicPtr<Loaded> = AtomicPtr::new(std::ptr::null_mut());
-    // SAFETY: null, or a list that was leaked below.
-    static LOADED: PerProcess<Mutex<Loaded>> =
-        PerProcess::new(|| Mutex::new(unsafe { LAST.load(Ordering::Acquire).as_ref() }.cloned().unwrap_or_default()));
-    let mut loaded = LOADED.get().lock();
-    let path = path.map(|p| p.canonicalize().unwrap_or_else(|_| p.to_owned()));
-    if let Some((_, plugin)) = loaded.iter().find(|(p, _)| *p == path) {
-        return Ok(plugin.clone());
-    }
-    let plugin = Arc::new(load()?);
-    loaded.push((path, plugin.clone()));
-    LAST.store(Box::into_raw(Box::new(loaded.clone())), Ordering::Release);
-    Ok(plugin)
+    static LOADS: PerProcess<Loads<Arc<Plugin>>> = PerProcess::new(|| {
+        // SAFETY: null, or a list that was leaked below.
+        let loaded = unsafe { LAST.load(Ordering::Acquire).as_ref() }.cloned().unwrap_or_default();
+        Loads::new(loaded, |loaded| LAST.store(Box::into_raw(Box::new(loaded.to_vec())), Ordering::Release))
+    });
+    let name = path.map(|p| p.canonicalize().unwrap_or_else(|_| p.to_owned()));
+    LOADS.get().once(&name, within, prepare)
 }
 
 /// The first candidate that is a plugin of this kind and starts. One that fails is an error if it `must` start, and otherwise skipped

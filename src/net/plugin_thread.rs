@@ -2,7 +2,7 @@
 //! call may take as long as another program likes, so a caller waits with a limit and may leave it behind: what the call uses belongs
 //! to its job, which lives until the call has returned. Knows nothing of what the jobs do.
 
-use crate::status::{err, Error, Result};
+use crate::status::{err, Error, ErrorKind, Result};
 use process::{Condvar, Mutex, MutexGuard};
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -12,6 +12,9 @@ use std::time::{Duration, Instant};
 
 /// A call that runs longer has stalled: callers stop waiting, and new calls are refused until it returns.
 const LIMIT: Duration = if cfg!(test) { Duration::from_millis(500) } else { Duration::from_secs(5) };
+
+/// The same on a thread that serves several plugins: an engine's thread for incoming connections.
+pub(crate) const IMPATIENT: Duration = if cfg!(test) { Duration::from_millis(200) } else { Duration::from_secs(2) };
 
 /// How long a caller waits for closes.
 const SETTLE: Duration = if cfg!(test) { Duration::from_millis(200) } else { Duration::from_secs(1) };
@@ -77,6 +80,38 @@ pub(super) struct PluginThread {
 thread_local! {
     /// The address of the thread's queue.
     static HERE: Cell<usize> = const { Cell::new(0) };
+    /// How long the thread's calls wait.
+    static PATIENCE: Cell<Patience> = const { Cell::new(Patience { until: None, limit: LIMIT }) };
+}
+
+/// How long the calls of a thread wait at most, while this lives.
+#[derive(Clone, Copy)]
+struct Patience {
+    /// A deadline.
+    until: Option<Instant>,
+    /// For a call that runs so long.
+    limit: Duration,
+}
+
+/// Gives the calling thread its earlier patience back.
+pub(crate) struct Limited(Patience, std::marker::PhantomData<*const ()>);
+
+/// No call of the calling thread waits for a plugin's thread beyond `until`, while the result lives.
+pub(crate) fn limited(until: Instant) -> Limited {
+    let before = PATIENCE.get();
+    let until = before.until.map_or(until, |earlier| earlier.min(until));
+    Limited(PATIENCE.replace(Patience { until: Some(until), ..before }), std::marker::PhantomData)
+}
+
+/// The calling thread waits for no call of a plugin's that has run for longer than `limit`.
+pub(crate) fn be_impatient(limit: Duration) {
+    PATIENCE.set(Patience { limit, ..PATIENCE.get() });
+}
+
+impl Drop for Limited {
+    fn drop(&mut self) {
+        PATIENCE.set(self.0);
+    }
 }
 
 impl PluginThread {
@@ -90,10 +125,11 @@ impl PluginThread {
         HERE.get() == std::ptr::from_ref(self) as usize
     }
 
-    /// Runs a call on the thread and waits for its result.
+    /// Runs a call on the thread and waits for its result, as long as the calling thread may.
     ///
     /// # Errors
-    /// The call's. `Plugin` when it does not begin or end in time: what it returns later is dropped. `Resource` without a thread.
+    /// The call's. `Plugin` when it or the one before it stands still, `TimedOut` at the deadline of the calling thread: what it returns
+    /// later is dropped. `Resource` without a thread.
     pub(super) fn call<R: Send + 'static>(
         &'static self,
         name: &'static str,
@@ -104,8 +140,9 @@ impl PluginThread {
         }
         let result = Arc::new(Mutex::new(None));
         let place = result.clone();
+        let patience = PATIENCE.get();
         let mut state = self.state.lock();
-        if let Some(error) = self.standing(&mut state) {
+        if let Some(error) = self.exhausted(&mut state, patience) {
             return Err(refused(name, &error));
         }
         self.start(&mut state)?;
@@ -120,7 +157,7 @@ impl PluginThread {
             if let Some(result) = result.lock().take() {
                 return result;
             }
-            if let Some(error) = self.standing(&mut state) {
+            if let Some(error) = self.exhausted(&mut state, patience) {
                 let at = state.calls.iter().position(|job| job.number == number);
                 let never_begun = at.and_then(|at| state.calls.remove(at));
                 drop(state);
@@ -128,8 +165,8 @@ impl PluginThread {
                 drop(never_begun);
                 return Err(refused(name, &error));
             }
-            let until = state.running.as_ref().map_or_else(Instant::now, |running| running.since) + LIMIT;
-            self.ended.wait_until(&mut state, until);
+            let until = state.running.as_ref().map_or_else(Instant::now, |running| running.since) + patience.limit;
+            self.ended.wait_until(&mut state, patience.until.map_or(until, |deadline| deadline.min(until)));
         }
     }
 
@@ -194,9 +231,21 @@ impl PluginThread {
     }
 
     fn standing(&'static self, state: &mut State) -> Option<Error> {
+        self.runs_longer(state, LIMIT)
+    }
+
+    /// Why a caller with this patience waits no longer, if so.
+    fn exhausted(&'static self, state: &mut State, patience: Patience) -> Option<Error> {
+        let late = patience.until.is_some_and(|until| Instant::now() >= until);
+        let standing = self.runs_longer(state, if late { Duration::ZERO } else { patience.limit });
+        let timed_out = |e: Error| Error::new(if late { ErrorKind::TimedOut } else { e.kind() }, format_args!("{e}"));
+        standing.map(timed_out).or_else(|| late.then(|| err!(TimedOut, "plugin {}: no time is left", self.plugin())))
+    }
+
+    fn runs_longer(&'static self, state: &mut State, limit: Duration) -> Option<Error> {
         let running = state.running.as_ref()?;
         let time = running.since.elapsed();
-        if time < LIMIT {
+        if time < limit {
             return None;
         }
         let error = err!(
@@ -206,7 +255,9 @@ impl PluginThread {
             running.name,
             time.as_secs_f32()
         );
-        self.report(state);
+        if time >= LIMIT {
+            self.report(state);
+        }
         Some(error)
     }
 
@@ -379,6 +430,39 @@ mod tests {
         goes_on.send(()).expect("its receiver");
         thread.settle();
         assert_eq!((thread.call("listen", || Ok(3)), thread.stands_still()), (Ok(3), None));
+    }
+
+    #[test]
+    fn a_caller_waits_no_longer_than_its_deadline() {
+        let (thread, (goes_on, stands)) = (thread(), channel());
+        assert_eq!(thread.call("listen", || Ok(1)), Ok(1));
+        stand_still(thread, stands);
+        let before = Instant::now();
+        {
+            let _limited = limited(before + LIMIT / 10);
+            let _later = limited(before + 2 * LIMIT);
+            let error = thread.call("listen", || Ok(1)).expect_err("it stands still");
+            assert!(error.kind() == ErrorKind::TimedOut && error.to_string().contains("closeRecv has not returned"), "{error}");
+            assert!(before.elapsed() < LIMIT / 2, "{:?}", before.elapsed());
+            assert!(thread.call("listen", || Ok(1)).is_err(), "no time is left");
+        }
+        // A thread that serves others too waits less, and then at once.
+        let impatient = std::thread::spawn(move || {
+            be_impatient(IMPATIENT);
+            let waited = [0; 3].map(|_| {
+                let before = Instant::now();
+                assert_eq!(thread.call("listen", || Ok(1)).expect_err("it stands still").kind(), ErrorKind::Plugin);
+                before.elapsed()
+            });
+            assert!(waited[0] < LIMIT && waited[1..].iter().all(|waited| *waited < IMPATIENT / 4), "{waited:?}");
+        });
+        impatient.join().expect("no panic");
+        assert!(thread.call("listen", || Ok(1)).is_err(), "the limit of other callers");
+        assert!(before.elapsed() >= LIMIT);
+        goes_on.send(()).expect("its receiver");
+        thread.settle();
+        let _limited = limited(Instant::now() + LIMIT);
+        assert_eq!(thread.call("listen", || Ok(3)), Ok(3));
     }
 
     #[test]

@@ -2,13 +2,14 @@
 //! and reports its progress; the peer has no say in it on the control connection. A transfer whose regions the peer has not
 //! granted yet waits, and may go in chunks in the end. Knows nothing of how bytes are moved.
 
+use super::carriers::Carriers;
 use super::incoming::Ending;
 use super::listed::{listed, pairings, Kept, Waiting};
 use super::request::{Request, Sketch};
 use super::state::State;
 use super::transfers::Kind;
 use crate::channel::router::Channels;
-use crate::direct::{Blocks, Event, Pairing, Route, Start, Way};
+use crate::direct::{Blocks, Direct, Event, Pairing, Route, Start, Way};
 use crate::region::Hold;
 use crate::status::{bail, err, Error, Result};
 use crate::types::{Key, Landing, Piece, Place, Segment};
@@ -45,12 +46,16 @@ impl DirectTransfers<'_> {
         let key = Key { id, mine: true };
         let begun =
             direct.start(&mut Start { key, way, total, count, pairings: &pairings, hold: &hold, blocks, now: self.now }, None);
-        self.begin(key, way, total, Kept { hold, receive: None });
+        let by = over(&*direct, &pairings);
+        self.begin(key, way, total, by, Kept { hold, receive: None });
         Ok(Some((id, begun)))
     }
 
-    fn begin(&mut self, key: Key, way: Way, total: u64, kept: Kept) {
+    fn begin(&mut self, key: Key, way: Way, total: u64, by: Carriers, kept: Kept) {
         self.state.deadlines.start_in_order(key, way, total, self.now);
+        if let Some(id) = kept.receive.or(key.mine.then_some(key.id)) {
+            self.state.transfers.moved(id, 0, by);
+        }
         self.state.direct.kept.insert(key, kept);
         self.state.liveness.look_soon(self.now);
     }
@@ -86,9 +91,10 @@ impl DirectTransfers<'_> {
                 let begun = direct.start(start, None);
                 drop(blocks);
                 begun?;
+                let by = over(&*direct, &pairings);
                 self.state.segment_pool.give_list(request.segments);
                 self.state.segment_pool.give_wire(request.remote);
-                self.begin(key, way, total, Kept { hold, receive: None });
+                self.begin(key, way, total, by, Kept { hold, receive: None });
             }
             // The first small write goes eagerly meanwhile: it takes one way to the peer where the answer takes two.
             Route::Wait if way == Way::Out && self.is_eager(&waiting.request) => self.start_chunks(waiting)?,
@@ -127,7 +133,7 @@ impl DirectTransfers<'_> {
             self.state.queue.push(&Frame::Write { id, regions, segments: remote, eager: Some(data) }, now);
             self.state.liveness.look_soon(now);
             self.state.counts.eager_sent_bytes += total;
-            self.state.transfers.moved(id, total);
+            self.state.transfers.moved(id, total, Carriers::EAGER);
             return Ok(());
         }
         self.state.announce(Frame::Write { id, regions, segments: remote, eager: None }, now);
@@ -166,7 +172,7 @@ impl DirectTransfers<'_> {
     fn moved(&mut self, key: Key, len: u64) {
         self.state.deadlines.moved(key, len, self.now);
         let id = if key.mine { Some(key.id) } else { self.state.direct.receive_of(key) };
-        id.into_iter().for_each(|id| self.state.transfers.moved(id, len));
+        id.into_iter().for_each(|id| self.state.transfers.moved(id, len, Carriers::default()));
     }
 
     fn ended(&mut self, key: Key, done: bool) {
@@ -212,8 +218,10 @@ impl DirectTransfers<'_> {
         (receive, segment, hold): (u64, &Segment, &Hold),
     ) -> Option<Landing> {
         let region = hold.regions().get(usize::from(segment.region))?;
-        let landing = self.channels.direct()?.land(key, region, (segment.addr, len), from?)?;
-        self.begin(key, Way::In, len, Kept { hold: hold.clone(), receive: Some(receive) });
+        let (direct, from) = (self.channels.direct()?, from?);
+        let landing = direct.land(key, region, (segment.addr, len), from)?;
+        let by = Carriers::direct(direct.by_nvlink(segment.place, from));
+        self.begin(key, Way::In, len, by, Kept { hold: hold.clone(), receive: Some(receive) });
         Some(landing)
     }
 
@@ -242,8 +250,14 @@ impl DirectTransfers<'_> {
         let start =
             &mut Start { key, way: Way::Out, total, count, pairings: &pairings, hold: &hold, blocks: &mut blocks, now: self.now };
         direct.start(start, Some(landing))?;
+        let by = over(&*direct, &pairings);
         self.state.transfers.goes_directly(id);
-        self.begin(key, Way::Out, total, Kept { hold, receive: None });
+        self.begin(key, Way::Out, total, by, Kept { hold, receive: None });
         Ok(())
     }
+}
+
+/// What carries a direct transfer.
+fn over(direct: &dyn Direct, pairings: &[Pairing]) -> Carriers {
+    Carriers::direct(pairings.iter().any(|pairing| direct.by_nvlink(pairing.here, pairing.there)))
 }

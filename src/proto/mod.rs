@@ -11,6 +11,7 @@
 //! - I4: everything that a peer can make this engine keep has a limit (`limits`).
 //! - I5: only [`Machine::admit`] may fail and leave the connection open. Every later error ends it.
 
+mod carriers;
 mod deadlines;
 mod direct;
 mod eager;
@@ -31,6 +32,7 @@ mod simulation;
 mod state;
 mod transfers;
 
+pub use carriers::Carriers;
 pub(crate) use limits::MAX_BACKLOG;
 pub(crate) use liveness::heartbeat;
 pub(crate) use outgoing::tag;
@@ -133,6 +135,14 @@ impl Machine {
             Some(e) if !state.complete => Err(e.clone()),
             _ => Ok(state),
         }
+    }
+
+    /// What has carried bytes of a transfer of this engine.
+    ///
+    /// # Errors
+    /// `NotFound` for an id that was never given out.
+    pub(crate) fn carriers(&self, id: u64) -> Result<Carriers> {
+        self.state.transfers.carriers(id)
     }
 
     /// Whether nothing is kept of ended transfers of either engine.

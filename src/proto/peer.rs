@@ -1,6 +1,7 @@
 //! What each frame of the peer does: it announces transfers or chunks, gives a verdict, or carries an eager transfer. A frame
 //! that does not fit the state of its transfer is a violation. Knows nothing of sockets.
 
+use super::carriers::Carriers;
 use super::direct::DirectTransfers;
 use super::eager;
 use super::incoming::Ending;
@@ -202,7 +203,7 @@ impl PeerFrames<'_> {
         eager::store(stream.into_list(), data, self.channels)?;
         drop(hold);
         self.state.deadlines.end(key);
-        self.state.transfers.moved(id, data.len() as u64);
+        self.state.transfers.moved(id, data.len() as u64, Carriers::EAGER);
         self.state.transfers.finish(id, Ok(()));
         Ok(())
     }

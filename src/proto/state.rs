@@ -1,6 +1,7 @@
 //! The state of a connection's protocol: parts that each own their fields, and the steps that several parts take together. Knows
 //! nothing of who asks for a step: the application, the peer ([`super::peer`]), or the time.
 
+use super::carriers::Carriers;
 use super::deadlines::{Deadlines, Overdue};
 use super::eager::Eager;
 use super::incoming::{Ended, Ending, Incoming};
@@ -174,15 +175,15 @@ impl State {
     }
 
     /// Bytes of a stream of this engine are sent.
-    fn moved(&mut self, key: Key, len: u64, now: Instant) {
+    fn moved(&mut self, key: Key, len: u64, by: Carriers, now: Instant) {
         self.deadlines.moved(key, len, now);
         if key.mine {
-            self.transfers.moved(key.id, len);
+            self.transfers.moved(key.id, len, by);
         }
     }
 
     pub(super) fn chunk_sent(&mut self, channel: u16, key: Key, len: u64, now: Instant) -> Result<()> {
-        self.moved(key, len, now);
+        self.moved(key, len, Carriers::channel(channel), now);
         if let Some(left) = self.outgoing.sent(channel, key, len)? {
             self.stream_left(left);
         }
@@ -214,9 +215,9 @@ impl State {
     pub(super) fn chunk_received(&mut self, channel: u16, key: Key, len: u64, now: Instant) -> Result<()> {
         self.deadlines.moved(key, len, now);
         if let Some(receive) = self.incoming.receive_of(key) {
-            self.transfers.moved(receive, len);
+            self.transfers.moved(receive, len, Carriers::channel(channel));
         } else if key.mine {
-            self.transfers.moved(key.id, len);
+            self.transfers.moved(key.id, len, Carriers::channel(channel));
         }
         if let Some(ended) = self.incoming.arrived(channel, key, len)? {
             self.stream_ended(key, ended, now);
@@ -275,7 +276,7 @@ impl State {
         let Some(Closed { chunks, said }) = self.losses.recover(channel, now) else { return Ok(()) };
         let lost = self.outgoing.lose(channel, chunks, channels)?;
         let Undelivered { left, cancelled, unmoved, moved, chunks, bytes } = lost;
-        moved.into_iter().for_each(|(key, len)| self.moved(key, len, now));
+        moved.into_iter().for_each(|(key, len)| self.moved(key, len, Carriers::channel(channel), now));
         for (key, len) in unmoved {
             self.deadlines.unmoved(key, len);
             if key.mine {

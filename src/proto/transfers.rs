@@ -1,5 +1,6 @@
 //! Transfers that this engine started: ids, kinds, progress, outcome. Decides which verdicts of the peer fit. Pure bookkeeping.
 
+use super::carriers::Carriers;
 use crate::direct::Way;
 use crate::hash::Map;
 use crate::status::{bail, Error, ErrorKind, Result};
@@ -65,6 +66,7 @@ pub(super) struct Running {
     pub kind: Kind,
     total: u64,
     moved: u64,
+    carriers: Carriers,
     /// Segments of its lists, for the budget.
     segments: usize,
     /// The peer's verdict, if it arrived while the source was still being sent.
@@ -75,8 +77,8 @@ pub(super) struct Running {
     begun: Option<Instant>,
 }
 
-/// For so many ended transfers the number of bytes is remembered, and for so many failed ones the text of the error. Older ones
-/// report 0 bytes, or the kind of the error alone.
+/// For so many ended transfers the number of bytes and what carried them is remembered, and for so many failed ones the text of the error. Older ones
+/// report 0 bytes and no carrier, or the kind of the error alone.
 const REMEMBERED: usize = 1 << 14;
 
 /// Why a transfer failed.
@@ -108,25 +110,26 @@ impl OldFailures {
     }
 }
 
-/// Bytes of ended transfers. Each id has an entry that later ids overwrite.
+/// Bytes of ended transfers, and what carried them. Each id has an entry that later ids overwrite.
 #[derive(Debug, Default)]
-struct Ended(Vec<(u64, u64)>);
+struct Ended(Vec<(u64, u64, Carriers)>);
 
 impl Ended {
     fn place(id: u64) -> usize {
         (id % REMEMBERED as u64) as usize
     }
 
-    fn set(&mut self, id: u64, total: u64) {
+    fn set(&mut self, id: u64, total: u64, carriers: Carriers) {
         let place = Ended::place(id);
         if self.0.len() <= place {
-            self.0.resize(place + 1, (0, 0));
+            self.0.resize(place + 1, (0, 0, Carriers::default()));
         }
-        self.0[place] = (id, total);
+        self.0[place] = (id, total, carriers);
     }
 
-    fn get(&self, id: u64) -> u64 {
-        self.0.get(Ended::place(id)).map_or(0, |&(of, total)| if of == id { total } else { 0 })
+    fn get(&self, id: u64) -> (u64, Carriers) {
+        let kept = self.0.get(Ended::place(id)).filter(|&&(of, ..)| of == id);
+        kept.map_or_else(Default::default, |&(_, total, carriers)| (total, carriers))
     }
 }
 
@@ -170,7 +173,10 @@ impl Transfers {
         self.given += 1;
         self.segments += segments;
         log::trace!("transfer {} starts: {:?}, {total} bytes in {segments} segments", self.given, kind.op());
-        self.running.insert(self.given, Running { kind, total, moved: 0, segments, verdict: None, alias: None, begun });
+        self.running.insert(
+            self.given,
+            Running { kind, total, moved: 0, carriers: Carriers::default(), segments, verdict: None, alias: None, begun },
+        );
         self.given
     }
 
@@ -236,9 +242,10 @@ impl Transfers {
         }
     }
 
-    pub(super) fn moved(&mut self, id: u64, bytes: u64) {
+    pub(super) fn moved(&mut self, id: u64, bytes: u64, by: Carriers) {
         if let Some(running) = self.running.get_mut(&id) {
             running.moved += bytes;
+            running.carriers = running.carriers.and(by);
         }
     }
 
@@ -288,7 +295,7 @@ impl Transfers {
         } else if let Some(begun) = running.begun {
             self.timed.push(Timed { bytes: running.total, begun });
         }
-        self.totals.set(id, running.total);
+        self.totals.set(id, running.total, running.carriers);
     }
 
     /// Why a transfer failed, for the log. Returned once, and not if the transfer failed with its connection: the log has the end
@@ -351,8 +358,20 @@ impl Transfers {
         if let Some(kind) = self.failed_before.get(id) {
             return Err(Error::new(kind, format_args!("transfer {id} failed; the cause is no longer remembered")));
         }
-        let total = self.totals.get(id);
+        let (total, _) = self.totals.get(id);
         Ok(TransferState { complete: true, bytes_total: total, bytes_done: total })
+    }
+
+    /// What has carried bytes of a transfer, also of one that has ended or failed.
+    ///
+    /// # Errors
+    /// `NotFound` for an id that was never given out.
+    pub(super) fn carriers(&self, id: u64) -> Result<Carriers> {
+        if id == 0 || id > self.given {
+            bail!(NotFound, "transfer {id} was never started on this connection");
+        }
+        let running = self.running.get(self.aliases.get(&id).unwrap_or(&id));
+        Ok(running.map_or_else(|| self.totals.get(id).1, |running| running.carriers))
     }
 }
 
@@ -369,9 +388,9 @@ mod tests {
     fn answers_stay_the_same_after_the_end() {
         let mut t = Transfers::default();
         let (a, b, c) = (write(&mut t, 10), write(&mut t, 20), write(&mut t, 30));
-        t.moved(a, 4);
+        t.moved(a, 4, Carriers::channel(2));
         assert_eq!(t.lookup(a), Ok(TransferState { complete: false, bytes_total: 10, bytes_done: 4 }));
-        t.moved(a, 400);
+        t.moved(a, 400, Carriers::channel(4));
         assert_eq!(t.lookup(a).unwrap().bytes_done, 10);
         t.finish(a, Ok(()));
         t.finish(b, Err(err!(RemoteAccess, "no")));
@@ -389,6 +408,9 @@ mod tests {
         }
         t.finish(a, Err(err!(Internal, "late")));
         assert!(t.lookup(a).is_ok());
+        let by = Carriers::channel(2).and(Carriers::channel(4));
+        assert_eq!([a, b].map(|id| t.carriers(id)), [Ok(by), Ok(Carriers::default())]);
+        assert_eq!([0, 4].map(|id| t.carriers(id).unwrap_err().kind()), [ErrorKind::NotFound; 2]);
         assert_eq!((t.in_flight(), t.segments(), t.ended()), (0, 0, 3));
     }
 
@@ -461,7 +483,7 @@ mod tests {
         assert_eq!(t.announced_as(second), second, "the newest");
         let late = t.announced_as(first);
         assert!(late > second && t.kind(late) == Some(Kind::Direct(Op::Read)) && t.kind(first).is_none());
-        t.moved(late, 4);
+        t.moved(late, 4, Carriers::channel(0));
         assert_eq!(t.lookup(first).unwrap(), TransferState { complete: false, bytes_total: 10, bytes_done: 4 });
         t.finish(late, Err(err!(RemoteAccess, "no")));
         assert_eq!(t.lookup(first).unwrap_err().to_str(), "no");

@@ -3,8 +3,11 @@
  *
  * VERSION=n       the version of its table, 7 to 12
  * OLDER=n         a table of an older version beside it, whose init fails
- * FULL            it has iflush and irecvConsumed; otherwise all members that may be null are */
+ * FULL            it has iflush and irecvConsumed; otherwise all members that may be null are
+ * MOVES           it carries an engine's transfers: from several threads, with registrations that serve all comms. With FULL a receive that is
+ *                 done has wrong bytes until it was flushed */
 #include "net_tables.h"
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -54,14 +57,15 @@ typedef struct request {
   comm *of;
   char *data;
   size_t size;
-  int tag, tests, is_flush;
+  int tag, tests, is_flush, received;
   struct request *next;
 } request;
 struct comm {
   enum { LISTEN = 77, SEND, RECV } kind;
   comm *peer; /* a listen comm's: the send comm that has connected */
   request *posted;
-  int asked, unconsumed;
+  int asked, unconsumed, closed;
+  char *unflushed; /* the bytes of the last receive */
 };
 typedef struct {
   comm *of;
@@ -75,6 +79,12 @@ static char the_context;
 #endif
 /* What a test asks the plugin for, since the size in `test` is an int in all versions. */
 size_t net_table_last_size;
+
+#ifdef MOVES
+#define SERVES(REGISTRATION, COMM) (REGISTRATION)
+#else
+#define SERVES(REGISTRATION, COMM) ((REGISTRATION)->of == (COMM))
+#endif
 
 #define REQUIRE(CONDITION) \
   if (!(CONDITION)) { \
@@ -183,19 +193,23 @@ static int reg(void *of, void *data, registered_size size, int kind, void **mhan
 }
 
 static int dereg(void *of, void *mhandle) {
-  REQUIRE(((registration *)mhandle)->of == of);
+  REQUIRE(of && SERVES((registration *)mhandle, of));
   free(mhandle);
   return 0;
 }
 
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+
 static int post(comm *of, void *data, size_t size, int tag, registration *in, void **out) {
-  REQUIRE(in && in->of == of && (char *)data >= in->data && (char *)data + size <= in->data + in->size && out);
+  REQUIRE(in && SERVES(in, of) && (char *)data >= in->data && (char *)data + size <= in->data + in->size && out);
   request *it = calloc(1, sizeof *it), **last = &of->posted;
+  pthread_mutex_lock(&lock);
   it->of = of, it->data = data, it->size = net_table_last_size = size, it->tag = tag;
   while (*last)
     last = &(*last)->next;
   *last = it;
   *out = it;
+  pthread_mutex_unlock(&lock);
   return 0;
 }
 
@@ -215,6 +229,60 @@ static int irecv(void *of, int n, void **data, message_size *sizes, int *tags, v
   return post(of, data[0], (size_t)sizes[0], tags[0], mhandles[0], out);
 }
 
+#ifdef MOVES
+static int step(request *it, int *done, int *sizes) {
+  comm *of = it->of;
+  if (it->is_flush) {
+    memcpy(it->data, of->unflushed, it->size);
+    free(of->unflushed);
+    of->unflushed = NULL;
+  } else if (of->kind == SEND) {
+    /* Its memory is in use until then. */
+    if (!it->received)
+      return of->peer && of->peer->closed ? 2 : 0;
+  } else {
+    request *sent = of->peer->posted;
+    REQUIRE(of->posted == it && !of->unflushed);
+    if (!sent)
+      return of->peer->closed ? 2 : 0;
+    REQUIRE(sent->tag == it->tag && sent->size <= it->size);
+    it->size = sent->size;
+#ifdef FULL
+    of->unflushed = malloc(sent->size);
+    memcpy(of->unflushed, sent->data, sent->size);
+    memset(it->data, 0xEE, sent->size);
+#else
+    memcpy(it->data, sent->data, sent->size);
+#endif
+    of->unconsumed++;
+    of->posted = it->next, of->peer->posted = sent->next;
+    sent->received = 1;
+  }
+  *done = 1;
+  sizes[0] = (int)it->size;
+  free(it);
+  return 0;
+}
+
+static int test(void *asked, int *done, int *sizes) {
+  request *it = asked;
+  REQUIRE(it && done && sizes);
+  *done = 0;
+  pthread_mutex_lock(&lock);
+  int result = it->tests++ == 0 ? 0 : step(it, done, sizes);
+  pthread_mutex_unlock(&lock);
+  return result;
+}
+
+static int close_kind(void *of, int kind) {
+  REQUIRE(((comm *)of)->kind == (unsigned)kind);
+  pthread_mutex_lock(&lock);
+  /* The other end may look at it. */
+  ((comm *)of)->closed = 1, ((comm *)of)->posted = NULL;
+  pthread_mutex_unlock(&lock);
+  return 0;
+}
+#else
 static int test(void *asked, int *done, int *sizes) {
   request *it = asked;
   REQUIRE(it && done && sizes);
@@ -252,6 +320,7 @@ static int close_kind(void *of, int kind) {
   free(of);
   return 0;
 }
+#endif
 static int close_send(void *of) { return close_kind(of, SEND); }
 static int close_recv(void *of) { return close_kind(of, RECV); }
 static int close_listen(void *of) { return close_kind(of, LISTEN); }
@@ -259,9 +328,12 @@ static int close_listen(void *of) { return close_kind(of, LISTEN); }
 #ifdef FULL
 static int flush(void *of, int n, void **data, int *sizes, void **mhandles, void **out) {
   registration *in = mhandles[0];
-  REQUIRE(((comm *)of)->kind == RECV && n == 1 && in->of == of && (char *)data[0] >= in->data && sizes[0] > 0 && out);
+  REQUIRE(((comm *)of)->kind == RECV && n == 1 && SERVES(in, of) && (char *)data[0] >= in->data && sizes[0] > 0 && out);
+#ifdef MOVES
+  REQUIRE(((comm *)of)->unflushed);
+#endif
   request *it = calloc(1, sizeof *it);
-  it->of = of, it->size = (size_t)sizes[0], it->is_flush = 1;
+  it->of = of, it->data = data[0], it->size = (size_t)sizes[0], it->is_flush = 1;
   *out = it;
   return 0;
 }

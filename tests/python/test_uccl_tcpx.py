@@ -224,6 +224,20 @@ def paths_say_what_carried_bytes():
 
 
 @case
+def a_transfer_says_what_carried_it():
+    over_tcp, eager, direct = (("tcp",), ("lo",)), (("eager",), ()), (("direct",), ())
+    for disabled, size, expected in ((1, SIZE, [over_tcp]), (1, 100, [eager]), (0, SIZE, [direct, over_tcp])):
+        with pair({"UCCL_P2P_DISABLE_IPC": disabled}) as (here, other, number):
+            item, block = other.offer(size)[0], bytearray(pattern(3, size))
+            done = here.write_async(number, here.reg(block)[1], block, None, item)[1]
+            await_that(lambda: here.progress(done).done)
+            path = here.transfer_path(done)
+            assert isinstance(path, uccl_tcpx.TransferPath) and path in expected, (path, disabled, size)
+            assert here.wait(done) and here.transfer_path(done) == path
+            raises(UcclError, "", here.transfer_path, done + 1)
+
+
+@case
 def a_required_path_that_is_missing_fails_the_connect():
     with pair(connected=False) as (_, other, __), p2p.Endpoint(options={"UCCL_TCPX_REQUIRE": "tcpx"}) as picky:
         error = raises(UcclError, "tcpx is required", picky.add_remote_endpoint, other.metadata())

@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# Random faults of NICs while transfers run: hundreds of schedules, each with hosts, a connection and transfers of its own. No transfer fails,
-# every byte is right, no pause is longer than its faults explain, and after the faults every NIC carries data again, by the channels' own
-# counters. One NIC is spared at a time; the control connection has a NIC of its own that no fault touches. Default settings.
+# Random faults of NICs while transfers and notifications run: hundreds of schedules, each with hosts, a connection and transfers of its own. No
+# transfer fails, every byte is right, notifications come in order, nothing stands longer than its faults explain, no warning names a NIC that no fault
+# touched, and after the faults every NIC carries data again, by the counters of the channels over the plugin under test. One NIC is spared at a
+# time; the control connection has a NIC of its own that no fault touches. Default settings.
 # Exit status 77: skipped.
 #
-# usage: fault_schedules.sh TCPX_PERF [--seed N] [--schedules N] [--beside N] [--only K] [--control] [--foreign PLUGIN] [--keep DIR]
+# usage: fault_schedules.sh TCPX_PERF [--seed N] [--schedules N] [--beside N] [--only K] [--control] [--emulated] [--foreign PLUGIN] [--keep DIR]
 #   --seed        numbers the run; the same seed gives the same schedules (default: random, and printed)
 #   --schedules   how many (200)
 #   --beside      how many side by side (four times the cores)
 #   --only        schedule K of the seed alone, with its log
 #   --control     the control connection begins on eth1 and may move to the other NICs, and faults touch it too
+#   --emulated    with emulated GPU memory, over the software plugin
 #   --foreign     over this plugin, with emulated GPU memory: the strict foreign plugin
 #   --keep        the logs of schedules that fail go there
 here=$0
@@ -18,7 +20,7 @@ command -v iptables >/dev/null || skip "$name needs iptables"
 command -v ss >/dev/null || skip "$name needs ss"
 
 shift
-seed=$((SRANDOM % 1000000)) schedules=200 beside=$((4 * $(nproc))) only='' control='' foreign='' keep=''
+seed=$((SRANDOM % 1000000)) schedules=200 beside=$((4 * $(nproc))) only='' control='' emulated='' foreign='' keep=''
 options=()
 while [ $# -gt 0 ]; do
   case $1 in
@@ -27,6 +29,7 @@ while [ $# -gt 0 ]; do
   --beside) beside=$2 && shift ;;
   --only) only=$2 && shift ;;
   --control) control=1 && options+=("$1") ;;
+  --emulated) emulated=1 && options+=("$1") ;;
   --foreign) foreign=$2 && options+=("$1" "$2") && shift ;;
   --keep) keep=$2 && shift ;;
   *) sed -n '/^# usage/,/^[^#]/p' "$here" | grep '^#' && exit 2 ;;
@@ -83,10 +86,7 @@ pick 2 4 && count=$picked
 pick write read send both && op=$picked
 pick 1 2 && inflight=$picked
 between 1 2 && phases=$number
-kinds=(drop drop-one-way down address delete reset rate flap)
-[ -z "$foreign" ] || kinds=(drop down reset)
-# Its address is that of the metadata.
-[ -z "$control" ] || kinds=(drop down reset)
+kinds=(drop drop-one-way down address delete reset rate flap slow-flap)
 
 plan=() phase=0
 event() { plan+=("$phase $1 $2 $3 $4 $5"); } # event MS begin|end KIND NIC HOST
@@ -95,10 +95,13 @@ fault() { # fault KIND NIC MS LENGTH: its events
   pick $a $b && host=$picked
   case $1 in
   reset) event "$3" begin reset "$2" $host ;;
-  flap)
-    for ((at = $3; at < $3 + $4; at += 1000)); do
-      event $at begin down "$2" $host
-      event $((at + 500)) end down "$2" $host
+  # Down and up for half a second each, or for three.
+  flap | slow-flap)
+    local half=500
+    [ "$1" = flap ] || half=3000
+    for ((at = $3; at < $3 + $4; at += 2 * half)); do
+      event $at begin "$1" "$2" $host
+      event $((at + half)) end "$1" "$2" $host
     done
     ;;
   *)
@@ -106,6 +109,14 @@ fault() { # fault KIND NIC MS LENGTH: its events
     event $(($3 + $4)) end "$1" "$2" $host
     ;;
   esac
+}
+# lasts FROM TO: sets number, how long a fault of this kind lasts, in ms
+lasts() {
+  between "$1" "$2"
+  # Twice down.
+  [ $kind != slow-flap ] || number=9000
+  # Longer than the transfer timeout: TCP's own recovery does not hide a plugin whose silence is not noticed.
+  [ -z "$foreign" ] || [[ $kind != drop* ]] || [ $shape != single ] || number=12000
 }
 for ((phase = 0; phase < phases; phase++)); do
   others=()
@@ -119,22 +130,20 @@ for ((phase = 0; phase < phases; phase++)); do
       pick "${kinds[@]}" && kind=$picked
       pick "${others[@]}" && nic=$picked
       between 0 2000 && at=$number
-      between 200 3000
-      # Longer than the transfer timeout: TCP's own recovery does not hide a plugin whose silence is not noticed.
-      [ -z "$foreign" ] || [ $kind != drop ] || number=12000
+      lasts 200 3000
       fault "$kind" "$nic" "$at" "$number"
     done
     ;;
   all)
     pick "${kinds[@]}" && kind=$picked
-    between 500 3000 && length=$number
+    lasts 500 3000 && length=$number
     for nic in "${others[@]}"; do fault "$kind" "$nic" 300 "$length"; done
     ;;
   turns)
     at=0
     for nic in "${others[@]}"; do
       pick "${kinds[@]}" && kind=$picked
-      between 300 1200 && length=$number
+      lasts 300 1200 && length=$number
       fault "$kind" "$nic" $at "$length"
       between 0 300 && at=$((at + length + number))
     done
@@ -143,14 +152,14 @@ for ((phase = 0; phase < phases; phase++)); do
 done
 # When the faults of a phase end, ms.
 duration() { printf '%s\n' "${plan[@]}" | awk -v phase="$1" '$1 == phase && $2 > last { last = $2 } END { print last + 0 }'; }
-# After the faults, each NIC must carry data within this time. The counters are up to a second old, and so is what they begin with.
-back=5000 stale=1200
+# After the faults, each NIC must carry data within this time. Twice that is for transfers, as commands take their time on a busy machine.
+back=5000
 total=0
-for ((phase = 0; phase < phases; phase++)); do total=$((total + $(duration $phase) + back + 2 * stale)); done
+for ((phase = 0; phase < phases; phase++)); do total=$((total + $(duration $phase) + 2 * back)); done
 
 # ---- hosts and transfers ----
 mbit=50
-export UCCL_P2P_LOG_LEVEL=info UCCL_TCPX_METRICS=$scratch/metrics-%p
+export UCCL_P2P_LOG_LEVEL=info UCCL_TCPX_METRICS=9400
 hosts
 # shellcheck disable=SC2046  # numbers
 nics $(yes $mbit | head -$count)
@@ -170,7 +179,11 @@ else
   export UCCL_SOCKET_IFNAME=eth
 fi
 devices() { for i in $(seq $count); do printf '%s' "${2:-}eth$i@10.78.$i.$1" && set -- "$1" ,; done; }
+[ -z "$emulated" ] || export UCCL_TCPX_EMULATE_DEVICE=1
+tested=TCPX-soft
 if [ -n "$foreign" ]; then
+  tested=GPUDirect
+  [ "${STRICT_FOREIGN_CONTRACT:-}" != tcpxo ] || tested=FasTrak
   unset UCCL_TCPX_PLUGIN
   export UCCL_TCPX_PLUGIN_PATH=$foreign UCCL_TCPX_EMULATE_DEVICE=1 STRICT_FOREIGN_CONNECT_MS=30 STRICT_FOREIGN_ACCEPT_MS=50
   STRICT_FOREIGN_DEVICES=$(devices 2) && export STRICT_FOREIGN_DEVICES
@@ -179,47 +192,17 @@ serve "$pattern"
 [ -z "$foreign" ] || { STRICT_FOREIGN_DEVICES=$(devices 1) && export STRICT_FOREIGN_DEVICES; }
 words=(--op "$op")
 [ $op != both ] || words=(--op write --bidirectional)
+look=30
 # Four rows, each with bytes that are compared; it blocks instead of polling, to leave the processor to others.
-ip netns exec $a "$perf" client "$address" "${words[@]}" --inflight $inflight --sweep 1M..8M --time "$(echo "scale=1; $total / 4000" | bc)" \
-  --warmup 0 --wait --verify >"$scratch/client" 2>&1 &
-client=$!
+observed "${words[@]}" --inflight $inflight --sweep 1M..8M --time "$(echo "scale=1; $total / 4000" | bc)" --warmup 0 --wait --notify 8 --verify
 
-now() { local t=${EPOCHREALTIME/./}; echo $((t / 1000)); }
-# Writes a line for each time in which less than 60 KB moved over the NICs of host a, if it is longer than 0.25 s: from, to, and how much later than
-# asked for this loop itself was woken meanwhile, in ms. The counters of an interface that was made again begin at 0.
-pauses() {
-  ip netns exec $a bash -c '
-    exec {nothing}<> <(:)
-    declare -A last=()
-    moved=0 late=0 mark=$((${EPOCHREALTIME/./} / 1000)) now=$mark
-    while kill -0 "$1" 2>/dev/null; do
-      for file in /sys/class/net/eth*/statistics/[rt]x_bytes; do
-        { read -r value <"$file"; } 2>/dev/null || continue
-        before=${last[$file]:-$value}
-        [ "$value" -ge "$before" ] || before=0
-        moved=$((moved + value - before)) last[$file]=$value
-      done
-      before=$now now=$((${EPOCHREALTIME/./} / 1000))
-      [ $((now - before)) -le 60 ] || late=$((late + now - before - 60))
-      if [ $moved -ge 60000 ]; then
-        [ $((now - mark)) -lt 250 ] || echo "$mark $now $late"
-        moved=0 late=0 mark=$now
-      fi
-      read -r -t 0.05 -u $nothing
-    done' - $client >"$scratch/pauses"
-}
-carried() { # carried NIC: bytes that the client's channels on it have sent and received
-  awk -v nic="nic=\"eth$1\"" '/^uccl_tcpx_channel_(sent|received)_bytes_total/ && index($0, nic) { sum += $NF } END { printf "%d\n", sum }' \
-    "$scratch/metrics-$client" 2>/dev/null || echo 0
-}
-alive() { kill -0 $client 2>/dev/null; }
 complain() { failed=1 verdict="$verdict, $*"; }
 
 begins() { # begins KIND NIC HOST; a NIC may lie under several faults, and an interface that is not there has no further ones
   case $1 in
   drop) for host in $a $b; do ip netns exec $host iptables -w -A INPUT -i eth$2 -j DROP; done ;;
   drop-one-way) ip netns exec $3 iptables -w -A INPUT -i eth$2 -j DROP ;;
-  down) ip -n $3 link set eth$2 down ;;
+  down | flap | slow-flap) ip -n $3 link set eth$2 down ;;
   address) ip -n $3 addr flush dev eth$2 ;;
   delete) ip -n $3 link del eth$2 ;;
   reset) ip netns exec $3 ss -K -t state established src "10.78.$2.$([ "$3" = $a ] && echo 1 || echo 2)" ;;
@@ -230,23 +213,20 @@ ends() { # ends KIND NIC HOST
   case $1 in
   drop) for host in $a $b; do ip netns exec $host iptables -w -D INPUT -i eth$2 -j DROP; done ;;
   drop-one-way) ip netns exec $3 iptables -w -D INPUT -i eth$2 -j DROP ;;
-  down) ip -n $3 link set eth$2 up ;;
+  down | flap | slow-flap) ip -n $3 link set eth$2 up ;;
   address) ip -n $3 addr add "10.78.$2.$([ "$3" = $a ] && echo 1 || echo 2)/24" dev eth$2 ;;
   delete) [ -n "$(ip -n $a link show dev eth$2 2>/dev/null)" ] || nic "$2" $mbit ;;
   rate) for host in $a $b; do tc -n $host qdisc change dev eth$2 root tbf rate ${mbit}mbit burst 128k latency 20ms; done ;;
   esac
 }
-until_ms() { local t=$(($1 - $(now))); [ $t -le 0 ] || sleep "$(printf '%d.%03d' $((t / 1000)) $((t % 1000)))"; }
-
 verdict=OK
 for _ in $(seq 200); do
   alive || break
-  [ "$(carried 1)" -gt 300000 ] && [ "$(carried $count)" -gt 300000 ] && break
+  scrape
+  [ "$(carried eth1 $tested)" -gt 300000 ] && [ "$(carried eth$count $tested)" -gt 300000 ] && break
   sleep 0.1
 done
 alive || { echo "$name: schedule $only: the transfers did not begin:" && cat "$scratch/client" && exit 1; }
-pauses &
-sampler=$!
 returned=()
 for ((phase = 0; phase < phases; phase++)); do
   start=$(now)
@@ -266,55 +246,65 @@ for ((phase = 0; phase < phases; phase++)); do
   done >>"$scratch/commands" 2>&1 || true
   over=$(now)
   echo "$over over" >>"$scratch/events"
-  sleep 1.2
   before=()
-  for i in $(seq $count); do before[i]=$(carried $i); done
+  scrape
+  for i in $(seq $count); do before[i]=$(carried eth$i $tested); done
   took=never missing=
-  while alive && [ $(($(now) - over)) -lt $((back + 2 * stale)) ]; do
+  while alive && [ $(($(now) - over)) -lt $((back + 1500)) ]; do
     missing=
-    for i in $(seq $count); do [ $(($(carried $i) - before[i])) -gt 200000 ] || missing="$missing eth$i"; done
+    scrape
+    for i in $(seq $count); do [ $(($(carried eth$i $tested) - before[i])) -gt 200000 ] || missing="$missing eth$i"; done
     [ -n "$missing" ] || { took=$(($(now) - over)) && break; }
-    sleep 0.2
+    sleep 0.1
   done
   returned+=("$took")
-  [ "$took" != never ] || ! alive || complain "nothing over$missing within $((back + 2 * stale)) ms in phase $phase"
+  if [ $took = never ]; then
+    ! alive || complain "nothing over$missing within $((back + 1500)) ms in phase $phase"
+  else
+    late=$(lateness "$over" $((over + took)))
+    [ $took -le $((back + late)) ] || complain "all NICs carry data after $took ms in phase $phase; asked: at most $back ms, and $late ms for the lateness of this machine"
+  fi
 done
 ended_early=
 alive || ended_early=1
 rc=0
-wait $client || rc=$?
-wait $sampler || true
+observed_end || rc=$?
 [ $rc = 0 ] || complain "FAILED: $(grep -aE 'ERROR|error' "$scratch/client" | tail -1)"
 [ -z "$ended_early" ] || [ $rc != 0 ] || complain "the transfers ended before the faults"
 ! grep -qaiE 'mismatch|WRONG DATA|panicked' "$scratch/client" "$scratch/server" || complain "WRONG BYTES"
 kill -0 $server 2>/dev/null || complain "the server has ended"
 
-# How long a pause may be. Silence: 2 s until a NIC is given up, then what was on it is sent again, which a next silent fault can hold up again. A
-# rate of 1 Mbit/s is no loss: chunks that are on their way take seconds. All else the kernel reports at once. Where no fault is near, bytes are
-# compared between two rows; only a hang would be too long. The scheduler adds half a second, and on a busy machine several times what
-# the loop above waited for it: a chunk passes through four threads.
+# How long bytes may stand, as asked. Silence: 2 s until a NIC is given up, then what was on it is sent again, which a next silent fault can hold up
+# again; a NIC that becomes slow: no longer. All else the kernel reports at once. Between rows bytes are compared. There, and where no fault is near,
+# only a hang is too long.
 longest=0 because='' silence=3000
 # Where the plugin reports no bytes, half of the transfer timeout.
 [ "${STRICT_FOREIGN_CONTRACT:-}" != tcpxo ] || silence=6500
-while read -r from to late; do
-  # Of the faults that may have to do with it: silent ones, slow ones, others.
-  read -r silent slow other < <(awk -v from="$from" -v to="$to" -v silence=$silence '
-    $2 == "begin" && $1 <= to && $1 > from - silence - 500 && !seen[$3 $4 $1]++ { if ($3 ~ /^drop/) silent++; else if ($3 == "rate") slow++; else other++ }
-    END { print silent + 0, slow + 0, other + 0 }' "$scratch/events")
+while read -r from to late part; do
+  # Of the faults that may have to do with it: silent and slow ones, others.
+  read -r silent other < <(awk -v from="$from" -v to="$to" -v silence=$silence '
+    $2 == "begin" && $1 <= to && $1 > from - silence && !seen[$3 $4 $1]++ { if ($3 ~ /^drop|^rate/) silent++; else other++ }
+    END { print silent + 0, other + 0 }' "$scratch/events")
   length=$((to - from)) limit=300
-  [ $((silent + slow + other)) -gt 0 ] || limit=3000
+  [ $((silent + other)) -gt 0 ] || limit=3000
   [ "$silent" = 0 ] || limit=$((silence * silent))
-  [ "$slow" = 0 ] || limit=$((limit + 5000))
-  limit=$((limit + 500 + 4 * late))
-  [ $length -le $limit ] || complain "a pause of $length ms ($silent silent, $slow slow, $other other faults; at most $limit)"
-  [ $length -le $longest ] || { longest=$length && because="$silent silent, $slow slow, $other other"; }
-done <"$scratch/pauses"
+  [ $part = row ] || limit=$((limit + 3000))
+  limit=$(allowed $limit "$late")
+  [ $length -le "$limit" ] || complain "nothing moved for $length ms ($part, $silent silent and slow, $other other faults; at most $limit, with 4 x $late for the lateness of this machine)"
+  [ $length -le $longest ] || { longest=$length && because="$part, $silent silent and slow, $other other"; }
+done < <(parted_stalls)
+# A NIC that no fault touches is never blamed. Lines begin with the address of the connection's peer, which may be that of any NIC.
+for i in $(seq $count); do
+  ! printf '%s\n' "${plan[@]}" | awk -v nic="$i" '$5 == nic { found = 1 } END { exit !found }' || continue
+  line=$(grep -ahE 'WARN|ERROR' "$scratch/client" "$scratch/server" | sed -E 's/(WARN|ERROR) [0-9.]+:[0-9]+: /\1 /' | grep -E "eth$i\b|10\.78\.$i\." | head -1 || true)
+  [ -z "$line" ] || complain "eth$i, which no fault touched, is blamed: $line"
+done
 lost=$(cat "$scratch/client" "$scratch/server" | grep -ac ' is lost: ' || true)
-echo "$name: schedule $only: $count NICs, $op x $inflight, $(printf '%s\n' "${plan[@]}" | awk '$3 == "begin" { print $4 }' | sort | uniq -c | awk '{ printf "%s%s x %s", sep, $1, $2; sep = ", " }'): $verdict; back after ${returned[*]} ms, longest pause $longest ms${because:+ ($because)}, $lost losses"
+echo "$name: schedule $only: $count NICs, $op x $inflight, $(printf '%s\n' "${plan[@]}" | awk '$3 == "begin" { print $4 }' | sort | uniq -c | awk '{ printf "%s%s x %s", sep, $1, $2; sep = ", " }'): $verdict; back after ${returned[*]} ms, longest stall $longest ms${because:+ ($because)}, $lost losses"
 [ $failed = 0 ] || {
-  echo "$name: the pauses:" && cat "$scratch/pauses"
+  echo "$name: the stalls (ms, lateness):" && parted_stalls
   echo "$name: the faults (ms, kind, NIC, host; $a is the client's):" && cat "$scratch/events"
-  echo "$name: the client:" && cat "$scratch/client"
+  echo "$name: the client:" && grep -av 'GB/s' "$scratch/client"
   echo "$name: the server:" && cat "$scratch/server"
 }
 exit $failed

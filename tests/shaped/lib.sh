@@ -19,9 +19,10 @@ ip netns del "uccl-p-$$"
 
 a=uccl-sa-$$ b=uccl-sb-$$
 scratch=$(mktemp -d)
-server= relay= failed=0
+server= relay= client= failed=0
 cleanup() {
-  # It writes into the scratch directory until it ends.
+  # They write into the scratch directory until they end.
+  [ -z "$client" ] || { kill "$client" && wait "$client"; } 2>/dev/null || true
   [ -z "$server" ] || { kill "$server" && wait "$server"; } 2>/dev/null || true
   [ -z "$relay" ] || kill "$relay" 2>/dev/null || true
   ip netns del $a 2>/dev/null || true
@@ -122,6 +123,103 @@ judge() {
     }' || return 0
   done
   failed=1
+}
+
+now() { local t=${EPOCHREALTIME/./}; echo $((t / 1000)); }
+until_ms() { local t=$(($1 - $(now))); [ $t -le 0 ] || sleep "$(printf '%d.%03d' $((t / 1000)) $((t % 1000)))"; }
+
+# observed [tcpx-perf client options]: runs a client in the background on host a. Sets client, its process; $scratch/client gets what it prints,
+# each line after the time in ms; $scratch/stalls gets its stalls (see stalls).
+observed() {
+  mkfifo "$scratch/lines"
+  while IFS= read -r line; do
+    at=${EPOCHREALTIME/./}
+    printf '%s %s\n' "${at%???}" "$line"
+  done <"$scratch/lines" >"$scratch/client" &
+  stamper=$!
+  ip netns exec $a timeout 300 "$perf" client "$address" --interval 0.05 "$@" >"$scratch/lines" 2>&1 &
+  client=$!
+  stalls &
+  sampler=$!
+}
+observed_end() { # the status of the client when it has ended
+  local rc=0
+  wait $client || rc=$?
+  wait $stamper $sampler || true
+  return $rc
+}
+alive() { kill -0 $client 2>/dev/null; }
+
+look=10 # ms between two looks at the counters
+# Until the client ends, a line "FROM TO LATE" for each time of at least 90 ms in which less than 60 KB moved over the NICs eth* of host a, in ms: TO
+# is the last look at which that was still so, and LATE how much later than asked this loop was woken meanwhile: what the machine's other load
+# does to a thread. The counters of an interface that was made again begin at 0. $scratch/lateness gets the sum of all lateness so far, with its time.
+stalls() {
+  ip netns exec $a bash -c '
+    exec {nothing}<> <(:)
+    declare -A last=()
+    moved=0 late=0 total=0 looks_left=0 mark=${EPOCHREALTIME/./}
+    looks=$mark looked=$mark every=$(($2 * 1000))
+    printf -v step "0.%03d" "$2"
+    while kill -0 "$1" 2>/dev/null; do
+      for file in /sys/class/net/eth*/statistics/[rt]x_bytes; do
+        { read -r value <"$file"; } 2>/dev/null || continue
+        was=${last[$file]:-$value}
+        [ "$value" -ge "$was" ] || was=0
+        moved=$((moved + value - was)) last[$file]=$value
+      done
+      if [ $moved -ge 60000 ]; then
+        [ $((looked - mark)) -lt 90000 ] || echo "$((mark / 1000)) $((looked / 1000)) $((late / 1000))"
+        moved=0 late=0 mark=$looks
+      fi
+      looked=$looks
+      asked=${EPOCHREALTIME/./}
+      read -r -t $step -u $nothing
+      looks=${EPOCHREALTIME/./}
+      [ $((looks - asked)) -le $every ] || late=$((late + looks - asked - every)) total=$((total + looks - asked - every))
+      [ $((looks_left--)) -gt 0 ] || { looks_left=10 && echo "$((looks / 1000)) $((total / 1000))" >&3; }
+    done' - $client $look >"$scratch/stalls" 3>"$scratch/lateness"
+}
+# lateness FROM TO: how much later than asked the loop above was woken between two times, in ms
+lateness() { awk -v from="$1" -v to="$2" '$1 <= from { before = $2 } $1 <= to { after = $2 } END { print after - before }' "$scratch/lateness"; }
+
+# The stalls as "FROM TO LATE PART": PART is "row" within the timed part of one row, and "between" where buffers are filled or compared, which
+# takes time without a fault. tcpx-perf prints intervals in the timed part alone.
+parted_stalls() {
+  awk 'NR == FNR {
+    if ($2 ~ /^[0-9.]+$/ && $3 == "s" && $5 == "GB/s") { n++; at[n] = $1; interval[n] = 1 } else if ($2 ~ /^(write|read|send)$/) { n++; at[n] = $1 }
+    next
+  } {
+    while (i < n && at[i + 1] <= $1) i++
+    for (j = i + 1; j <= n && at[j] < $2 && interval[j]; j++);
+    print $0, (i > 0 && interval[i] && j <= n && interval[j]) ? "row" : "between"
+  }' "$scratch/client" "$scratch/stalls"
+}
+
+# At most as long as asked, and what the machine adds: a byte passes through four threads, and each may be woken as late as the loop above.
+allowed() { echo $(($1 + 4 * $2)); } # allowed ASKED LATE
+
+# judge_stalls SINCE ASKED: sets longest, the longest stall within rows that ends after SINCE, in ms, and too_long, which says what is too long if
+# something is
+judge_stalls() {
+  local from to late part
+  longest=0 too_long=
+  while read -r from to late part; do
+    [ "$part" = row ] && [ "$to" -gt "$1" ] || continue
+    [ "$from" -ge "$1" ] || from=$1
+    [ $((to - from)) -le $longest ] || longest=$((to - from))
+    [ $((to - from)) -le "$(allowed "$2" "$late")" ] ||
+      too_long="nothing moved for $((to - from)) ms; asked: at most $2 ms, and 4 x $late ms for the lateness of this machine"
+  done < <(parted_stalls)
+}
+
+# carried NIC [PLUGIN]: bytes that the client's channels on it had sent and received when scrape last asked, over any plugin or over that one
+carried() {
+  awk -v nic="nic=\"$1\"" -v plugin="plugin=\"${2-}" '/^uccl_tcpx_channel_(sent|received)_bytes_total/ && index($0, nic) && index($0, plugin) { sum += $NF }
+    END { printf "%d\n", sum }' "$scratch/metrics"
+}
+scrape() { # needs UCCL_TCPX_METRICS=9400
+  ip netns exec $a timeout 2 bash -c 'exec 3<>/dev/tcp/127.0.0.1/9400 && printf "GET /metrics HTTP/1.0\r\n\r\n" >&3 && cat <&3' >"$scratch/metrics" 2>/dev/null || true
 }
 
 finish() {

@@ -16,8 +16,10 @@ if [ "${cases[*]}" = matrix ]; then
   cases=()
   for slow in 1 5 20 100 1% 5%; do
     for fast in 1000 5000 10000 veth; do cases+=("$fast,$slow"); done
-    for op in read send; do cases+=("veth,$slow,$op"); done
-    for fast in 1000 veth; do cases+=("$fast,$slow,write,bbr" "$fast,$slow,read,cubic,4"); done
+    for fast in 1000 10000 veth; do cases+=("$fast,$slow,read" "$fast,$slow,send"); done
+    for fast in 1000 5000 10000 veth; do cases+=("$fast,$slow,write,bbr"); done
+    for fast in 1000 veth; do cases+=("$fast,$slow,read,cubic,4"); done
+    for fast in 10000 veth; do cases+=("$fast,$slow,send,bbr,4"); done
     cases+=("veth,$slow,write,cubic,2,1M" "veth,$slow,write,cubic,2,64M")
   done
 fi

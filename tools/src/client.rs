@@ -7,7 +7,8 @@ use crate::memory::Kind;
 use crate::pattern;
 use crate::proto::{item_from_hex, Channel, Reply, Request, PROTOCOL};
 use crate::server::ALIVE_EVERY;
-use std::sync::Arc;
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// Longest wait for a reply; allocating and checking large buffers takes a while.
@@ -23,6 +24,8 @@ pub struct Client {
     pub memory: Kind,
     number: u64,
     next_buffer: u32,
+    /// Echoes that arrived before a reply.
+    echoes: Mutex<VecDeque<Vec<u8>>>,
 }
 
 /// A buffer at the server.
@@ -39,7 +42,7 @@ impl Client {
     /// Connects to the server at `address` ("ip:port"), and checks that both use the same kind of memory.
     pub fn connect(node: &Arc<Node>, address: &str, memory: Kind) -> Result<Client> {
         let link = Arc::new(node.connect(address)?);
-        let mut client = Client { node: node.clone(), link, memory, number: 0, next_buffer: 0 };
+        let mut client = Client { node: node.clone(), link, memory, number: 0, next_buffer: 0, echoes: Mutex::default() };
         let (protocol, theirs) = match client.receive().context(format_args!("{address} does not answer as tcpx-perf server"))? {
             Reply::Welcome { protocol, client: number, memory } => {
                 client.number = number;
@@ -116,8 +119,14 @@ impl Client {
         }
     }
 
-    /// The next notification on a channel; `Alive` replies may come in between.
+    /// The next notification on a channel; `Alive` replies and echoes may come in between.
     fn receive_from(&self, wanted: Channel) -> Result<Vec<u8>> {
+        let mut echoes = self.echoes.lock().expect("no holder panics");
+        if wanted == Channel::Echo(0) {
+            if let Some(echo) = echoes.pop_front() {
+                return Ok(echo);
+            }
+        }
         let started = Instant::now();
         let mut reported = started;
         loop {
@@ -126,6 +135,7 @@ impl Client {
                     Some(channel) if channel == wanted => return Ok(msg),
                     Some(Channel::Control(0)) if serde_json::from_slice(&msg).is_ok_and(|reply: Reply| reply == Reply::Alive) => {
                     }
+                    Some(Channel::Echo(0)) => echoes.push_back(msg),
                     _ => fail!("an unexpected notification named '{}' arrived", String::from_utf8_lossy(&name)),
                 }
                 continue;
@@ -141,31 +151,36 @@ impl Client {
         }
     }
 
-    /// Sends notifications of these lengths with random contents and checks that the server's echoes return unchanged and in
-    /// order. Returns the bytes sent in one direction.
+    /// Sends notifications and checks that the server's echoes return unchanged and in order. Returns the bytes sent in one direction.
     pub fn echo(&self, lengths: &[usize], seed: u64) -> Result<u64> {
-        let contents = |i: usize, len: usize| {
-            let mut bytes = vec![0; len];
-            pattern::fill(seed.wrapping_add(i as u64), 0, &mut bytes);
-            bytes
-        };
-        for (i, &len) in lengths.iter().enumerate() {
-            self.link.notify(&Channel::Echo(self.number).name(), &contents(i, len)).context("cannot send a notification")?;
-        }
+        self.notify(lengths, seed)?;
+        self.check_echoes(lengths, seed)
+    }
+
+    /// Sends notifications of these lengths with random contents; [`Client::check_echoes`] takes the server's echoes.
+    pub fn notify(&self, lengths: &[usize], seed: u64) -> Result<()> {
+        let send = |(i, &len)| self.link.notify(&Channel::Echo(self.number).name(), &contents(seed, i, len));
+        lengths.iter().enumerate().try_for_each(send).context("cannot send a notification")
+    }
+
+    /// Checks that the echoes of [`Client::notify`] return unchanged and in order. Returns their bytes.
+    pub fn check_echoes(&self, lengths: &[usize], seed: u64) -> Result<u64> {
         let mut bytes = 0;
         for (i, &len) in lengths.iter().enumerate() {
-            let echoed =
-                self.receive_from(Channel::Echo(0)).context(format_args!("notification {} of {}", i + 1, lengths.len()))?;
-            if echoed != contents(i, len) {
-                fail!(
-                    "notification {} of {} ({len} bytes) came back changed or out of order ({} bytes)",
-                    i + 1,
-                    lengths.len(),
-                    echoed.len()
-                );
+            let which = format!("notification {} of {}", i + 1, lengths.len());
+            let echoed = self.receive_from(Channel::Echo(0)).context(&which)?;
+            if echoed != contents(seed, i, len) {
+                fail!("{which} ({len} bytes) came back changed or out of order ({} bytes)", echoed.len());
             }
             bytes += len as u64;
         }
         Ok(bytes)
     }
+}
+
+/// The bytes of notification `i`.
+fn contents(seed: u64, i: usize, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    pattern::fill(seed.wrapping_add(i as u64), 0, &mut bytes);
+    bytes
 }

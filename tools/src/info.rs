@@ -242,6 +242,7 @@ fn with_peer(node: &Arc<Node>, address: &str, memory: Kind) -> Result<Vec<Measur
         budget: Duration::from_secs(1),
         verify: true,
         wait: true,
+        notify: 0,
         time: None,
         progress: false,
     };

@@ -32,6 +32,8 @@ pub struct Options {
     pub verify: bool,
     /// Block in the library instead of polling.
     pub wait: bool,
+    /// Notifications to send with each batch of iterations; their echoes are checked.
+    pub notify: u32,
     /// Measure for this long, whatever the number of iterations.
     pub time: Option<Duration>,
     /// Show progress when standard error is a terminal.
@@ -269,10 +271,10 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Up to `count` iterations, in batches between which the user may stop and `over` is asked. `one`: the approximate duration of the next.
-    fn batches(&mut self, count: u64, mut one: Duration, over: impl Fn() -> bool, mut each: impl FnMut(Duration)) -> Result<()> {
+    /// Up to `count` iterations, in batches between which the user may stop. `one`: the approximate duration of the next.
+    fn batches(&mut self, count: u64, mut one: Duration, mut each: impl FnMut(Duration)) -> Result<()> {
         let mut left = count;
-        while left > 0 && !over() && !out::is_stopping() {
+        while left > 0 && !out::is_stopping() {
             let (begin, batch) = (Instant::now(), batch(one, left));
             self.repeat(batch, &mut each)?;
             one = begin.elapsed().div_f64(batch as f64);
@@ -285,11 +287,11 @@ impl Run<'_> {
     fn warm_up(&mut self, options: &Options) -> Result<Duration> {
         let mut last = Duration::ZERO;
         let first = options.warmup.unwrap_or(5).max(u64::from(options.iters.is_none()));
-        self.batches(first, Duration::from_secs(1), || false, |t| last = t)?;
+        self.batches(first, Duration::from_secs(1), |t| last = t)?;
         if options.warmup.is_none() {
             // Small transfers need more than a few iterations until caches, windows and clock rates have settled.
             let more = iterations_for(options.budget.as_secs_f64() * 1e5, last.as_secs_f64() * 1e6).min(1000) - 10;
-            self.batches(more, last, || false, |t| last = t)?;
+            self.batches(more, last, |t| last = t)?;
         }
         Ok(last)
     }
@@ -428,16 +430,18 @@ impl Timed<'_> {
         let limit = if self.options.time.is_some() { u64::MAX } else { self.iters };
         let bar = progress_bar(self.case, limit, self.options.progress && limit < u64::MAX);
         let mut times = Times::new();
+        let mut one = self.one;
+        let lengths: Vec<usize> = (0..self.options.notify as usize).map(|i| i * 997 % 8192).collect();
         let over = |done: u64| done >= limit || self.options.time.is_some_and(|time| started.elapsed() >= time);
-        let counted = std::cell::Cell::new(0);
-        let between = || {
-            bar.set_position(counted.get());
-            over(counted.get())
-        };
-        run.batches(limit, self.one, between, |time| {
-            times.record(time);
-            counted.set(times.count());
-        })?;
+        while !over(times.count()) && !out::is_stopping() {
+            let seed = random_seed()?;
+            run.client.notify(&lengths, seed)?;
+            let (begin, batch) = (Instant::now(), batch(one, limit - times.count()));
+            run.repeat(batch, |time| times.record(time))?;
+            one = begin.elapsed().div_f64(batch as f64);
+            run.client.check_echoes(&lengths, seed)?;
+            bar.set_position(times.count());
+        }
         bar.finish_and_clear();
         if times.count() == 0 {
             fail!("interrupted before the first iteration");

@@ -137,6 +137,9 @@ struct Measuring {
     /// Block in the library until transfers have ended, instead of polling.
     #[arg(long)]
     wait: bool,
+    /// Also send this many notifications with each batch of iterations, and check that their echoes return unchanged and in order.
+    #[arg(long, default_value_t = 0, hide_default_value = true, value_parser = clap::value_parser!(u32).range(0..=1024))]
+    notify: u32,
     /// Measure the standard list of rows.
     #[arg(long, conflicts_with_all = ["op", "total", "block", "sweep"])]
     suite: bool,
@@ -223,8 +226,16 @@ impl Measuring {
     }
 
     fn options(&self, verify: bool, budget: Duration) -> Options {
-        let progress = self.interval.is_none();
-        Options { iters: self.iters, warmup: self.warmup, budget, verify, wait: self.wait, time: self.time, progress }
+        Options {
+            iters: self.iters,
+            warmup: self.warmup,
+            budget,
+            verify,
+            wait: self.wait,
+            notify: self.notify,
+            time: self.time,
+            progress: self.interval.is_none(),
+        }
     }
 
     /// Whether standard output carries JSON or CSV: the table then goes to standard error.

@@ -5,6 +5,7 @@
 mod close;
 mod core;
 mod drive;
+mod path;
 mod poll;
 mod restore;
 mod shared;
@@ -12,6 +13,7 @@ mod submit;
 
 pub(crate) use core::Core;
 pub(crate) use drive::{Driver, Progress};
+pub use path::TransferPath;
 pub(crate) use restore::{ends, Begun, Counts, Restorer, Socket};
 pub(crate) use shared::Peer;
 
@@ -46,7 +48,8 @@ pub(crate) const CLOSING: Duration = Duration::from_secs(1);
 
 /// A connection to a peer engine. All methods may be called from any thread.
 ///
-/// - Getters take no part in the protocol: [`Connection::peer_ip`] and the following, [`Connection::stats`], [`Connection::status`].
+/// - Getters take no part in the protocol: [`Connection::peer_ip`] and the following, [`Connection::stats`], [`Connection::path`],
+///   [`Connection::status`].
 /// - [`Connection::transfer`], [`Connection::transfer_list`], [`Connection::send`], [`Connection::recv`] and [`Connection::notify`]
 ///   start something. An error leaves the connection as it was, unless [`Connection::status`] says that it is lost. From then on the
 ///   transfer owns the memory that it names.
@@ -153,6 +156,16 @@ impl Connection {
             totals: core.past.unwrap_or_else(|| core.totals(&channels)),
             channels,
         })
+    }
+
+    /// What has carried the bytes of a transfer that this engine started, also of one that has ended.
+    ///
+    /// # Errors
+    /// `NotFound` for an unknown id; an error in a forked child.
+    pub fn path(&self, id: u64) -> Result<TransferPath> {
+        self.shared.core.check("connection")?;
+        let core = self.shared.lock();
+        Ok(TransferPath::new(core.machine.carriers(id)?, &core.channels.stats(false, Instant::now())))
     }
 
     /// Whether the connection is up.

@@ -105,6 +105,9 @@ impl Direct for SimulatedHaste {
     fn activity(&self) -> Activity {
         Activity { spin_until: Some(Instant::now() + Duration::from_secs(1)), ..Activity::default() }
     }
+    fn by_nvlink(&self, _here: Place, _there: Place) -> bool {
+        false
+    }
     fn offer(&mut self, _region: &Region) {}
     fn forget(&mut self, _region: u64) {}
     fn uses_region(&self, _region: u64) -> bool {

@@ -14,6 +14,7 @@ use crate::engine::connection::Connection;
 use crate::engine::limits;
 use crate::engine::setup::quota::Counted;
 use crate::logging::Limiter;
+use crate::net::plugin_thread::{be_impatient, IMPATIENT};
 use crate::status::{err, Error, ErrorKind, Result};
 use reactor::{Events, Interest, Poller, Waker};
 use std::collections::{BTreeMap, BTreeSet};
@@ -162,6 +163,8 @@ pub(crate) fn start(
 ) -> Result<std::thread::JoinHandle<()>> {
     let mut acceptor = Acceptor::new(context, accepts, listeners, fresh).map_err(|e| limits::system("epoll", &e))?;
     limits::spawn("uccl-setup", move || {
+        // Set-ups over other plugins go on meanwhile.
+        be_impatient(IMPATIENT);
         while !acceptor.context.shutdown.begun() {
             // A panic in one set-up must not close the port for good.
             let round = std::panic::AssertUnwindSafe(|| acceptor.run());

@@ -16,6 +16,7 @@ use crate::engine::connection::{ends, Connection, Core, Peer};
 use crate::engine::setup::quota::Counted;
 use crate::host::OneHost;
 use crate::net::comm::Doorbell;
+use crate::net::plugin_thread::limited;
 use crate::net::setup::Pair;
 use crate::notify::Inbox;
 use crate::proto::{heartbeat, Machine, Setting};
@@ -26,7 +27,7 @@ use crate::wire::join::Ticket;
 use crate::wire::keys::Proof;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// The result of a set-up.
 pub(crate) struct Up {
@@ -146,8 +147,12 @@ fn log_unprepared(place: Place, result: Result<()>) {
     }
 }
 
+/// How long the calls of a plugin may take that prepare connections.
+const READY_WITHIN: Duration = Duration::from_secs(5);
+
 /// Prepares the first connections for a GPU that was not used before.
 pub(crate) fn ready(context: &SetupContext, place: Place) {
+    let _limited = limited(Instant::now() + READY_WITHIN);
     let mut all = context.table.connections.all();
     all.sort_by_key(|connection| connection.id());
     all.iter().take(READY).for_each(|connection| log_unprepared(place, connection.ready(place)));
@@ -248,6 +253,7 @@ pub(crate) fn prepare(context: &SetupContext, connection: &Connection) {
     if let Err(e) = context.gpus.warm() {
         log::debug!("GPU copies will be initialised by the first one: {e}");
     }
+    let _limited = limited(Instant::now() + READY_WITHIN);
     if table.connections.count() <= READY {
         context.gpus.used().into_iter().for_each(|place| log_unprepared(place, connection.ready(place)));
     }

@@ -7,6 +7,7 @@ use super::driver::{Finished, Progress, SetupDriver};
 use super::machine::Setup;
 use super::shutdown::canceled;
 use crate::engine::connection::Connection;
+use crate::net::plugin_thread::limited;
 use crate::status::{err, Error, ErrorKind, Result};
 use std::io::Read;
 use std::net::{SocketAddr, TcpStream};
@@ -41,6 +42,7 @@ pub(crate) fn connect(context: &SetupContext, host: &str, gpu: &str, port: u16) 
 
 fn connect_within(context: &SetupContext, host: &str, gpu: &str, port: u16) -> Result<Arc<Connection>> {
     let deadline = Instant::now() + context.config.connect_timeout;
+    let _limited = limited(deadline);
     context.shutdown.check()?;
     let addresses = dial::resolve(host, port, deadline, &context.shutdown, dial::system_lookup)?;
     let began = Instant::now();

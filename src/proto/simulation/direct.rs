@@ -288,6 +288,9 @@ impl Direct for SimulatedDirect {
         Activity { busy, active, ..Activity::default() }
     }
 
+    fn by_nvlink(&self, _here: Place, _there: Place) -> bool {
+        false
+    }
     fn offer(&mut self, _region: &Region) {}
 
     fn forget(&mut self, _region: u64) {}
