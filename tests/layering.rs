@@ -53,6 +53,13 @@ fn is_test(attributes: &[syn::Attribute]) -> bool {
 }
 
 impl Crate {
+    /// The crate of a root file.
+    fn of(root: &Path) -> Crate {
+        let mut krate = Crate::default();
+        krate.read(root, Vec::new());
+        krate
+    }
+
     /// Parses a file and those of its modules.
     fn read(&mut self, file: &Path, module: Module) {
         let text = std::fs::read_to_string(file).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
@@ -138,7 +145,7 @@ impl Crate {
             }
         }
         // Methods in another file than the type's know its fields, and the type's own file calls them.
-        for (module, path) in self.impls.iter().filter(|(_, path)| !path.last().is_some_and(|name| is_excepted(name))) {
+        for (module, path) in &self.impls {
             if let Some(home) = self.file_of_type(module, path).filter(|home| *home != self.modules[module]) {
                 let file = &*self.modules[module];
                 needs.entry(file).or_default().insert(home);
@@ -300,18 +307,30 @@ impl<'ast> Visit<'ast> for Walk<'_> {
     }
 }
 
-/// Every crate of the workspace.
+/// The root files of a package's library, programs, benchmarks and fuzz targets: where cargo looks for them, and where Cargo.toml names them.
+fn roots(package: &Path, manifest: &str) -> BTreeSet<PathBuf> {
+    let mut roots: BTreeSet<PathBuf> = ["src/lib.rs", "src/main.rs"].map(|file| package.join(file)).into();
+    for folder in ["src/bin", "benches"] {
+        for entry in std::fs::read_dir(package.join(folder)).into_iter().flatten().flatten() {
+            let path = entry.path();
+            roots.extend([path.join("main.rs"), path].into_iter().filter(|file| file.extension().is_some_and(|e| e == "rs")));
+        }
+    }
+    let named = manifest.lines().filter_map(|line| line.strip_prefix("path = \"")?.strip_suffix('"'));
+    roots.extend(named.filter(|file| file.ends_with(".rs") && !file.starts_with("tests/")).map(|file| package.join(file)));
+    roots.retain(|file| file.is_file());
+    roots
+}
+
+/// Every crate of the repository.
 fn crates() -> Vec<(String, Crate)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let mut found = Vec::new();
     let folders = std::fs::read_dir(root).unwrap().map(|entry| entry.unwrap().path());
-    for folder in folders.chain([root.to_owned(), root.join("soft-plugin/so")]) {
-        let lib = folder.join("src/lib.rs");
-        if folder.join("Cargo.toml").exists() && lib.exists() {
-            let mut krate = Crate::default();
-            krate.read(&lib, Vec::new());
-            found.push((folder.display().to_string(), krate));
-        }
+    let inner = ["soft-plugin/so", "benches/pure"].map(|folder| root.join(folder));
+    let mut found = Vec::new();
+    for folder in folders.chain(inner).chain([root.to_owned()]) {
+        let Ok(manifest) = std::fs::read_to_string(folder.join("Cargo.toml")) else { continue };
+        found.extend(roots(&folder, &manifest).iter().map(|file| (file.display().to_string(), Crate::of(file))));
     }
     found
 }
@@ -319,7 +338,10 @@ fn crates() -> Vec<(String, Crate)> {
 #[test]
 fn no_files_import_each_other() {
     let all = crates();
-    assert!(all.len() > 5, "the crates of the workspace were not found");
+    let part = |name: &str| all.iter().any(|(file, _)| file.ends_with(name));
+    let parts =
+        ["src/lib.rs", "tools/src/perf.rs", "src/bin/uccl-devmem-agent.rs", "cost/main.rs", "pure.rs", "fuzz_targets/frames.rs"];
+    assert_eq!(parts.map(part), [true; 6], "crates of the repository were not found");
     let needs: usize = all.iter().flat_map(|(_, krate)| krate.needs().into_values()).map(|files| files.len()).sum();
     assert!(needs > 300, "only {needs} imports were understood");
     let circles: Vec<String> = all.iter().flat_map(|(_, krate)| krate.circles()).collect();
@@ -338,8 +360,8 @@ fn no_function_is_long() {
     assert!(long.is_empty(), "{} functions:\n{}", long.len(), long.join("\n"));
 }
 
-/// What may be larger than its limit, or in several files, and why.
-const EXCEPTIONS: [(&str, &str); 11] = [
+/// What may be larger than its limit, and why. Its methods lie in its own file all the same.
+const EXCEPTIONS: [(&str, &str); 12] = [
     ("ucclNetExt_v2", "a C structure: the table of the plugin's extension"),
     ("uccl_totals_t", "a C structure"),
     ("uccl_channel_stats_t", "a C structure"),
@@ -350,6 +372,7 @@ const EXCEPTIONS: [(&str, &str); 11] = [
     ("NetTable", "one method a function of the plugin interface"),
     ("Row", "one field a column of the benchmark's table"),
     ("Counters", "what a test program counts"),
+    ("Measuring", "one field an option of the command line"),
     ("LocalMemory", "one method a thing that a kind of memory does, areas for staging among them"),
 ];
 
@@ -440,9 +463,7 @@ impl Scratch {
     }
 
     fn read(&self) -> Crate {
-        let mut krate = Crate::default();
-        krate.read(&self.0.join("lib.rs"), Vec::new());
-        krate
+        Crate::of(&self.0.join("lib.rs"))
     }
 
     fn name(&self, file: &str) -> String {

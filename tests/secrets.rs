@@ -259,7 +259,6 @@ fn no_secret_lies_in_memory_that_core_dumps_contain() {
 
 /// The core of a child that aborts, if this machine writes one beside it.
 fn core(subject: &mut Subject) -> Option<Vec<u8>> {
-    let process = subject.child.id();
     subject.input = None;
     let status = subject.child.wait().unwrap();
     assert_eq!(status.signal(), Some(libc::SIGABRT));
@@ -267,7 +266,8 @@ fn core(subject: &mut Subject) -> Option<Vec<u8>> {
     let is_core = |path: &PathBuf| path.file_name().is_some_and(|n| n.to_string_lossy().starts_with("core"));
     let file = files.into_iter().find(is_core);
     if file.is_none() {
-        println!("SKIPPED: the kernel wrote no core of process {process} (core_pattern, ulimit -c)");
+        let pattern = std::fs::read_to_string("/proc/sys/kernel/core_pattern").unwrap_or_default();
+        println!("SKIPPED: the kernel wrote no core beside the process (ulimit -c, core_pattern {:?})", pattern.trim());
     }
     Some(std::fs::read(file?).unwrap())
 }

@@ -63,6 +63,11 @@ fn main() -> ExitCode {
             parts.push(word);
         }
     }
+    run(&parts, seconds, &counts, [&loads, &operations])
+}
+
+/// Measures what is wanted; all of it where nothing is named.
+fn run(parts: &[String], seconds: f64, counts: &[usize], [loads, operations]: [&str; 2]) -> ExitCode {
     let wanted = |name: &str| parts.is_empty() || parts.iter().any(|p| p == name);
     let mut good = true;
     if wanted("connect") {
@@ -75,7 +80,7 @@ fn main() -> ExitCode {
         notify(seconds);
     }
     if wanted("connections") {
-        peers::connections(seconds, &counts, &loads, &operations);
+        peers::connections(seconds, counts, loads, operations);
     }
     if wanted("line") {
         fairness::line(seconds);

@@ -44,6 +44,8 @@ pub(crate) struct Channels {
     // The direct transport and the paths close before the copier is dropped (field order).
     direct: Option<Box<dyn Direct>>,
     paths: Vec<Box<dyn Path>>,
+    /// The number of each path's first channel, and at the end that of all channels.
+    first: Vec<usize>,
     copier: Copier,
     loads: Loads,
     totals: Totals,
@@ -57,9 +59,15 @@ pub(crate) struct Channels {
 impl Channels {
     /// Channels over `paths`; the first path that carries a pair of places is used.
     pub(crate) fn new(direct: Option<Box<dyn Direct>>, paths: Vec<Box<dyn Path>>, copier: Copier) -> Channels {
+        let ends = paths.iter().scan(0, |end, path| {
+            *end += path.channels();
+            Some(*end)
+        });
+        let first = std::iter::once(0).chain(ends).collect();
         Channels {
             direct,
             paths,
+            first,
             copier,
             loads: Loads::default(),
             totals: Totals::default(),
@@ -98,14 +106,8 @@ impl Channels {
 
     /// The chunk limits of a channel; `None` if it does not exist.
     pub(crate) fn limits(&self, channel: u16) -> Option<ChunkLimits> {
-        let mut index = usize::from(channel);
-        self.paths.iter().find_map(|path| match index.checked_sub(path.channels()) {
-            None => Some(path.limits(u64::MAX)),
-            Some(rest) => {
-                index = rest;
-                None
-            }
-        })
+        let (path, _) = self.locate(channel.into())?;
+        Some(self.paths.get(path)?.limits(u64::MAX))
     }
 
     /// The limits for the next chunk of a transfer of `total` bytes on a route.
@@ -118,12 +120,12 @@ impl Channels {
 
     /// Number of channels.
     pub(crate) fn count(&self) -> usize {
-        self.paths.iter().map(|p| p.channels()).sum()
+        self.first.last().copied().unwrap_or(0)
     }
 
     /// The channel for the next chunk from `place` on a route, and the chunk's maximum bytes; `None` when none should take one now.
     pub(crate) fn pick(&mut self, route: usize, place: Place, want: Want, bulk: bool, now: Instant) -> Option<(u16, usize)> {
-        let base: usize = self.paths.iter().take(route).map(|p| p.channels()).sum();
+        let first = *self.first.get(route)?;
         self.loads.channels.clear();
         self.loads.nics.clear();
         self.loads.numbers.clear();
@@ -131,18 +133,18 @@ impl Channels {
         self.paths.get_mut(route)?.loads(place, bulk, now, &mut self.loads);
         let pick = stripe::pick(&self.loads, want)?;
         let channel = self.loads.numbers.get(pick.channel).copied().unwrap_or(pick.channel);
-        Some((u16::try_from(base + channel).ok()?, pick.len as usize))
+        Some((u16::try_from(first + channel).ok()?, pick.len as usize))
+    }
+
+    /// The number of a channel's path, and the channel's number there; `None` if it does not exist.
+    fn locate(&self, channel: usize) -> Option<(usize, usize)> {
+        let path = self.first.partition_point(|&first| first <= channel).checked_sub(1)?;
+        (channel < self.count()).then(|| (path, channel - self.first[path]))
     }
 
     fn path(&mut self, channel: u16) -> Option<(&mut Box<dyn Path>, usize, &mut Copier)> {
-        let mut index = usize::from(channel);
-        for path in &mut self.paths {
-            if index < path.channels() {
-                return Some((path, index, &mut self.copier));
-            }
-            index -= path.channels();
-        }
-        None
+        let (path, index) = self.locate(channel.into())?;
+        Some((self.paths.get_mut(path)?, index, &mut self.copier))
     }
 
     /// Sends a chunk on a channel that [`Channels::pick`] named.
@@ -176,23 +178,22 @@ impl Channels {
         if let Some(direct) = self.direct.as_mut().filter(|direct| direct.activity().active) {
             any |= direct.progress(now, events)?;
         }
-        let mut base = 0;
-        for path in &mut self.paths {
+        for (path, &first) in self.paths.iter_mut().zip(&self.first) {
+            let first = first as u16;
             let from = events.len();
             if path.busy() {
                 any |= path.progress(&mut self.copier, now, events)?;
             }
             for event in &mut events[from..] {
                 match event {
-                    Event::Sent(channel, _, len) => (*channel, self.totals.sent) = (*channel + base, self.totals.sent + *len),
+                    Event::Sent(channel, _, len) => (*channel, self.totals.sent) = (*channel + first, self.totals.sent + *len),
                     Event::Received(channel, _, len) => {
-                        (*channel, self.totals.received) = (*channel + base, self.totals.received + *len);
+                        (*channel, self.totals.received) = (*channel + first, self.totals.received + *len);
                     }
-                    Event::Closed(channel, _) => *channel += base,
+                    Event::Closed(channel, _) => *channel += first,
                     _ => {}
                 }
             }
-            base += path.channels() as u16;
         }
         self.flush()?;
         Ok(any)
@@ -417,14 +418,8 @@ impl Channels {
         format!("{}{more}", named.join("; "))
     }
 
-    fn ends(&self, mut channel: usize, way: Way) -> String {
-        for path in &self.paths {
-            if channel < path.channels() {
-                return path.describe(channel, way);
-            }
-            channel -= path.channels();
-        }
-        String::new()
+    fn ends(&self, channel: usize, way: Way) -> String {
+        self.locate(channel).map_or_else(String::new, |(path, index)| self.paths[path].describe(index, way))
     }
 
     /// The largest transfer of these segments that should be eager, in bytes.
@@ -498,6 +493,7 @@ impl Channels {
         }
         self.direct = None;
         self.paths.clear();
+        self.first.clear();
         self.copier = None;
     }
 }

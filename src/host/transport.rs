@@ -75,7 +75,23 @@ impl Wire {
     }
 }
 
-/// The transport.
+/// The transport of one connection. One caller at a time uses it, under the lock of the connection.
+///
+/// - Decide and start: [`Direct::route`] says how a transfer can go and claims what it needs of the peer. After `Direct`, and only then,
+///   [`Direct::start`] begins it, in the same call of the machine, since a grant may end between two. After `Wait`, ask again at
+///   [`Event::Answered`].
+/// - Messages: [`Direct::can_send`] before a message is offered; [`Direct::land`] grants the buffer that it goes to, and
+///   [`Direct::withdraw`] takes the grant back. The sender starts with the landing and needs no route.
+/// - Drive: the thread that drives the connection calls [`Direct::progress`] while [`Activity::active`] holds. It reads what the peer says,
+///   starts copies for orders in the ring, and reports copies that have moved or ended. Small copies are made by the thread that calls, large
+///   ones by threads of the pool. The engine sets `news` of [`OneHost::watched`] when the socket has something: the peer wakes a sleeping
+///   engine by a message there. The pool rings the engine's bell.
+/// - Regions: [`Direct::offer`] when one is registered, [`Direct::forget`] when one has ended, and memory is given back only when
+///   [`Direct::uses_region`] is false.
+/// - The getters, [`Direct::activity`], [`Direct::uses_region`], [`Direct::flowed`], [`Direct::describe`] and [`Direct::stats`], never change
+///   anything.
+/// - An error ends the connection. Dropping it comes last: it closes the ring, waits for its own copies, and keeps for ever the memory of
+///   those that do not end.
 pub(crate) struct OneHost {
     wire: Wire,
     lookup: Lookup,

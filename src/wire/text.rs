@@ -48,7 +48,9 @@ mod tests {
     fn escapes_and_newlines_never_pass() {
         assert_eq!(printable("a\n\x1b[2Jb\u{e9}", 99), "a\\n\\u{1b}[2Jb\\u{e9}");
         assert_eq!(printable("abc\n", 4), "abc");
-        for bad in [&b"a\nb"[..], b"\x1b[0m", b"\xff", b"\0", "\u{202e}".as_bytes()] {
+        assert_eq!(printable("a\u{202e}b\u{200b}c\u{2028}d", 99), "a\\u{202e}b\\u{200b}c\\u{2028}d");
+        let unseen = ["\u{202e}", "a\u{200b}", "\u{2028}b", "\u{2029}", "\u{feff}", "\u{85}"].map(str::as_bytes);
+        for bad in [&b"a\nb"[..], b"\x1b[0m", b"\xff", b"\0"].into_iter().chain(unseen) {
             assert!(checked(bad, 99, "text").is_err(), "{bad:?}");
         }
         assert!(checked(b"abcd", 3, "text").is_err());

@@ -71,6 +71,12 @@ pub(super) struct Moves {
     pub sockets: AtomicU32,
 }
 
+#[cfg(test)]
+thread_local! {
+    /// How often this thread has taken the lock of a connection.
+    pub(super) static LOCKS: std::cell::Cell<u32> = const { std::cell::Cell::new(0) };
+}
+
 /// The locked core. If the holder panics, the connection ends before another thread gets the lock.
 pub(super) struct Held<'a> {
     shared: &'a Shared,
@@ -158,6 +164,8 @@ impl Shared {
     }
 
     pub(super) fn hold<'a>(&'a self, core: MutexGuard<'a, Core>) -> Held<'a> {
+        #[cfg(test)]
+        LOCKS.with(|locks| locks.set(locks.get() + 1));
         Held { shared: self, core, unwinding: std::thread::panicking() }
     }
 

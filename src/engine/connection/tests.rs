@@ -6,13 +6,15 @@ use crate::channel::path::{Arrival, Carries, Copier, Departure, Line, Path};
 use crate::channel::plan::ChunkLimits;
 use crate::channel::router::Channels;
 use crate::channel::stripe::Loads;
+use crate::config::Config;
 use crate::direct::{Activity, Blocks, Direct, Event, Pairing, Route, Start, Way};
 use crate::engine::progress::context::DriveContext;
 use crate::engine::progress::doorbell::Bell;
 use crate::engine::progress::pacing::Cores;
 use crate::engine::progress::thread;
 use crate::engine::setup::accept_queue::Waiting;
-use crate::engine::transfer::LocalSegment;
+use crate::engine::transfer::{self, LocalSegment};
+use crate::engine::Engine;
 use crate::logging::Limiter;
 use crate::notify::{Inbox, Queue};
 use crate::proto::{Machine, Setting, Sketch};
@@ -23,6 +25,7 @@ use crate::types::{Key, Landing, Piece, Place};
 use crate::wire::control::ControlStream;
 use crate::wire::session::{Direction, Session};
 use process::Mutex;
+use std::cell::Cell;
 use std::net::{TcpListener, TcpStream};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
@@ -441,4 +444,41 @@ fn a_connection_that_is_prepared_is_not_checked_for_lost_links() {
     assert!(connection.driver().is_preparing());
     drop(preparing);
     assert_eq!(connection.driver().close_faulty(&|_, _| None, &|_| None), Some(false));
+}
+
+/// A write costs its caller one lock of the connection and two walks of its list: one to check it, one to hand out its blocks.
+#[test]
+fn a_large_direct_write_takes_one_lock_and_two_walks_of_its_list() {
+    const BLOCKS: usize = 3000;
+    const LEN: usize = 8192;
+    let settings = [("UCCL_TCPX_PLUGIN", "soft"), ("UCCL_P2P_DISABLE_IPC", "0"), ("UCCL_SOCKET_IFNAME", "lo")];
+    let engine = || Engine::new(Config::from_env_with(&settings).unwrap()).unwrap();
+    let (a, b) = (engine(), engine());
+    let port = b.metadata().split_once('?').and_then(|(address, _)| address.rsplit_once(':')?.1.parse().ok()).unwrap();
+    let out = a.connect("127.0.0.1", "", port).unwrap();
+    let inn = b.accept().unwrap();
+    // Blocks do not touch: each is a piece of its own.
+    let (source, target) = (vec![7u8; 2 * BLOCKS * LEN], vec![0u8; 2 * BLOCKS * LEN]);
+    let [mr, there] = [(&a, &source), (&b, &target)].map(|(e, bytes)| e.register(bytes.as_ptr() as usize, bytes.len()).unwrap());
+    let walked = Cell::new(0);
+    let item = |i: usize| b.fifo_item(there, target.as_ptr() as usize + 2 * i * LEN, LEN).unwrap();
+    let list: Vec<_> =
+        (0..BLOCKS).map(|i| (LocalSegment { mr, addr: source.as_ptr() as usize + 2 * i * LEN, len: LEN }, item(i))).collect();
+    let write =
+        || out.transfer(transfer::Direction::Write, list.iter().inspect(|_| walked.set(walked.get() + 1)).copied()).unwrap();
+    // The first one asks for the region.
+    let first = write();
+    assert!(out.wait(first, Some(Duration::from_secs(60))).unwrap().complete);
+    for _ in 0..3 {
+        walked.set(0);
+        let before = shared::LOCKS.with(Cell::get);
+        let id = write();
+        let locks = shared::LOCKS.with(Cell::get) - before;
+        assert!(out.wait(id, Some(Duration::from_secs(60))).unwrap().complete);
+        assert_eq!((locks, walked.get()), (1, 2 * BLOCKS));
+    }
+    let received =
+        |nic: &str| -> u64 { inn.stats().unwrap().channels.iter().filter(|c| c.nic == nic).map(|c| c.received_bytes).sum() };
+    assert_eq!(received("local"), (4 * BLOCKS * LEN) as u64, "they went directly");
+    (a.deregister(mr).unwrap(), b.deregister(there).unwrap());
 }

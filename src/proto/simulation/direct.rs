@@ -53,6 +53,20 @@ enum Claim {
     Refused(Error),
 }
 
+/// How often a liar lied.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Lies {
+    /// Claims of the victim that it granted, and that it did not.
+    pub granted: u64,
+    pub refused: u64,
+    /// Claims of regions of the victim with a false token.
+    pub claimed: u64,
+    /// Blocks of direct transfers that it filled with other bytes, or took nothing of.
+    pub blocks: u64,
+    /// Writes into buffers that the victim granted for a message.
+    pub landings: u64,
+}
+
 /// What the two sides share.
 #[derive(Default)]
 pub(super) struct DirectNet {
@@ -67,6 +81,7 @@ pub(super) struct DirectNet {
     claims: Map<(usize, u64, [u8; 16]), Claim>,
     answered: [bool; 2],
     denied: [Vec<Error>; 2],
+    pub lies: Lies,
     closed: [bool; 2],
 }
 
@@ -80,6 +95,10 @@ impl DirectNet {
         for (&(_, region, token), claim) in self.claims.iter_mut().filter(|((of, ..), _)| *of == side) {
             if !matches!(claim, Claim::Asked) {
                 continue;
+            }
+            if there.is_none() {
+                let lied = if lie % 3 == 0 { &mut self.lies.granted } else { &mut self.lies.refused };
+                *lied += 1;
             }
             *claim = match there.as_ref().map(|there| there.remote(region, &token)) {
                 None => [Claim::Granted, Claim::Channels, Claim::Refused(err!(RemoteAccess, "a lie"))][lie as usize % 3].clone(),
@@ -101,7 +120,7 @@ impl DirectNet {
         if self.stalls || self.closed[1 - side] {
             return;
         }
-        let DirectNet { carried, landings, registries, .. } = self;
+        let DirectNet { carried, landings, registries, lies, .. } = self;
         for carried in carried.iter_mut().filter(|c| c.side == side && c.uses.is_some() && !c.refused) {
             let gone = |(region, token): &(u64, [u8; 16])| match &registries[1 - side] {
                 Some(there) => there.remote(*region, token).is_err(),
@@ -120,6 +139,7 @@ impl DirectNet {
                     (None, Way::In) => unsafe { std::ptr::write_bytes(dst as *mut u8, LIE, len as usize) },
                     (None, Way::Out) => {}
                 }
+                lies.blocks += u64::from(registries[1 - side].is_none());
                 carried.moved += len;
                 carried.begun = true;
                 if let Some(lands) = carried.landing.and_then(|slot| landings.get_mut(&slot)) {
@@ -134,6 +154,16 @@ impl DirectNet {
         if let Some(lands) = self.landings.values_mut().find(|lands| lands.got < lands.len) {
             let more = bytes.min(lands.len - lands.got);
             (lands.got, lands.moved) = (lands.got + more, lands.moved + more);
+            self.lies.landings += 1;
+        }
+    }
+
+    /// The liar claims a region of a side.
+    pub(super) fn claim_falsely(&mut self, side: usize, region: u64, token: [u8; 16]) {
+        let denied = self.registries[side].as_ref().and_then(|registry| registry.remote(region, &token).err());
+        if let (true, Some(error)) = (self.on, denied) {
+            self.denied[side].push(error);
+            self.lies.claimed += 1;
         }
     }
 }

@@ -186,3 +186,16 @@ fn lost_channels_had_chunks_in_flight() {
     assert!(restored > 300 && carried > 500, "only {restored} channels came back, and carried {carried} chunks");
     assert!(again > 100, "only {again} times were records of the control connection sent again");
 }
+
+/// Runs with a liar must lie about claims, else they prove nothing about them.
+#[test]
+fn liars_lied_about_claims() {
+    let liars = (0..5000u64).filter(|&seed| play_of(seed) == Play::Liar);
+    let all: Vec<_> = liars.map(|seed| liar::lies(seed, &script_of(seed))).collect();
+    let sum = |of: fn(&direct::Lies) -> u64| all.iter().map(of).sum::<u64>();
+    let (granted, refused, claimed) = (sum(|l| l.granted), sum(|l| l.refused), sum(|l| l.claimed));
+    let (blocks, landings) = (sum(|l| l.blocks), sum(|l| l.landings));
+    println!("{granted} claims granted, {refused} not, {claimed} false claims, {blocks} blocks, {landings} writes into buffers");
+    assert!(granted > 20 && refused > 50, "only {granted} claims were granted, and {refused} not");
+    assert!(claimed > 300, "only {claimed} claims had a false token");
+}
