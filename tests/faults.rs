@@ -633,8 +633,9 @@ fn reset_data(hosts: &Hosts, host: usize, control: u16) -> bool {
     hosts.on(host, &filter) && n > 0 && listed() == 0
 }
 
+/// All data channels at once: the control connection lives, so they are set up again, and transfers wait for them.
 #[test]
-fn a_reset_of_the_data_channels_is_noticed_at_once() {
+fn a_reset_of_all_data_channels_is_noticed_at_once_and_costs_no_transfer() {
     let Some(hosts) = Hosts::new() else { return };
     const LEN: usize = 600 << 10;
     // Long deadlines, so that only the reset is noticed.
@@ -642,17 +643,18 @@ fn a_reset_of_the_data_channels_is_noticed_at_once() {
         [("UCCL_TCPX_TRANSFER_TIMEOUT_MS", "60000"), ("UCCL_TCPX_PEER_TIMEOUT_MS", "60000"), ("UCCL_TCPX_NUM_CHANNELS", "2")];
     for what in ["idle", "in flight"] {
         let (mut a, mut b) = hosts.pair(&environment);
-        let (_, item) = b.buffer(LEN, 1);
+        let (target, item) = b.buffer(LEN, 1);
         let (source, _) = a.buffer(LEN, 2);
-        let write = format!("write 0 {source} {LEN} {}", text_of(&item));
-        let id = a.start_transfer(&write).unwrap();
+        let write = |fill: usize| format!("write 0 {fill} {LEN} {}", text_of(&item));
+        let id = a.start_transfer(&write(source)).unwrap();
         assert_eq!(a.wait(0, id, LIMIT), Outcome::Done(LEN as u64));
         let control = b.port;
+        let (last, _) = a.buffer(LEN, 3);
         let mut open = None;
         if what == "in flight" {
             // Frozen, the peer takes nothing, and its kernel takes all of it.
             b.signal(libc::SIGSTOP);
-            open = Some(a.start_transfer(&write).unwrap());
+            open = Some(a.start_transfer(&write(last)).unwrap());
             std::thread::sleep(Duration::from_millis(300));
         }
         if !reset_data(&hosts, 1, control) {
@@ -661,24 +663,55 @@ fn a_reset_of_the_data_channels_is_noticed_at_once() {
             return;
         }
         let start = Instant::now();
-        match open {
-            Some(id) => {
-                let outcome = a.wait(0, id, LIMIT);
-                assert!(matches!(outcome, Outcome::Failed(_)), "{outcome:?} after {:?}", start.elapsed());
-            }
-            None => assert!(until(LIMIT, || a.ask("status 0").starts_with("error")), "nothing noticed after {LIMIT:?}"),
-        }
-        let error = a.ask("status 0");
-        println!("{what}: {error} after {:?}", start.elapsed());
-        assert!(names_the_path(&error), "{error}");
-        assert!(start.elapsed() < Duration::from_secs(5), "{what}: {:?}", start.elapsed());
         b.signal(libc::SIGCONT);
-        assert!(until(LIMIT, || b.ask("status 0").starts_with("error")));
-        // Both errors say more than that the peer is lost.
-        let error = b.ask("status 0");
-        assert!(names_the_path(&error), "{error}");
+        let id = open.unwrap_or_else(|| a.start_transfer(&write(last)).unwrap());
+        assert_eq!(a.wait(0, id, LIMIT), Outcome::Done(LEN as u64), "{what}");
+        println!("{what}: done {:?} after the reset", start.elapsed());
+        assert!(start.elapsed() < Duration::from_secs(5), "{what}: {:?}", start.elapsed());
+        assert_eq!(b.ask(&format!("holds {target} {LEN} 3")), "true", "{what}");
+        for victim in [&mut a, &mut b] {
+            assert_eq!(victim.ask("status 0"), "up");
+            let both = |victim: &mut Victim| victim.ask("losses 0") == "2 2";
+            assert!(until(LIMIT, || both(victim)), "{what}: {}", victim.ask("losses 0"));
+            // Both say what was lost, and where, in one line for the NIC.
+            let log = victim.log();
+            assert!(names_the_path(&log) && log.matches(" is lost: ").count() == 1, "{what}: {log}");
+        }
         assert!(a.end(LIMIT) && b.end(LIMIT));
     }
+}
+
+/// Where the channels cannot come back, a transfer ends by its timeout, and says what was lost.
+#[test]
+fn a_transfer_waits_for_channels_that_do_not_come_back_up_to_its_timeout() {
+    let Some(hosts) = Hosts::new() else { return };
+    if !hosts.on(1, "iptables -L -n") {
+        println!("SKIPPED: iptables is needed");
+        return;
+    }
+    const LEN: usize = 600 << 10;
+    let (mut a, mut b) = hosts.pair(&[("UCCL_TCPX_TRANSFER_TIMEOUT_MS", "3000"), ("UCCL_TCPX_NUM_CHANNELS", "2")]);
+    let (_, item) = b.buffer(LEN, 1);
+    let (source, _) = a.buffer(LEN, 2);
+    let write = format!("write 0 {source} {LEN} {}", text_of(&item));
+    // The listening sockets of new channels are out of reach.
+    for rule in [format!("--dport {} -j ACCEPT", b.port), "--syn -j DROP".to_owned()] {
+        assert!(hosts.on(1, &format!("iptables -A INPUT -p tcp {rule}")));
+    }
+    if !reset_data(&hosts, 1, b.port) {
+        println!("SKIPPED: this kernel cannot reset sockets (ss -K)");
+        return;
+    }
+    assert!(until(LIMIT, || a.ask("losses 0") == "2 0" && b.ask("losses 0") == "2 0"));
+    // Idle, the connection stays.
+    std::thread::sleep(Duration::from_secs(4));
+    assert_eq!((a.ask("status 0"), b.ask("status 0")), ("up".to_owned(), "up".to_owned()));
+    let (id, start) = (a.start_transfer(&write).unwrap(), Instant::now());
+    let Outcome::Failed(error) = a.wait(0, id, LIMIT) else { panic!("the write did not fail") };
+    println!("{error} after {:?}", start.elapsed());
+    assert!(start.elapsed() > Duration::from_secs(2) && start.elapsed() < Duration::from_secs(6), "{:?}", start.elapsed());
+    assert!(names_the_path(&error) && error.contains("lost and not back"), "{error}");
+    assert!(a.end(LIMIT) && b.end(LIMIT));
 }
 
 /// Chunks larger than the plugin's messages are no configuration that fails at the first transfer.

@@ -54,6 +54,28 @@ fn bad(what: &'static str, why: &str) {
     count(what, 1);
 }
 
+/// The contract of the strict foreign plugin: the given one, else either. It draws in any case, for a seed to repeat all other choices.
+fn contract(rng: &mut Rng, given: Option<String>) -> &'static str {
+    let drawn = *rng.pick(&["tcpx", "tcpxo"]);
+    match given.as_deref() {
+        None => drawn,
+        Some("tcpx") => "tcpx",
+        Some("tcpxo") => "tcpxo",
+        Some(other) => panic!("STRICT_FOREIGN_CONTRACT={other}: expected tcpx or tcpxo"),
+    }
+}
+
+#[test]
+fn a_given_contract_is_kept() {
+    let mut rng = Rng(1);
+    let mut drawn = |given: Option<&str>| (0..64).map(|_| contract(&mut rng, given.map(str::to_owned))).collect::<Vec<_>>();
+    for given in ["tcpx", "tcpxo"] {
+        assert!(drawn(Some(given)).iter().all(|&one| one == given));
+    }
+    let either = drawn(None);
+    assert!(either.contains(&"tcpx") && either.contains(&"tcpxo"));
+}
+
 /// A configuration that both processes share.
 fn configuration(rng: &mut Rng) -> Vec<(&'static str, String)> {
     let mut all = vec![
@@ -84,10 +106,11 @@ fn configuration(rng: &mut Rng) -> Vec<(&'static str, String)> {
         Ok(path) if rng.below(3) == 0 => {
             let set = [("UCCL_TCPX_EMULATE_DEVICE", "1"), ("UCCL_P2P_DISABLE_IPC", "1"), ("UCCL_TCPX_PLUGIN_PATH", &path)];
             let quick = [("STRICT_FOREIGN_CONNECT_MS", "1"), ("STRICT_FOREIGN_ACCEPT_MS", "2")];
-            let contract = ("STRICT_FOREIGN_CONTRACT", *rng.pick(&["tcpx", "tcpxo"]));
-            let given = set.into_iter().chain(quick).chain([contract]);
+            let drawn = contract(rng, std::env::var("STRICT_FOREIGN_CONTRACT").ok());
+            let given = set.into_iter().chain(quick).chain([("STRICT_FOREIGN_CONTRACT", drawn)]);
             all.retain(|(name, _)| !set.iter().any(|(given, _)| given == name));
             all.extend(given.map(|(name, value)| (name, value.to_owned())));
+            count(if drawn == "tcpxo" { "configurations with simulated TCPXO" } else { "configurations with simulated TCPX" }, 1);
         }
         _ => {}
     }

@@ -9,6 +9,7 @@ const FAMILY_OF_FAMILIES: u16 = 16;
 const GET_FAMILY: u8 = 3;
 const FAMILY_ID: u16 = 1;
 const FAMILY_NAME: u16 = 2;
+const QUEUE_GET: u8 = 10;
 const BIND_RX: u8 = 13;
 const BIND_TX: u8 = 15;
 const INTERFACE: u16 = 1;
@@ -17,6 +18,9 @@ const DMABUF: u16 = 3;
 const BINDING: u16 = 4;
 const QUEUE_ID: u16 = 1;
 const QUEUE_TYPE: u16 = 3;
+const QUEUE_INTERFACE: u16 = 2;
+/// In an answer about a queue: whose memory it has, a dma-buf's, io_uring's or AF_XDP's.
+const QUEUE_MEMORY: [u16; 3] = [5, 6, 7];
 const RECEIVING: u32 = 0;
 /// Longer than any answer to our requests.
 const DATAGRAM: usize = 32 << 10;
@@ -85,6 +89,14 @@ impl Family {
             }
         }
     }
+}
+
+/// Whether a receive queue has the memory of a process.
+pub(crate) fn is_taken(interface: u32, queue: u32) -> Result<bool, Refused> {
+    let answer = Family::open("netdev")?.ask(QUEUE_GET, 1, |request| {
+        request.number(QUEUE_ID, queue).number(QUEUE_INTERFACE, interface).number(QUEUE_TYPE, RECEIVING)
+    })?;
+    Ok(QUEUE_MEMORY.iter().any(|kind| answer.bytes(*kind).is_some()))
 }
 
 fn number(answer: &Outcome, kind: u16) -> Result<u32, Refused> {

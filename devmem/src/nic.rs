@@ -1,6 +1,6 @@
 //! A NIC as ethtool sees it: rings, queues, the table that spreads connections, and rules that steer one connection.
 
-use crate::binding::{Binding, Family, Refused};
+use crate::binding::{is_taken, Binding, Family, Refused};
 use crate::rules::{self, Flow, RULE_BYTES};
 use crate::socket::returned;
 use std::ffi::CString;
@@ -144,29 +144,32 @@ impl Nic {
         Ok((rules::counted(&counted), rules::room(&counted, &all)))
     }
 
-    /// Binds a dma-buf to the first of these queues that can be bound; without queues, to a spare one. Deletes the rules that a process
+    /// Binds a dma-buf to the first of these queues that is not taken; without queues, to a spare one. First deletes the rules that a process
     /// which was killed has left for it: they would bring other connections here.
     ///
     /// # Errors
-    /// The kernel's words about the last queue.
+    /// The kernel's words about the queue. Other queues are tried only where another process was faster.
     pub fn bind_spare(&self, queues: &[u32], dmabuf: BorrowedFd<'_>) -> Result<(u32, Binding), Refused> {
         let spare = self.spare_queues()?;
-        let queues: Vec<u32> = spare.into_iter().filter(|queue| queues.is_empty() || queues.contains(queue)).collect();
-        let text = "ordinary connections use every queue (`ethtool -X NIC equal N` keeps some free)".to_owned();
-        let mut last = Refused { error: io::Error::from_raw_os_error(libc::EBUSY), text: Some(text) };
+        let mut queues = spare.into_iter().filter(|queue| queues.is_empty() || queues.contains(queue)).peekable();
+        let text = match queues.peek() {
+            None => "ordinary connections use every queue (`ethtool -X NIC equal N` keeps some free)",
+            Some(_) => "other processes have every spare queue (`ethtool -X NIC equal N` keeps more of them)",
+        };
         for queue in queues {
+            if is_taken(self.interface, queue)? {
+                continue;
+            }
+            self.clear(queue)?;
             match Binding::receiving(self.interface, queue, dmabuf) {
-                Ok(binding) => {
-                    self.clear(queue)?;
-                    return Ok((queue, binding));
-                }
-                Err(refused) => {
-                    let text = refused.text.map(|text| format!("queue {queue}: {text}"));
-                    last = Refused { error: refused.error, text };
+                Ok(binding) => return Ok((queue, binding)),
+                Err(refused) if matches!(refused.error.raw_os_error(), Some(libc::EEXIST | libc::EBUSY)) => {}
+                Err(Refused { error, text }) => {
+                    return Err(Refused { error, text: text.map(|text| format!("queue {queue}: {text}")) });
                 }
             }
         }
-        Err(last)
+        Err(Refused { error: io::Error::from_raw_os_error(libc::EBUSY), text: Some(text.to_owned()) })
     }
 
     /// Deletes the rules for a queue.

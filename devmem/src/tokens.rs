@@ -26,6 +26,11 @@ impl Tokens {
         self.waiting.push(token);
     }
 
+    /// Takes all of another.
+    pub fn append(&mut self, other: &mut Tokens) {
+        self.waiting.append(&mut other.waiting);
+    }
+
     /// How many are waiting.
     pub fn len(&self) -> usize {
         self.waiting.len()

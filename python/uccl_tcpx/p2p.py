@@ -565,7 +565,10 @@ def _device(index: Optional[int]) -> Iterator[None]:
 def _check_lengths(number: Optional[int] = None, **lists: Optional[Sequence[Any]]) -> None:
     lengths = {len(each) for each in lists.values() if each is not None} | ({number} if number is not None else set())
     if len(lengths) > 1:
-        raise invalid(f"{' and '.join(lists)} must match" + ("" if number is None else f", and have the length num_iovs ({number})"))
+        names = " and ".join(lists)
+        # As UCCL says it: programs may look for the sentence.
+        text = f"{names} must match" if number is None else f"All input vectors/lists must have length num_iovs ({number}): {names} must match it"
+        raise invalid(text)
 
 
 def _sizes(buffers: Sequence[Buffer], sizes: Optional[Sequence[Optional[int]]]) -> Sequence[Optional[int]]:

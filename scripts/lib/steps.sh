@@ -138,12 +138,16 @@ device_memory() {
   cargo build --release --locked -p tcpx-devmem --example devmem_transfer && tests/vm/run.sh "$@" --program "$release/examples/devmem_transfer" devmem
 }
 
-# device_memory_path OPTION...: the library over device memory TCP, between two hosts of a virtual machine
+# device_memory_path OPTION... -- GROUP...: the library over device memory TCP, between two hosts of a virtual machine
 device_memory_path() {
   local program programs=()
   cargo build --release --locked -p tcpx-tools -p tcpx-devmem && cargo build --release --locked -p soft-plugin -p tcpx-devmem --examples || return
   for program in tcpx-perf tcpx-info uccl-devmem-agent examples/agent_liar examples/devmem_neighbour; do programs+=(--program "$release/$program"); done
-  tests/vm/run.sh --seconds 900 "$@" "${programs[@]}" path
+  while [ "$1" != -- ]; do
+    programs+=("$1")
+    shift
+  done
+  tests/vm/run.sh --seconds 900 "${programs[@]}" path "${@:2}"
 }
 
 # The functions behind the targets in fuzz/; the targets themselves need cargo-fuzz.

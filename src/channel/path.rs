@@ -10,6 +10,7 @@ use crate::region::Hold;
 use crate::stats::ChannelStats;
 use crate::status::{Error, Result};
 use crate::types::{Key, Part, Place};
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 /// A chunk to send.
@@ -73,8 +74,9 @@ pub(crate) struct Outbound {
 /// The network's progress on a channel.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Line<'a> {
-    /// The NIC of this engine.
+    /// The NIC of this engine, and the address that the channel has there; `None` if it is closed or the plugin does not say.
     pub nic: &'a str,
+    pub local: Option<IpAddr>,
     /// Bytes sent and received, including partial chunks; `None` if the plugin does not report them.
     pub moved: Option<(u64, u64)>,
     /// Bytes of whole chunks that have come in.
@@ -98,6 +100,26 @@ pub(crate) enum Change {
     Open,
 }
 
+/// Whether a path carries memory between two places.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Carries {
+    No,
+    /// Once one of its channels, all of which are lost, has come back.
+    Later,
+    Now,
+}
+
+impl Carries {
+    /// `fits`: its channels are made for it; `open`: one of them is open.
+    pub(crate) fn of(fits: bool, open: bool) -> Carries {
+        match (fits, open) {
+            (false, _) => Carries::No,
+            (true, false) => Carries::Later,
+            (true, true) => Carries::Now,
+        }
+    }
+}
+
 /// The device copier of a connection; absent if device memory cannot be registered.
 pub(crate) type Copier = Option<Box<dyn DeviceCopier>>;
 
@@ -109,8 +131,8 @@ pub(crate) trait Path: Send {
     /// The limits of the chunks of a transfer of `total` bytes. Those of the largest are the limits of all.
     fn limits(&self, total: u64) -> ChunkLimits;
 
-    /// Whether one of its open channels carries memory between the place `local` here and the place `peer` at the peer.
-    fn carries(&self, local: Place, peer: Place) -> bool;
+    /// Whether its channels carry memory between the place `local` here and the place `peer` at the peer.
+    fn carries(&self, local: Place, peer: Place) -> Carries;
 
     /// Fills empty lists with the load of each open channel for a chunk from `place`, and of the NICs. `bulk`: the chunk is part of a
     /// large transfer. All of those together leave room in the window for small ones, which do not count against them.

@@ -3,7 +3,7 @@
 //! number the channels over them. Knows nothing of plugins, and of transfers only the keys of chunks.
 
 use super::device::spread;
-use super::path::{Arrival, Change, Copier, Departure, Outbound, Path};
+use super::path::{Arrival, Carries, Change, Copier, Departure, Outbound, Path};
 use super::plan::{Chunk, ChunkLimits};
 use super::stillness::{Silent, Stillness};
 use super::stripe::{self, Loads, Want};
@@ -12,6 +12,7 @@ use crate::net::setup::Pair;
 use crate::stats::ChannelStats;
 use crate::status::{bail, err, Error, Result};
 use crate::types::{Part, Place, Segment};
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 /// Bytes moved by the channels so far, in whole chunks.
@@ -81,9 +82,11 @@ impl Channels {
         self.paths.len()
     }
 
-    /// The path for chunks between memory of these places.
+    /// The path for chunks between memory of these places. While all channels of those that carry them are lost: the first of these, where
+    /// chunks wait for one to come back.
     pub(crate) fn route(&self, local: Place, peer: Place) -> Option<usize> {
-        self.paths.iter().position(|path| path.carries(local, peer))
+        let first = |how| self.paths.iter().position(|path| path.carries(local, peer) == how);
+        first(Carries::Now).or_else(|| first(Carries::Later))
     }
 
     /// The direct transport, if any.
@@ -281,20 +284,22 @@ impl Channels {
         Ok((out.saturating_add(more_out), incoming.saturating_add(more_in)))
     }
 
-    /// Closes the channels of the NICs that have a fault, as far as channels of other NICs carry what they do. `fault`: why a NIC, by its
-    /// name, cannot be used.
-    pub(crate) fn close_faulty(&mut self, fault: &dyn Fn(&str) -> Option<String>) -> Result<()> {
+    /// Closes the channels that have a fault, as far as others without one carry what they do. `fault`: why a NIC, by its name and the
+    /// address that the channel has, cannot be used.
+    pub(crate) fn close_faulty(&mut self, fault: &dyn Fn(&str, Option<IpAddr>) -> Option<String>) -> Result<()> {
         let mut faults: Vec<String> = Vec::new();
-        for nic in self.stats(false, Instant::now()).into_iter().map(|channel| channel.nic) {
-            let text = fault(&nic).map(|why| format!("{nic} {why}"));
-            faults.extend(text.filter(|text| !faults.contains(text)));
+        for path in &mut self.paths {
+            path.network(&mut |line| {
+                let text = fault(line.nic, line.local).map(|why| format!("{} {why}", line.nic));
+                faults.extend(text.filter(|text| !faults.contains(text)));
+            })?;
         }
         // Most changes of a host's interfaces concern no NIC of a connection.
         self.faults = faults;
         if self.faults.is_empty() {
             return Ok(());
         }
-        self.close_nics(fault)
+        self.close_nics(fault).map(drop)
     }
 
     /// What this host knows to be wrong with NICs of the connection, open or not: for an error text, behind its end.
@@ -302,13 +307,14 @@ impl Channels {
         self.faults.iter().map(|fault| format!("; {fault}")).collect()
     }
 
-    fn close_nics(&mut self, fault: &dyn Fn(&str) -> Option<String>) -> Result<()> {
+    /// Returns whether it has closed any.
+    fn close_nics(&mut self, fault: &dyn Fn(&str, Option<IpAddr>) -> Option<String>) -> Result<bool> {
         // The last path carries everything, each other one only memory of its pair of GPUs.
-        let mut general = None;
+        let (mut general, mut any) = (None, false);
         for path in self.paths.iter_mut().rev() {
             let (mut faulty, mut sound, mut number) = (Vec::new(), false, 0);
             path.network(&mut |line| {
-                match fault(line.nic) {
+                match fault(line.nic, line.local) {
                     Some(why) if line.open => faulty.push((number, err!(RemoteDisconnect, "{} {why}", line.nic))),
                     Some(_) => {}
                     None => sound |= line.open,
@@ -316,10 +322,11 @@ impl Channels {
                 number += 1;
             })?;
             if sound || *general.get_or_insert(sound) {
+                any |= !faulty.is_empty();
                 faulty.into_iter().try_for_each(|(number, why)| path.change(number, Change::Close(why)))?;
             }
         }
-        Ok(())
+        Ok(any)
     }
 
     /// Closes the channels of a NIC on which the peer's kernel has acknowledged nothing for `timeout` although it should have, if the
@@ -346,8 +353,10 @@ impl Channels {
         }
         let what = if reports_moved { "the peer has acknowledged nothing" } else { "no chunk was finished" };
         let (nic, why) = (nic.to_owned(), format!("is silent: {what} for {still:.1?}, though it lives{}", size_text(too_large)));
-        self.silent = Some(now);
-        self.close_nics(&|name| (name == nic).then(|| why.clone()))
+        if self.close_nics(&|name, _| (name == nic).then(|| why.clone()))? {
+            self.silent = Some(now);
+        }
+        Ok(())
     }
 
     /// Closes channels of NICs that have become slow, if others deliver sooner what they hold. Returns whether to call it again soon.
@@ -519,6 +528,7 @@ mod tests {
         channels: usize,
         device: bool,
         full: bool,
+        lost: bool,
         bytes: Option<(u64, u64)>,
         happens: Vec<Event>,
         asked: Arc<Asked>,
@@ -531,8 +541,8 @@ mod tests {
         fn limits(&self, total: u64) -> ChunkLimits {
             ChunkLimits { bytes: (100 * self.channels).min(total as usize), pieces: 1, crossed: 1 }
         }
-        fn carries(&self, local: Place, peer: Place) -> bool {
-            !self.device || (local.is_device() && peer.is_device())
+        fn carries(&self, local: Place, peer: Place) -> Carries {
+            Carries::of(!self.device || (local.is_device() && peer.is_device()), !self.lost)
         }
         fn loads(&mut self, _place: Place, bulk: bool, _now: Instant, out: &mut Loads) {
             // The last channel is free; large transfers do not use it.
@@ -564,6 +574,7 @@ mod tests {
             for channel in 0..self.channels {
                 let moved = self.bytes.map(|bytes| if channel == 0 { bytes } else { (0, 0) });
                 each(Line {
+                    local: None,
                     nic: "stub",
                     moved,
                     arrived: 0,
@@ -596,7 +607,15 @@ mod tests {
 
     fn stub(device: bool, channels: usize) -> (Box<StubPath>, Arc<Asked>) {
         let asked = Arc::new(Asked::default());
-        let path = StubPath { channels, device, full: false, bytes: Some((1, 2)), happens: Vec::new(), asked: asked.clone() };
+        let path = StubPath {
+            channels,
+            device,
+            full: false,
+            lost: false,
+            bytes: Some((1, 2)),
+            happens: Vec::new(),
+            asked: asked.clone(),
+        };
         (Box::new(path), asked)
     }
 
@@ -648,6 +667,21 @@ mod tests {
         assert!(dead.starts_with("nothing has arrived over stub for 11.0s; in flight: channel 0: 1 chunks in on d0"), "{dead}");
         channels.close();
         assert_eq!((d.dropped.load(Ordering::Relaxed), h.dropped.load(Ordering::Relaxed), channels.routes()), (1, 1, 0));
+    }
+
+    #[test]
+    fn chunks_wait_for_a_path_whose_channels_are_lost_if_no_other_carries_them() {
+        let (gpu, host) = (Place::gpu(0), Place::HOST);
+        let routes = |device_lost, host_lost| {
+            let ((mut device, _), (mut general, _)) = (stub(true, 1), stub(false, 1));
+            (device.lost, general.lost) = (device_lost, host_lost);
+            let channels = Channels::new(None, vec![device, general], None);
+            (channels.route(gpu, gpu), channels.route(gpu, host))
+        };
+        assert_eq!(routes(true, false), (Some(1), Some(1)));
+        assert_eq!(routes(false, true), (Some(0), Some(1)));
+        assert_eq!(routes(true, true), (Some(0), Some(1)));
+        assert_eq!(Channels::new(None, vec![stub(true, 1).0], None).route(gpu, host), None);
     }
 
     #[test]

@@ -81,11 +81,17 @@ impl Stillness {
             self.0.push(Seen { nic, out: half, incoming: half, answers: half, outbound, reports_moved, open });
         }
         let Some(seen) = self.0.get_mut(channel) else { return };
-        let (taken, brought) = line.moved.unwrap_or((seen.out.bytes, line.arrived));
+        // What a closed channel says of its bytes is no movement, and nothing of the channel that will take its place.
+        let (taken, brought, acknowledged) = match (line.open, line.moved) {
+            (false, _) => (seen.out.bytes, seen.incoming.bytes, seen.answers.bytes),
+            (true, Some((taken, brought))) => (taken, brought, line.outbound.acknowledged),
+            (true, None) => (seen.out.bytes, line.arrived, line.outbound.acknowledged),
+        };
+        seen.reports_moved = if line.open { line.moved.is_some() } else { seen.reports_moved };
         let (out, incoming) = line.under_way;
         // Bytes that are in this host's kernel alone have not left.
         seen.out.note(taken, out, out > 0 || line.outbound.waiting > 0, now);
-        seen.answers.note(line.outbound.acknowledged, out, line.outbound.due, now);
+        seen.answers.note(acknowledged, out, line.outbound.due, now);
         (seen.outbound, seen.open) = (line.outbound, line.open);
         // Chunks that wait for this engine's own copies do not wait for the network.
         seen.incoming.note(brought, incoming, line.posted > 0, now);
@@ -196,7 +202,11 @@ mod tests {
                 let waiting = if channel == 3 { 0 } else { 2 };
                 let moved = reports_moved.then_some((0, bytes[channel]));
                 let (under_way, outbound) = ((1, waiting), Outbound::default());
-                stillness.note(channel, &Line { nic, moved, arrived: 0, outbound, under_way, posted: waiting, open: true }, now);
+                stillness.note(
+                    channel,
+                    &Line { local: None, nic, moved, arrived: 0, outbound, under_way, posted: waiting, open: true },
+                    now,
+                );
             }
         }
         (stillness, now)
@@ -208,7 +218,8 @@ mod tests {
         assert_eq!(stillness.silent_control(), None);
         for (channel, millis) in [None, Some(999), Some(4000), Some(2000)].into_iter().enumerate() {
             let outbound = Outbound { control_silent: millis.map(Duration::from_millis), ..Outbound::default() };
-            let line = Line { nic: "eth1", moved: None, arrived: 0, outbound, under_way: (0, 0), posted: 0, open: true };
+            let line =
+                Line { local: None, nic: "eth1", moved: None, arrived: 0, outbound, under_way: (0, 0), posted: 0, open: true };
             stillness.note(channel, &line, now);
             let longest = (channel >= 2).then_some((2, Duration::from_secs(4)));
             assert_eq!(stillness.silent_control(), longest);
@@ -246,7 +257,7 @@ mod tests {
         let (mut stillness, start) = (Stillness::default(), Instant::now());
         for second in 0..100 {
             let (moved, outbound) = (Some((0, 0)), Outbound::default());
-            let line = Line { nic: "eth1", moved, arrived: 0, outbound, under_way: (0, 3), posted: 0, open: true };
+            let line = Line { local: None, nic: "eth1", moved, arrived: 0, outbound, under_way: (0, 3), posted: 0, open: true };
             stillness.note(0, &line, start + Duration::from_secs(second));
         }
         assert_eq!(stillness.dead_nic(T, start + 10 * T), None);
@@ -264,7 +275,7 @@ mod tests {
                 let moved = reports.then_some((acknowledged, 0));
                 stillness.note(
                     channel,
-                    &Line { nic, moved, arrived: 0, outbound, under_way: (1, 0), posted: 0, open: true },
+                    &Line { local: None, nic, moved, arrived: 0, outbound, under_way: (1, 0), posted: 0, open: true },
                     now,
                 );
             }
@@ -295,7 +306,7 @@ mod tests {
                 for (channel, nic) in ["eth1", "eth2"].into_iter().enumerate() {
                     let (arrived, posted) = if channel == 0 { (0, 0) } else { (arrived(second), 3) };
                     let (outbound, under_way) = (Outbound::default(), (0, posted));
-                    let line = Line { nic, moved: None, arrived, outbound, under_way, posted, open: true };
+                    let line = Line { local: None, nic, moved: None, arrived, outbound, under_way, posted, open: true };
                     stillness.note(channel, &line, start + Duration::from_secs(second));
                 }
             }
@@ -308,10 +319,47 @@ mod tests {
     }
 
     #[test]
+    fn a_closed_channel_moves_nothing_and_says_nothing_of_the_next_one() {
+        let line = Line {
+            local: None,
+            nic: "eth1",
+            moved: None,
+            arrived: 500,
+            outbound: Outbound { acknowledged: 300, ..Outbound::default() },
+            under_way: (1, 1),
+            posted: 1,
+            open: true,
+        };
+        let (posted, arrived, under_way, outbound) = (0, 0, (0, 0), Outbound::default());
+        let closed = Line { moved: Some((0, 0)), posted, arrived, under_way, outbound, open: false, ..line };
+        let (mut stillness, start) = (Stillness::default(), Instant::now());
+        let late = start + T;
+        stillness.note(0, &line, start);
+        stillness.note(0, &closed, late);
+        assert!(!stillness.moved_beside("eth2", start + T / 2), "it was closed, and nothing moved");
+        // A plugin without reports whose channel did not come up at first.
+        let mut stillness = Stillness::default();
+        stillness.note(0, &closed, start);
+        let due = Line { outbound: Outbound { due: true, ..Outbound::default() }, moved: None, open: true, ..line };
+        stillness.note(0, &due, start);
+        stillness.note(0, &due, late - T / 4);
+        assert_eq!(stillness.silent_nic(T / 5, T, late - T / 4), None, "a chunk takes its time");
+    }
+
+    #[test]
     fn what_a_socket_buffer_has_is_in_flight() {
         let (mut stillness, start) = (Stillness::default(), Instant::now());
         let outbound = Outbound { acknowledged: 5, waiting: 300, due: true, ..Outbound::default() };
-        let line = Line { nic: "eth1", moved: Some((5, 0)), arrived: 0, outbound, under_way: (0, 0), posted: 0, open: true };
+        let line = Line {
+            local: None,
+            nic: "eth1",
+            moved: Some((5, 0)),
+            arrived: 0,
+            outbound,
+            under_way: (0, 0),
+            posted: 0,
+            open: true,
+        };
         stillness.note(0, &line, start);
         stillness.note(0, &line, start + T);
         assert_eq!(stillness.stillest(Way::Out, start + T), [0]);

@@ -12,6 +12,7 @@ use super::signals::Quiet;
 use super::sockets::Sockets;
 use super::{handle, within, Scope};
 pub(crate) use super::{handle::Handle, registrations::MHandle};
+use crate::addresses::plain;
 use crate::status::{bail, err, Result};
 use crate::types::Span;
 use nccl_net_abi::{
@@ -20,7 +21,7 @@ use nccl_net_abi::{
 use process::Mutex;
 use std::collections::{HashMap, VecDeque};
 use std::ffi::{c_int, c_void};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU32;
 use std::sync::Arc;
@@ -563,6 +564,11 @@ impl RawComm {
     }
 }
 
+/// The first address of "local-address -> peer-address on NIC".
+fn local_ip(text: &str) -> Option<IpAddr> {
+    text.split(" -> ").next()?.parse::<SocketAddr>().ok().map(|address| plain(address.ip()))
+}
+
 /// The sending half of a channel.
 pub(crate) struct SendComm {
     // Field order is drop order: registrations are dropped after the comm if requests are in flight.
@@ -606,6 +612,10 @@ impl SendComm {
     /// Its two addresses and its NIC as text, if the plugin reports them.
     pub(crate) fn describe(&self) -> Option<String> {
         self.raw.describe()
+    }
+    /// Its address on this host, with which the plugin's text begins.
+    pub(crate) fn local_ip(&self) -> Option<IpAddr> {
+        local_ip(&self.describe()?)
     }
     pub(crate) fn set_doorbell(&self, doorbell: &Doorbell) -> Result<bool> {
         self.raw.set_doorbell(doorbell)

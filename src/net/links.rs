@@ -104,12 +104,18 @@ impl Links {
         }
     }
 
-    /// Why a NIC cannot carry data; `None` if it can, or if it is no interface.
-    pub(crate) fn fault(&self, nic: &str) -> Option<&'static str> {
+    /// Why a NIC cannot carry the data of a channel, which has the address `local`; `None` if it can, or if it is no interface.
+    pub(crate) fn fault(&self, nic: &str, local: Option<IpAddr>) -> Option<String> {
         let Some(interface) = self.now.iter().find(|interface| interface.name == nic) else {
-            return self.before.contains(nic).then_some("was removed");
+            return self.before.contains(nic).then(|| "was removed".to_owned());
         };
-        fault(interface)
+        let holds = |ip| self.now.iter().flat_map(|interface| &interface.addresses).any(|address| address.ip == ip);
+        match (fault(interface), local) {
+            (Some(fault), _) => Some(fault.to_owned()),
+            // Another address of the NIC is of no use to it.
+            (None, Some(ip)) if !ip.is_loopback() && !holds(ip) => Some(format!("has no address {ip} any more")),
+            _ => None,
+        }
     }
 }
 
@@ -157,13 +163,18 @@ mod tests {
             interface("eth5", [true, true], Some("fe80::2")),
         ];
         let links = Links { before, now, came_back: false };
-        let faults = ["eth0", "eth1", "eth2", "eth3", "eth4", "eth5", "mlx5_0"].map(|nic| links.fault(nic));
+        let faults = ["eth0", "eth1", "eth2", "eth3", "eth4", "eth5", "mlx5_0"].map(|nic| links.fault(nic, None));
+        let faults = faults.each_ref().map(|fault| fault.as_deref());
         let of = ["10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4", "127.0.0.1", "fe80::1"];
         let of = of.map(|ip| links.fault_of(ip.parse().expect("address")));
         let gone = Some("no interface has the address 10.0.0.4 now".to_owned());
         assert_eq!(of, [None, Some("eth1 is down".to_owned()), Some("eth2 has no carrier".to_owned()), gone, None, None]);
         let no_address = Some("has no address");
         assert_eq!(faults, [None, Some("is down"), Some("has no carrier"), no_address, Some("was removed"), no_address, None]);
+        // The NIC of a channel keeps another address than the one that the channel has.
+        let of = |nic, ip: &str| links.fault(nic, Some(ip.parse().expect("address")));
+        assert_eq!(of("eth0", "10.0.0.9"), Some("has no address 10.0.0.9 any more".to_owned()));
+        assert_eq!(["10.0.0.1", "fe80::1", "10.0.0.2", "127.0.0.1"].map(|ip| of("eth0", ip)), [const { None }; 4]);
     }
 
     #[test]
@@ -173,12 +184,12 @@ mod tests {
         links.add(&before("removed-1"));
         links.add(&before("lo"));
         let links = links.renewed().expect("interfaces");
-        assert_eq!(["removed-1", "lo", "other"].map(|nic| links.fault(nic)), [Some("was removed"), None, None]);
+        assert_eq!(["removed-1", "lo", "other"].map(|nic| links.fault(nic, None)), [Some("was removed".to_owned()), None, None]);
     }
 
     #[test]
     fn the_loopback_is_there() {
         let mut watch = LinkWatch::new().expect("netlink");
-        assert_eq!(watch.changed().expect("interfaces").fault("lo"), None);
+        assert_eq!(watch.changed().expect("interfaces").fault("lo", None), None);
     }
 }

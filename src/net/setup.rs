@@ -13,7 +13,7 @@ use crate::addresses::AllowList;
 use crate::logging::Limiter;
 use crate::status::{bail, err, Error, ErrorKind, Result};
 use nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -64,6 +64,8 @@ pub(crate) struct Pair {
     /// The NICs of this engine and of the peer.
     pub nic: String,
     pub peer_nic: String,
+    /// The address of this engine, if it is known.
+    pub local: Option<IpAddr>,
 }
 
 impl Pair {
@@ -583,7 +585,8 @@ impl Establishing {
         let mut pairs = Vec::new();
         for channel in self.channels.drain(..) {
             if let (Half::Up(send), Half::Up(recv)) = (channel.send, channel.recv) {
-                pairs.push(Pair { index: channel.index, send, recv, nic: channel.nic, peer_nic: channel.peer_nic });
+                let local = send.local_ip().or(channel.own.map(|own| own.ip()));
+                pairs.push(Pair { index: channel.index, send, recv, nic: channel.nic, peer_nic: channel.peer_nic, local });
             }
         }
         pairs

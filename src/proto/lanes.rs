@@ -44,7 +44,8 @@ impl OutLane {
         self.announced() - self.arrived
     }
 
-    fn announced(&self) -> u64 {
+    /// Chunks announced since the channel came up.
+    pub(super) fn announced(&self) -> u64 {
         self.first + self.log.len() as u64
     }
 

@@ -27,7 +27,8 @@ struct Ends {
     waits: Option<Instant>,
     /// When it was lost.
     lost: Option<Instant>,
-    /// A chunk has arrived between the ends that were opened last.
+    /// A chunk was announced between the ends that were opened last, and one has arrived.
+    tried: bool,
     carried: bool,
 }
 
@@ -42,6 +43,7 @@ impl Default for Ends {
             live: true,
             waits: None,
             lost: None,
+            tried: false,
             carried: false,
         }
     }
@@ -83,9 +85,8 @@ pub(super) struct Back {
     pub after: Duration,
 }
 
-/// How long the peer's goodbye may be on its way once the last channel is lost: its cause is better than the end of a sound channel,
-/// which may arrive over another NIC first.
-const GOODBYE: Duration = Duration::from_millis(300);
+/// Channels of one NIC that are lost within this time have one line of the log.
+const TOGETHER: Duration = Duration::from_secs(1);
 
 /// How a cause begins that the peer has given: it needs no answer.
 const BY_PEER: &str = "the peer has closed it: ";
@@ -99,8 +100,8 @@ pub(super) struct Losses {
     back: Vec<(u16, Duration)>,
     /// A channel may be set up again that could not before.
     news: bool,
-    /// Why and when the last channel was lost.
-    last: Option<(Error, Instant)>,
+    /// NICs whose loss the log has, and when each was written.
+    named: Vec<(String, Instant)>,
 }
 
 /// The cause of a loss that the peer gives as this text.
@@ -131,23 +132,14 @@ impl Losses {
         lane(&mut self.ends, channel)
     }
 
-    /// The last channel is lost: the connection ends soon.
-    pub(super) fn end(&mut self, why: Error, now: Instant) {
-        self.last.get_or_insert((why, now));
-    }
-
-    /// Why the connection ends soon.
-    pub(super) fn ending(&self) -> Option<&Error> {
-        self.last.as_ref().map(|(why, _)| why)
-    }
-
-    /// # Errors
-    /// Why the last channel was lost, if the peer has said nothing better for a while.
-    pub(super) fn check(&self, now: Instant) -> Result<()> {
-        match &self.last {
-            Some((why, at)) if now.saturating_duration_since(*at) >= GOODBYE => Err(why.clone()),
-            _ => Ok(()),
+    /// Whether the loss of a channel on a NIC is worth a line of the log: the channels of a NIC are lost together.
+    pub(super) fn names(&mut self, nic: &str, now: Instant) -> bool {
+        self.named.retain(|(_, at)| now.saturating_duration_since(*at) < TOGETHER);
+        let known = self.named.iter().any(|(known, _)| known == nic);
+        if !known {
+            self.named.push((nic.to_owned(), now));
         }
+        !known
     }
 
     fn look(&self, channel: u16) -> Option<&Ends> {
@@ -167,11 +159,12 @@ impl Losses {
         self.news = true;
     }
 
-    /// This engine has closed its end of a channel, over which so many chunks have arrived here.
-    pub(super) fn ours(&mut self, channel: u16, chunks: u64, why: Error) {
+    /// This engine has closed its end of a channel, over which so many chunks have arrived here. `tried`: chunks were announced on it.
+    pub(super) fn ours(&mut self, channel: u16, chunks: u64, tried: bool, why: Error) {
         let ends = self.of(channel);
         ends.ours.get_or_insert(why);
         ends.waits = None;
+        ends.tried |= tried;
         ends.carried |= chunks > 0;
         // An end that the peer's never joined may come back at once.
         self.news |= self.is_lost(channel);
@@ -215,9 +208,14 @@ impl Losses {
         count - self.ends.iter().filter(|ends| !ends.is_open()).count()
     }
 
-    /// How many of `count` channels this engine has not closed, those aside that have not come back yet.
-    pub(super) fn left(&self, count: usize) -> usize {
-        count - self.ends.iter().filter(|ends| ends.ours.is_some() || !ends.live).count()
+    /// The channels that are not open at both engines, and why.
+    pub(super) fn closed(&self) -> impl Iterator<Item = (u16, String)> + '_ {
+        let why = |ends: &Ends| {
+            let theirs = ends.theirs.as_ref().map_or("", |(_, text)| text);
+            let why = || ends.ours.as_ref().map_or_else(|| "the peer has yet to open it".to_owned(), |ours| cause(ours, theirs));
+            (!ends.is_open()).then(why)
+        };
+        self.ends.iter().enumerate().filter_map(move |(channel, ends)| Some((channel as u16, why(ends)?)))
     }
 
     /// Both ends are closed, or the peer's is and belonged to an end of this engine that is closed: what is known of the channel, if there
@@ -243,9 +241,9 @@ impl Losses {
         self.look(channel).is_some_and(|ends| ends.ours.is_some() && ends.theirs.is_some())
     }
 
-    /// Whether a lost channel has worked since it came up: a chunk has arrived over it, at either engine.
-    pub(super) fn has_carried(&self, channel: u16) -> bool {
-        self.look(channel).is_some_and(|ends| ends.carried)
+    /// Whether a lost channel was of no use since it came up: of the chunks announced on it none has arrived, at either engine.
+    pub(super) fn was_useless(&self, channel: u16) -> bool {
+        self.look(channel).is_some_and(|ends| ends.tried && !ends.carried)
     }
 
     /// Whether a channel can be set up again that could not before; says so once.
@@ -279,7 +277,8 @@ impl Losses {
         if ends.ours.is_none() || ends.begun != generation || ends.our_generation >= generation {
             bail!(Internal, "channel {channel} was not being set up");
         }
-        (ends.ours, ends.our_generation, ends.waits, ends.carried) = (None, generation, Some(now), false);
+        (ends.ours, ends.our_generation, ends.waits) = (None, generation, Some(now));
+        (ends.tried, ends.carried) = (false, false);
         Ok(self.joined(channel, now))
     }
 
@@ -334,7 +333,7 @@ mod tests {
 
     fn lost() -> Losses {
         let mut losses = Losses::default();
-        losses.ours(0, 0, why());
+        losses.ours(0, 0, false, why());
         assert_eq!(losses.theirs(0, 0, String::new()).unwrap(), Next::Recover);
         assert!(losses.recover(0, Instant::now()).unwrap().said.is_some());
         losses
@@ -348,7 +347,7 @@ mod tests {
             assert!(losses.take_news() && losses.is_lost(0) && !losses.take_news());
             assert_eq!(losses.begin(&[0], None).unwrap(), 1);
             let first = if here_first { losses.up_here(0, 1, now) } else { losses.up_there(0, 1, now) };
-            assert!(!first.unwrap() && losses.open(3) == 2 && losses.left(3) == 2 && losses.take_back().is_none());
+            assert!(!first.unwrap() && losses.open(3) == 2 && losses.closed().count() == 1 && losses.take_back().is_none());
             assert!(!losses.may_announce(0), "the peer waits for this engine's Up, or has not said its own");
             let second = if here_first { losses.up_there(0, 1, now) } else { losses.up_here(0, 1, now) };
             assert!(second.unwrap() && losses.open(3) == 3 && losses.may_announce(0) && losses.delivers(0));
@@ -358,20 +357,20 @@ mod tests {
     }
 
     #[test]
-    fn whether_a_channel_has_carried_a_chunk_is_known_for_the_ends_that_were_opened_last() {
+    fn a_channel_is_useless_if_chunks_were_announced_between_the_ends_that_were_opened_last_and_none_has_arrived() {
         let now = Instant::now();
-        for (here, there) in [(1, 0), (0, 1), (0, 0)] {
+        for (tried, here, there) in [(true, 1, 0), (true, 0, 1), (true, 0, 0), (false, 0, 0)] {
             let mut losses = Losses::default();
-            losses.ours(0, 1, why());
+            losses.ours(0, 1, true, why());
             losses.theirs(0, 1, String::new()).unwrap();
             losses.recover(0, now);
-            assert!(losses.has_carried(0) && !losses.has_carried(1));
+            assert!(!losses.was_useless(0) && !losses.was_useless(1));
             losses.begin(&[0], None).unwrap();
             losses.up_there(0, 1, now).unwrap();
             losses.up_here(0, 1, now).unwrap();
-            losses.ours(0, here, why());
+            losses.ours(0, here, tried, why());
             losses.theirs(0, there, String::new()).unwrap();
-            assert_eq!(losses.has_carried(0), here + there > 0);
+            assert_eq!(losses.was_useless(0), tried && here + there == 0, "an idle one is none");
         }
     }
 
@@ -402,7 +401,7 @@ mod tests {
         losses.up_here(0, 1, now).unwrap();
         assert_eq!(losses.overdue(now + UP_TIMEOUT).count(), 0);
         assert_eq!(losses.overdue(now + 2 * UP_TIMEOUT).collect::<Vec<_>>(), [0]);
-        losses.ours(0, 0, why());
+        losses.ours(0, 0, false, why());
         assert!(losses.is_lost(0), "the next attempt may follow");
         losses.begin(&[0], None).unwrap();
         losses.up_here(0, 2, now).unwrap();
@@ -415,6 +414,14 @@ mod tests {
     }
 
     #[test]
+    fn the_loss_of_a_nic_is_said_once_and_of_each() {
+        let (mut losses, now) = (Losses::default(), Instant::now());
+        let nics = || (0..40).map(|n| format!("eth{}", n % 20));
+        assert_eq!(nics().filter(|nic| losses.names(nic, now)).count(), 20);
+        assert_eq!(nics().filter(|nic| losses.names(nic, now + TOGETHER)).count(), 20);
+    }
+
+    #[test]
     fn a_cause_is_said_once() {
         let (down, reset) = (err!(RemoteDisconnect, "eth2 is down"), err!(RemoteDisconnect, "reset"));
         assert_eq!(cause(&down, ""), "eth2 is down");
@@ -422,15 +429,5 @@ mod tests {
         let from_peer = by_peer("eth2 is down");
         assert_eq!((for_peer(&from_peer), for_peer(&down)), ("", "eth2 is down"));
         assert_eq!(cause(&from_peer, "eth2 is down"), "the peer has closed it: eth2 is down");
-    }
-
-    #[test]
-    fn the_peers_goodbye_has_a_moment() {
-        let (mut losses, now) = (Losses::default(), Instant::now());
-        assert!(losses.check(now).is_ok() && losses.ending().is_none());
-        losses.end(err!(RemoteDisconnect, "first"), now);
-        losses.end(err!(RemoteDisconnect, "second"), now);
-        assert!(losses.check(now).is_ok());
-        assert_eq!(losses.check(now + GOODBYE).unwrap_err().to_str(), "first");
     }
 }

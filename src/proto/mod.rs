@@ -189,9 +189,6 @@ impl Machine {
         channels: &Channels,
     ) -> Result<()> {
         self.alive()?;
-        if let Some(why) = self.state.losses.ending() {
-            return Err(why.clone());
-        }
         limits::admit(self.state.transfers.in_flight(), self.state.transfers.segments(), segments)?;
         match pairs.find(|&(local, peer)| channels.route(local, peer).is_none()) {
             Some((local, peer)) => Err(err!(Unsupported, "no channel connects {local:?} here with {peer:?} at the peer")),
@@ -273,9 +270,15 @@ impl Machine {
         self.dead.is_none() && self.state.losses.is_lost(channel)
     }
 
-    /// Whether a lost channel has worked since it came up: a chunk has arrived over it, at either engine.
-    pub(crate) fn has_carried(&self, channel: u16) -> bool {
-        self.state.losses.has_carried(channel)
+    /// Whether a lost channel was of no use since it came up: of the chunks announced on it none has arrived, at either engine.
+    pub(crate) fn was_useless(&self, channel: u16) -> bool {
+        self.state.losses.was_useless(channel)
+    }
+
+    /// Why no channel is open; `None` while one is.
+    pub(crate) fn without_channels(&self, channels: &Channels) -> Option<Error> {
+        let open = self.state.losses.open(channels.count());
+        (open == 0).then(|| err!(RemoteDisconnect, "no channel is open{}", self.state.describe_lost(channels)))
     }
 
     /// Whether [`Machine::is_lost`] has come to hold for a channel; says so once.
@@ -335,7 +338,7 @@ impl Machine {
 
     /// Hands at most `limit` chunks to channels with room.
     pub(crate) fn schedule(&mut self, channels: &mut Channels, limit: usize, now: Instant) -> Result<Scheduled> {
-        if !self.state.outgoing.waiting() || self.state.losses.ending().is_some() {
+        if !self.state.outgoing.waiting() {
             return Ok(Scheduled::Blocked);
         }
         let State { outgoing, queue, .. } = &mut self.state;
@@ -412,7 +415,6 @@ impl Machine {
         let silence = |e: Error| Error::new(e.kind(), format_args!("{e}{}", channels.faults()));
         self.state.liveness.check(now).map_err(silence)?;
         self.state.queue.check(timeout, now)?;
-        self.state.losses.check(now)?;
         // While nothing must move, a plugin with doorbells reports a failed channel by itself.
         if self.state.deadlines.must_look(timeout, now) && (self.state.deadlines.any() || !self.state.setting.doorbells) {
             self.note_network(channels, now)?;
@@ -434,7 +436,8 @@ impl Machine {
         self.state.expire_matches(now);
         limits::withdrawn(self.state.matching.withdrawn())?;
         let waits = self.state.queue.backlog() > 0 || self.state.matching.waiting() > 0;
-        let active = channels.relieve(now) || waits || self.state.deadlines.any() || self.state.losses.ending().is_some();
+        let cut = self.state.losses.open(channels.count()) == 0;
+        let active = channels.relieve(now) || waits || cut || self.state.deadlines.any();
         // A heartbeat needs another check only if it stays in the queue, see [`Machine::on_sent`].
         self.state.report(channels, now);
         self.state.liveness.plan(active, timeout.min(self.state.setting.match_timeout) / 3, now);

@@ -339,11 +339,11 @@ impl Outgoing {
     }
 
     /// This engine has closed a channel, which sends nothing more. Appends the streams that no channel reads from, and returns the
-    /// bytes that the channel had and did not send.
-    pub(super) fn close(&mut self, channel: u16, all: &mut Vec<Left>) -> u64 {
+    /// bytes that the channel had and did not send, and whether chunks were announced on it.
+    pub(super) fn close(&mut self, channel: u16, all: &mut Vec<Left>) -> (u64, bool) {
         let Outgoing { streams, lanes, .. } = self;
-        let (mut touched, mut bytes) = (Vec::new(), 0);
-        for chunk in lane(lanes, channel).unsent() {
+        let (lane, mut touched, mut bytes) = (lane(lanes, channel), Vec::new(), 0);
+        for chunk in lane.unsent() {
             bytes += chunk.len;
             if let Some(out) = streams.get_mut(&chunk.key) {
                 out.inflight -= chunk.len;
@@ -351,14 +351,15 @@ impl Outgoing {
             }
         }
         touched.dedup();
+        let announced = lane.announced() > 0;
         all.extend(touched.into_iter().filter_map(|key| self.left(key)));
-        bytes
+        (bytes, announced)
     }
 
     /// Both engines have closed a channel, and so many of its chunks had arrived. The others are sent again on other channels.
     ///
     /// # Errors
-    /// `Protocol` for a number that cannot be; `RemoteDisconnect` when no channel is left for one of them.
+    /// `Protocol` for a number that cannot be.
     pub(super) fn lose(&mut self, channel: u16, chunks: u64, channels: &Channels) -> Result<Undelivered> {
         let (lane, mut touched) = (lane(&mut self.lanes, channel), Vec::new());
         self.unreported -= lane.unreported();
@@ -483,9 +484,9 @@ fn settle(streams: &mut Map<Key, OutStream>, chunk: &Announced) {
     }
 }
 
-/// The route for chunks between these places.
+/// The route for chunks between these places: one on which they wait, if all channels that carry them are lost.
 fn route_of((place, peer): (Place, Place), channels: &Channels) -> Result<usize> {
-    let none = || err!(RemoteDisconnect, "no channel is left that connects {place:?} here with {peer:?} at the peer");
+    let none = || err!(Internal, "no channel connects {place:?} here with {peer:?} at the peer any more");
     channels.route(place, peer).ok_or_else(none)
 }
 

@@ -116,7 +116,7 @@ impl State {
     /// Whether anything waits for the network or the peer.
     pub(super) fn busy(&self) -> bool {
         let streams = !self.incoming.is_empty() || !self.outgoing.is_empty();
-        streams || self.transfers.in_flight() > 0 || self.losses.ending().is_some()
+        streams || self.transfers.in_flight() > 0
     }
 
     /// Whether a transfer of this connection uses a region of this engine.
@@ -247,7 +247,7 @@ impl State {
     /// When the connection must end.
     pub(super) fn channel_closed(&mut self, channel: u16, why: Error, channels: &mut Channels, now: Instant) -> Result<()> {
         let mut all = Vec::new();
-        let unsent = self.outgoing.close(channel, &mut all);
+        let (unsent, announced) = self.outgoing.close(channel, &mut all);
         all.into_iter().for_each(|left| self.stream_left(left));
         let (chunks, missing) = match self.losses.expects(channel) {
             true => self.incoming.close(channel),
@@ -255,12 +255,7 @@ impl State {
             false => (0, 0),
         };
         channels.lose(unsent + missing);
-        self.losses.ours(channel, chunks, why.clone());
-        if self.losses.left(channels.count()) == 0 {
-            self.losses.end(why, now);
-            self.liveness.look_soon(now);
-            return Ok(());
-        }
+        self.losses.ours(channel, chunks, announced || chunks > 0 || missing > 0, why.clone());
         self.push(&Frame::Lost { channel, chunks, text: for_peer(&why) }, now);
         self.recover(channel, channels, now)
     }
@@ -270,9 +265,6 @@ impl State {
     /// # Errors
     /// When the connection must end.
     pub(super) fn recover(&mut self, channel: u16, channels: &Channels, now: Instant) -> Result<()> {
-        if self.losses.ending().is_some() {
-            return Ok(());
-        }
         let Some(Closed { chunks, said }) = self.losses.recover(channel, now) else { return Ok(()) };
         let lost = self.outgoing.lose(channel, chunks, channels)?;
         let Undelivered { left, cancelled, unmoved, moved, chunks, bytes } = lost;
@@ -295,17 +287,29 @@ impl State {
         let Some((ours, theirs)) = said else { return Ok(()) };
         self.deadlines.restart(now);
         self.counts.lost_channels += 1;
-        let open = self.losses.open(channels.count());
-        self.log.log(
-            log::Level::Warn,
-            now,
-            format_args!(
-                "{}: channel {channel} is lost: {}; {chunks} chunks of {bytes} bytes go over the {open} channels that are left",
-                self.setting.peer,
-                cause(&ours, &theirs)
-            ),
-        );
+        let (peer, why) = (&self.setting.peer, cause(&ours, &theirs));
+        let open = self.open_nics(channels);
+        let goes = match open.is_empty() {
+            true => "wait for a channel to come back".to_owned(),
+            false => format!("go over {}", open.join(", ")),
+        };
+        let line = format!("{peer}: channel {channel} is lost: {why}; {chunks} chunks of {bytes} bytes {goes}");
+        // A NIC has a line, and its other channels none: a limit of lines leaves no NIC unnamed.
+        match self.losses.names(&channels.nic(channel), now) {
+            true => self.setting.lines.log(log::Level::Warn, now, format_args!("{line}")),
+            false => log::debug!("{line}"),
+        }
         Ok(())
+    }
+
+    /// The NICs with an open channel.
+    fn open_nics(&self, channels: &Channels) -> Vec<String> {
+        let closed: Vec<u16> = self.losses.closed().map(|(channel, _)| channel).collect();
+        let open = (0..channels.count() as u16).filter(|channel| !closed.contains(channel));
+        let mut nics: Vec<String> = open.map(|channel| channels.nic(channel)).collect();
+        nics.sort_unstable();
+        nics.dedup();
+        nics
     }
 
     /// A channel that was lost is open at both engines again.
@@ -315,7 +319,7 @@ impl State {
         self.liveness.look_soon(now);
         let Some(Back { channels: back, after }) = self.losses.take_back() else { return };
         let names: Vec<String> = back.iter().map(|&channel| format!("{channel} on {}", channels.nic(channel))).collect();
-        self.log.log(
+        self.setting.lines.log(
             log::Level::Info,
             now,
             format_args!("{}: lost channels are back after {after:.1?}: {}", self.setting.peer, names.join(", ")),
@@ -377,7 +381,21 @@ impl State {
             (false, true) => format!("in flight: {busy}"),
             (false, false) => format!("{control}; in flight: {busy}"),
         };
-        err!(TimedOut, "{whose} {} {direction} the peer has not moved for {still:.1?}{rest}; {on}{}", key.id, channels.faults())
+        let (lost, faults) = (self.describe_lost(channels), channels.faults());
+        err!(TimedOut, "{whose} {} {direction} the peer has not moved for {still:.1?}{rest}; {on}{lost}{faults}", key.id)
+    }
+
+    /// Names the NICs whose channels are lost, each with a cause, for the end of an error text.
+    pub(super) fn describe_lost(&self, channels: &Channels) -> String {
+        let mut nics: Vec<(String, usize, String)> = Vec::new();
+        for (channel, why) in self.losses.closed() {
+            let nic = channels.nic(channel);
+            match nics.iter_mut().find(|(known, ..)| *known == nic) {
+                Some((_, count, _)) => *count += 1,
+                None => nics.push((nic, 1, why)),
+            }
+        }
+        nics.iter().map(|(nic, count, why)| format!("; {count} channels on {nic} are lost and not back: {why}")).collect()
     }
 
     pub(super) fn expire_matches(&mut self, now: Instant) {

@@ -249,6 +249,9 @@ def main():
     assert len(kustomizations) > 1, kustomizations
     for path in kustomizations:
         check_kustomization(path)
+    agent = DEPLOY / "devmem/daemonset.yaml"
+    for manifest in documents(agent):
+        check_manifest(agent, manifest, EXTERNAL)
     if len(sys.argv) > 1:
         rules = [{"record": f"query:{i}", "expr": query} for i, query in enumerate(queries)]
         Path(sys.argv[1]).write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules}]}))

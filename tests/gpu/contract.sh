@@ -14,4 +14,4 @@ export NCCL_SOCKET_IFNAME=lo NCCL_GPUDIRECTTCPX_SOCKET_IFNAME=lo
 "$work/probe" main stress bench sender_killed receiver_killed "$release/libnccl_net_tcpx_soft.so"
 # The other cases do things for which the strict plugin ends the process.
 "$work/probe" stress "$release/libnccl_net_strict_foreign.so"
-STRICT_FOREIGN_CONTRACT=tcpxo "$work/probe" stress "$release/libnccl_net_strict_foreign.so"
+STRICT_FOREIGN_CONTRACT=tcpxo "$work/probe" in_place in_place_sender_killed in_place_receiver_killed stress "$release/libnccl_net_strict_foreign.so"

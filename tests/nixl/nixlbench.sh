@@ -9,7 +9,7 @@ set -euo pipefail
 wheel=$(readlink -f "$1")
 source=${NIXL_SOURCE:-} version=${NIXL_VERSION:-1.4.1} cuda=${NIXL_CUDA:-12}
 bench=$source/benchmark/nixlbench
-[ -e "$bench/src/runtime/asio_runtime.h" ] || { echo "SKIPPED: NIXL_SOURCE does not name NIXL's sources of 1.4 or newer"; exit 77; }
+[ -e "$bench/src/runtime/asio_runtime.h" ] || { echo "SKIPPED: NIXL_SOURCE does not name NIXL's sources of 1.4 or newer (git clone https://github.com/ai-dynamo/nixl)"; exit 77; }
 printf '#include <gflags/gflags.h>\n#include <asio.hpp>\n#include <toml++/toml.h>\n' | g++ -std=c++20 -E -x c++ - >/dev/null 2>&1 ||
   { echo "SKIPPED: the headers of gflags, asio or toml++ are not installed (libgflags-dev libasio-dev libtomlplusplus-dev)"; exit 77; }
 scratch=$(mktemp -d)

@@ -9,7 +9,7 @@ libdir=$(cd "$1" && pwd) plugindir=$(cd "$2" && pwd) repeat=${3:-25}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source=${NIXL_SOURCE:-}
 version=${NIXL_VERSION:-1.4.1} cuda=${NIXL_CUDA:-12}
-[ -e "$source/test/gtest/error_handling.cpp" ] || { echo "SKIPPED: NIXL_SOURCE does not name NIXL's sources"; exit 77; }
+[ -e "$source/test/gtest/error_handling.cpp" ] || { echo "SKIPPED: NIXL_SOURCE does not name NIXL's sources (git clone https://github.com/ai-dynamo/nixl)"; exit 77; }
 echo '#include <gtest/gtest.h>' | g++ -E -x c++ - >/dev/null 2>&1 || { echo "SKIPPED: googletest is not installed"; exit 77; }
 site=$(echo "$here/../../.venv/nixl-$version-cu$cuda"/lib/python3*/site-packages)
 libs=$site/.nixl_cu$cuda.mesonpy.libs

@@ -224,7 +224,7 @@ class Connection:
         self.channels[channel].reset()
 
     def lose(self, channel, count=None):
-        """Closes a channel, which is not the last one, and says so. `count`: a lie about the chunks in place."""
+        """Closes a channel, and says so. `count`: a lie about the chunks in place."""
         lane = self.lanes[channel]
         self.close_channel(channel)
         lane.said = True

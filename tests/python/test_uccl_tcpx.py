@@ -334,7 +334,7 @@ def vectors():
         ok, advertised = here.advertisev(into, back, None, 5)
         assert ok and [len(item) for item in advertised] == [64] * 5
         for call in (here.writev, here.readv):
-            raises(RuntimeError, "must match", call, conn, regions, source, [1], items, 5)
+            raises(RuntimeError, "All input vectors/lists must have length num_iovs (5): ", call, conn, regions, source, [1], items, 5)
             raises(RuntimeError, "num_iovs", call, conn, regions, source, None, items, 4)
             raises(RuntimeError, "64 bytes", call, conn, regions, source, None, [b"short"] * 5, 5)
             raises(RuntimeError, "without segments", call, conn, [], [], [], [], 0)

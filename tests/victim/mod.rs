@@ -526,6 +526,11 @@ impl Inside {
                 self.taken.clear();
                 "given back".to_owned()
             }
+            // Channels that were lost, and that came back.
+            "losses" => {
+                let totals = self.connection(n(1)).stats()?.totals;
+                format!("{} {}", totals.lost_channels, totals.restored_channels)
+            }
             "descriptors" => descriptors(std::process::id()).to_string(),
             // Bytes and chunks that each kind of channel has sent and received: "NIC sent received".
             "carried" => {

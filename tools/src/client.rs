@@ -19,7 +19,7 @@ pub struct Client {
     /// The engine of this process.
     pub node: Arc<Node>,
     /// The connection under test.
-    pub link: Link,
+    pub link: Arc<Link>,
     /// Kind of memory of client and server.
     pub memory: Kind,
     number: u64,
@@ -41,7 +41,7 @@ pub struct RemoteBuffer {
 impl Client {
     /// Connects to the server at `address` ("ip:port"), and checks that both use the same kind of memory.
     pub fn connect(node: &Arc<Node>, address: &str, memory: Kind) -> Result<Client> {
-        let link = node.connect(address)?;
+        let link = Arc::new(node.connect(address)?);
         let mut client = Client { node: node.clone(), link, memory, number: 0, next_buffer: 0, echoes: Mutex::default() };
         let (protocol, theirs) = match client.receive().context(format_args!("{address} does not answer as tcpx-perf server"))? {
             Reply::Welcome { protocol, client: number, memory } => {

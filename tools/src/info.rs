@@ -13,7 +13,7 @@ use tcpx_tools::client::Client;
 use tcpx_tools::doctor::{self, device_memory, Check, Host, Subject};
 use tcpx_tools::error::{Context, Failure, Result};
 use tcpx_tools::inspect::{self, Congestion, Environment, Gpu, Variable};
-use tcpx_tools::measure::{measure, Measured, Options};
+use tcpx_tools::measure::{measure, Measured, Options, Watcher};
 use tcpx_tools::memory::Kind;
 use tcpx_tools::probe::{self, Proof};
 use tcpx_tools::report::Row;
@@ -139,6 +139,8 @@ fn look(args: &Args, report: &mut Report) -> Result<String> {
         api::listen_on_any_port();
         // Each test here takes a path of its own; the report says which.
         api::require_nothing();
+        // Engines learn here that they simulate GPUs.
+        args.memory.map_or(Ok(()), Kind::prepare_process)?;
         Node::start().context("no engine starts")
     });
     if args.doctor == Some(Subject::Devmem) {
@@ -242,11 +244,10 @@ fn with_peer(node: &Arc<Node>, address: &str, memory: Kind) -> Result<Vec<Measur
         wait: true,
         notify: 0,
         time: None,
-        interval: None,
         progress: false,
     };
     let case = |op| Case { op, total: 16 << 20, block: 1 << 20, inflight: 1, bidirectional: false };
-    let rows = [Op::Write, Op::Read].map(|op| measure(&mut client, &case(op), &options, &|| ()));
+    let rows = [Op::Write, Op::Read].map(|op| measure(&mut client, &case(op), &options, &Watcher::none()));
     client.bye();
     rows.into_iter().collect()
 }

@@ -4,7 +4,7 @@
 //! - `memory`: the buffers that transfers move
 //! - `pattern`, `units`, `stats`, `case`: pure logic: contents and block order, sizes, percentiles, what a row measures
 //! - `proto`: the messages between tcpx-perf's client and server
-//! - `server`, `client`, `measure`, `suite`: the two programs, one measured row, the lists of rows
+//! - `server`, `client`, `measure`, `interval`, `suite`: the two programs, one measured row, lines while it is measured, the lists of rows
 //! - `host`, `out`: circumstances of a measurement; standard output and Ctrl-C
 //! - `carried`: which plugins and NICs carried the bytes of a row
 //! - `report`, `plot`: table, JSON, CSV and SVG
@@ -21,6 +21,7 @@ pub mod doctor;
 pub mod error;
 pub mod host;
 pub mod inspect;
+pub mod interval;
 pub mod measure;
 pub mod memory;
 pub mod out;

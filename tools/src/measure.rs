@@ -6,15 +6,14 @@ use crate::case::{Case, Op};
 use crate::client::{Client, RemoteBuffer};
 use crate::error::{Context, Failure, Result};
 use crate::fail;
+use crate::interval::{Meter, Phase};
 use crate::memory::Region;
 use crate::pattern::{self, Shape, Side};
 use crate::proto::{Reply, Request};
 use crate::report::Row;
 use crate::stats::{gbytes_per_s, iterations_for, Times};
-use crate::units::show_us;
 use crate::{host, out};
 use indicatif::{ProgressBar, ProgressStyle};
-use std::sync::{mpsc, Mutex};
 use std::time::{Duration, Instant};
 
 /// How long the counters may be behind the end of a transfer.
@@ -37,10 +36,35 @@ pub struct Options {
     pub notify: u32,
     /// Measure for this long, whatever the number of iterations.
     pub time: Option<Duration>,
-    /// Print a line at this interval while measuring, whether something moves or not.
-    pub interval: Option<Duration>,
     /// Show progress when standard error is a terminal.
     pub progress: bool,
+}
+
+/// What follows a row while a client measures it.
+pub struct Watcher<'a> {
+    /// Called before the timed part, so that several clients can start it together.
+    pub ready: &'a dyn Fn(),
+    /// Counts the iterations as those of this client.
+    pub meter: Option<(&'a Meter, usize)>,
+}
+
+impl Watcher<'_> {
+    /// Nothing does.
+    pub fn none() -> Watcher<'static> {
+        Watcher { ready: &|| (), meter: None }
+    }
+
+    fn record(&self, time: Duration) {
+        if let Some((meter, client)) = self.meter {
+            meter.record(client, time);
+        }
+    }
+
+    fn enter(&self, phase: Phase) {
+        if let Some((meter, client)) = self.meter {
+            meter.enter(client, phase);
+        }
+    }
 }
 
 /// A row, and what is behind it.
@@ -61,7 +85,7 @@ pub fn together(all: Vec<Measured>) -> Option<Measured> {
             sum.times.add(&one.times);
             sum.carried.merge(&one.carried);
             sum.row.iters += one.row.iters;
-            sum.row.gbytes_per_s += one.row.gbytes_per_s;
+            sum.row.set_rates(sum.row.gbytes_per_s + one.row.gbytes_per_s, sum.row.ops_per_s + one.row.ops_per_s);
             sum.row.gbytes_per_s_median += one.row.gbytes_per_s_median;
             sum.row.verified_bytes += one.row.verified_bytes;
             sum.row.retransmits += one.row.retransmits;
@@ -192,6 +216,7 @@ pub fn random_seed() -> Result<u64> {
 /// A row in progress.
 struct Run<'a> {
     client: &'a Client,
+    watcher: &'a Watcher<'a>,
     flows: Vec<Flow>,
     shape: Shape,
     wait: bool,
@@ -236,7 +261,9 @@ impl Run<'_> {
             })?;
         }
         for _ in 0..count {
-            each(self.once()?);
+            let time = self.once()?;
+            self.watcher.record(time);
+            each(time);
         }
         if two_sided {
             self.client.finish_exchange()?;
@@ -244,14 +271,27 @@ impl Run<'_> {
         Ok(())
     }
 
+    /// Up to `count` iterations, in batches between which the user may stop. `one`: the approximate duration of the next.
+    fn batches(&mut self, count: u64, mut one: Duration, mut each: impl FnMut(Duration)) -> Result<()> {
+        let mut left = count;
+        while left > 0 && !out::is_stopping() {
+            let (begin, batch) = (Instant::now(), batch(one, left));
+            self.repeat(batch, &mut each)?;
+            one = begin.elapsed().div_f64(batch as f64);
+            left -= batch;
+        }
+        Ok(())
+    }
+
     /// Untimed iterations; returns the duration of the last one.
     fn warm_up(&mut self, options: &Options) -> Result<Duration> {
         let mut last = Duration::ZERO;
-        self.repeat(options.warmup.unwrap_or(5).max(u64::from(options.iters.is_none())), |t| last = t)?;
+        let first = options.warmup.unwrap_or(5).max(u64::from(options.iters.is_none()));
+        self.batches(first, Duration::from_secs(1), |t| last = t)?;
         if options.warmup.is_none() {
             // Small transfers need more than a few iterations until caches, windows and clock rates have settled.
             let more = iterations_for(options.budget.as_secs_f64() * 1e5, last.as_secs_f64() * 1e6).min(1000) - 10;
-            self.repeat(more, |t| last = t)?;
+            self.batches(more, last, |t| last = t)?;
         }
         Ok(last)
     }
@@ -281,12 +321,14 @@ impl Run<'_> {
     }
 }
 
-/// Measures one row. `ready` is called before the timed part, so that several clients can start it together.
-pub fn measure(client: &mut Client, case: &Case, options: &Options, ready: &dyn Fn()) -> Result<Measured> {
-    measure_case(client, case, options, ready).context(case)
+/// Measures one row.
+pub fn measure(client: &mut Client, case: &Case, options: &Options, watcher: &Watcher<'_>) -> Result<Measured> {
+    let measured = measure_case(client, case, options, watcher).context(case);
+    watcher.enter(Phase::Over);
+    measured
 }
 
-fn measure_case(client: &mut Client, case: &Case, options: &Options, ready: &dyn Fn()) -> Result<Measured> {
+fn measure_case(client: &mut Client, case: &Case, options: &Options, watcher: &Watcher<'_>) -> Result<Measured> {
     let scattered = case.block < case.total && case.op != Op::Send;
     let order = if scattered { Some(random_seed()?) } else { None };
     let shape = Shape { total: case.total, block: case.block.min(case.total), inflight: case.inflight, order };
@@ -296,16 +338,20 @@ fn measure_case(client: &mut Client, case: &Case, options: &Options, ready: &dyn
         flows.push(Flow::open(client, way, shape)?);
     }
     let client = &*client;
-    let mut run = Run { client, flows, shape, wait: options.wait, ids: Vec::new() };
+    let mut run = Run { client, watcher, flows, shape, wait: options.wait, ids: Vec::new() };
     // The destination is poisoned once, and checked after all timed iterations.
     let seeds = run.fresh_seeds()?;
     run.arm(&seeds)?;
+    watcher.enter(Phase::WarmUp);
     let last = run.warm_up(options)?;
     let moved = shape.total * u64::from(shape.inflight) * ways.len() as u64;
     let iters = options.iters.unwrap_or_else(|| iterations_for(options.budget.as_secs_f64() * 1e6, last.as_secs_f64() * 1e6));
-    ready();
+    watcher.enter(Phase::Ready);
+    (watcher.ready)();
+    watcher.enter(Phase::Timed);
     let (cpu, network, before) = (host::cpu_seconds(), client.link.network(), client.link.carried());
-    let timed = Timed { case, options, iters, moved, one: last }.measure(&mut run)?;
+    let timed = Timed { case, options, iters, one: last }.iterate(&mut run)?;
+    watcher.enter(Phase::Over);
     let (cpu_s, after) = (host::cpu_seconds() - cpu, client.link.network());
     let carried = carried(&client.link, &before, moved * timed.times.count());
     let verified_bytes = if options.verify { run.verify(&seeds)? } else { 0 };
@@ -323,7 +369,6 @@ fn measure_case(client: &mut Client, case: &Case, options: &Options, ready: &dyn
         clients: 1,
         iters: timed.times.count(),
         seconds: timed.seconds,
-        gbytes_per_s: gbytes_per_s(moved * timed.times.count(), timed.seconds * 1e6),
         cpu_s,
         retransmits: after.retransmits.saturating_sub(network.retransmits),
         verified: options.verify,
@@ -338,6 +383,8 @@ fn measure_case(client: &mut Client, case: &Case, options: &Options, ready: &dyn
     };
     row.set_times(&timed.times);
     row.set_path(&carried);
+    let transfers = u64::from(shape.inflight) * ways.len() as u64 * timed.times.count();
+    row.set_rates(gbytes_per_s(moved * timed.times.count(), timed.seconds * 1e6), transfers as f64 / timed.seconds.max(1e-9));
     row.gbytes_per_s_median = gbytes_per_s(moved, row.p50_us);
     Ok(Measured { row, times: timed.times, carried })
 }
@@ -354,22 +401,20 @@ pub fn carried(link: &Link, before: &Carried, moved: u64) -> Carried {
     }
 }
 
+/// Iterations between two checks of the clock and of Ctrl-C, when one currently takes `one`. Few: on a busy machine the next ones may
+/// take many times as long.
+fn batch(one: Duration, left: u64) -> u64 {
+    const PAUSE: f64 = 0.0125;
+    ((PAUSE / one.as_secs_f64().max(1e-7)) as u64).clamp(1, left.max(1))
+}
+
 /// The timed part of a row.
 struct Timed<'a> {
     case: &'a Case,
     options: &'a Options,
     iters: u64,
-    /// Bytes of an iteration, and its approximate duration.
-    moved: u64,
+    /// The approximate duration of an iteration.
     one: Duration,
-}
-
-/// What the lines of --interval are made from.
-struct Interval {
-    /// Iterations since the last line.
-    times: Times,
-    /// When bytes were last seen to move.
-    moved: Instant,
 }
 
 /// The result of the timed part.
@@ -380,30 +425,10 @@ struct Outcome {
 }
 
 impl Timed<'_> {
-    /// Iterations between two checks of the clock and of Ctrl-C, when one currently takes `one`. Few: on a busy machine the next
-    /// ones may take many times as long.
-    fn batch(&self, one: Duration, left: u64) -> u64 {
-        const PAUSE: f64 = 0.0125;
-        ((PAUSE / one.as_secs_f64().max(1e-7)) as u64).clamp(1, left.max(1))
-    }
-
-    fn measure(&self, run: &mut Run<'_>) -> Result<Outcome> {
+    fn iterate(&self, run: &mut Run<'_>) -> Result<Outcome> {
         let started = Instant::now();
-        let interval = Mutex::new(Interval { times: Times::new(), moved: started });
-        let client = run.client;
-        std::thread::scope(|scope| {
-            let (_over, ended) = mpsc::channel();
-            if let Some(every) = self.options.interval {
-                let interval = &interval;
-                scope.spawn(move || self.print_intervals(client, every, interval, &ended));
-            }
-            self.iterate(run, started, &interval)
-        })
-    }
-
-    fn iterate(&self, run: &mut Run<'_>, started: Instant, interval: &Mutex<Interval>) -> Result<Outcome> {
         let limit = if self.options.time.is_some() { u64::MAX } else { self.iters };
-        let bar = progress_bar(self.case, limit, self.options.progress && self.options.interval.is_none() && limit < u64::MAX);
+        let bar = progress_bar(self.case, limit, self.options.progress && limit < u64::MAX);
         let mut times = Times::new();
         let mut one = self.one;
         let lengths: Vec<usize> = (0..self.options.notify as usize).map(|i| i * 997 % 8192).collect();
@@ -411,15 +436,8 @@ impl Timed<'_> {
         while !over(times.count()) && !out::is_stopping() {
             let seed = random_seed()?;
             run.client.notify(&lengths, seed)?;
-            let (begin, batch) = (Instant::now(), self.batch(one, limit - times.count()));
-            run.repeat(batch, |t| {
-                times.record(t);
-                if self.options.interval.is_some() {
-                    let mut interval = interval.lock().expect("no holder panics");
-                    interval.times.record(t);
-                    interval.moved = Instant::now();
-                }
-            })?;
+            let (begin, batch) = (Instant::now(), batch(one, limit - times.count()));
+            run.repeat(batch, |time| times.record(time))?;
             one = begin.elapsed().div_f64(batch as f64);
             run.client.check_echoes(&lengths, seed)?;
             bar.set_position(times.count());
@@ -430,28 +448,6 @@ impl Timed<'_> {
         }
         let interrupted = !over(times.count());
         Ok(Outcome { seconds: times.seconds(), times, interrupted })
-    }
-
-    /// Prints a line about each interval to standard error until the row has ended: a transfer that stands ends no iteration.
-    fn print_intervals(&self, client: &Client, every: Duration, interval: &Mutex<Interval>, ended: &mpsc::Receiver<()>) {
-        let started = Instant::now();
-        let (mut last, mut bytes) = (started, client.link.carried().sum());
-        while let Err(mpsc::RecvTimeoutError::Timeout) = ended.recv_timeout(every.saturating_sub(last.elapsed())) {
-            let (now, sum) = (Instant::now(), client.link.carried().sum());
-            let (times, moved) = {
-                let mut interval = interval.lock().expect("no holder panics");
-                interval.moved = if sum == bytes { interval.moved } else { now };
-                (std::mem::take(&mut interval.times), interval.moved)
-            };
-            let rate = gbytes_per_s(self.moved * times.count(), (now - last).as_secs_f64() * 1e6);
-            let said = match times.count() {
-                0 if moved == now => "under way".to_owned(),
-                0 => format!("stands for {:.1} s", now.saturating_duration_since(moved).as_secs_f64()),
-                _ => format!("p50 {:>10} us  p99 {:>10} us", show_us(times.at(0.5)), show_us(times.at(0.99))),
-            };
-            eprintln!("{:8.1} s  {rate:9.3} GB/s  {said}  {}", (now - started).as_secs_f64(), self.case);
-            (last, bytes) = (now, sum);
-        }
     }
 }
 

@@ -15,7 +15,8 @@ use tcpx_tools::case::{Case, Op};
 use tcpx_tools::cli::parse_requirement;
 use tcpx_tools::client::Client;
 use tcpx_tools::error::{Context, Result};
-use tcpx_tools::measure::{measure, random_seed, together, Measured, Options};
+use tcpx_tools::interval::Meter;
+use tcpx_tools::measure::{measure, random_seed, together, Measured, Options, Watcher};
 use tcpx_tools::memory::Kind;
 use tcpx_tools::report::{headline, write_csv, write_json, Row};
 use tcpx_tools::units::{parse_size, show_size};
@@ -26,7 +27,8 @@ use uccl_p2p::require::Requirement;
 /// Measures transfers between two engines and checks the data.
 ///
 /// GB/s is all bytes of a row by all its time, in 1e9 bytes per second; median is the rate of its median iteration. A row is marked
-/// UNEVEN where the two differ by more than a fifth: some iterations took much longer than others. path says what carried the bytes,
+/// UNEVEN where the two differ by more than a fifth: some iterations took much longer than others. Gbit/s is the same as GB/s in 1e9
+/// bits, ops/s the number of transfers (both directions, all clients) by all time. path says what carried the bytes,
 /// from the counters of the connection: channels of a plugin (tcp, tcpx, tcpxo) by NIC, direct transfers between two processes on one
 /// host (direct; nvlink between GPUs joined by NVLink), or control messages (eager, for small transfers).
 ///
@@ -53,14 +55,14 @@ enum Task {
 struct Common {
     /// Kind of memory of the buffers, the same at client and server [default: host, or emulated if UCCL_TCPX_EMULATE_DEVICE is
     /// set].
-    #[arg(long)]
+    #[arg(short = 'm', long)]
     memory: Option<Kind>,
     /// GPU of the engine and of the buffers, by CUDA index; with `demo` the client's, and the server uses the next GPU if there is one.
     /// Implies --memory gpu unless that is given [default: the first].
-    #[arg(long, value_parser = clap::value_parser!(i32).range(0..))]
+    #[arg(short = 'g', long, value_parser = clap::value_parser!(i32).range(0..))]
     gpu: Option<i32>,
     /// Data channels of a connection [default: UCCL_TCPX_NUM_CHANNELS, else 4 for `demo` and the library's choice otherwise].
-    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=64))]
+    #[arg(short = 'c', long, value_parser = clap::value_parser!(u16).range(1..=64))]
     channels: Option<u16>,
     /// Address to bind the listening port to, or "any" [default: UCCL_TCPX_BIND].
     #[arg(long, value_name = "ADDRESS")]
@@ -75,7 +77,7 @@ struct ServerArgs {
     #[command(flatten)]
     common: Common,
     /// Port to listen on [default: UCCL_TCPX_OOB_PORT, else chosen by the system].
-    #[arg(long)]
+    #[arg(short = 'p', long)]
     port: Option<u16>,
     /// Exit when the first client has left.
     #[arg(long)]
@@ -91,10 +93,10 @@ struct ClientArgs {
     #[command(flatten)]
     measuring: Measuring,
     /// Clients that measure at once, each with its own engine and connection; a row is their sum.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
+    #[arg(short = 'P', long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
     clients: u32,
     /// Check contents, outside the timed part: fresh random pattern, poisoned destination, whole buffer compared at the receiver.
-    #[arg(long)]
+    #[arg(short = 'v', long)]
     verify: bool,
 }
 
@@ -105,32 +107,32 @@ struct DemoArgs {
     #[command(flatten)]
     measuring: Measuring,
     /// Contents are always checked here; accepted for symmetry with `client`.
-    #[arg(long)]
+    #[arg(short = 'v', long)]
     verify: bool,
 }
 
 #[derive(Args, Clone)]
 struct Measuring {
     /// Operation.
-    #[arg(long)]
+    #[arg(short = 'o', long)]
     op: Option<Op>,
     /// Bytes per transfer; suffixes K, M, G are powers of 1024 [default: 64M].
-    #[arg(long, value_parser = parse_size)]
+    #[arg(short = 's', long, value_parser = parse_size)]
     total: Option<u64>,
     /// Bytes per block; blocks smaller than the total are in random order at the server [default: one block].
-    #[arg(long, value_parser = parse_size)]
+    #[arg(short = 'b', long, value_parser = parse_size)]
     block: Option<u64>,
     /// Timed iterations [default: as many as fit into about a second].
-    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(short = 'n', long, value_parser = clap::value_parser!(u64).range(1..))]
     iters: Option<u64>,
     /// Untimed iterations before the timed ones [default: a tenth of the time].
-    #[arg(long)]
+    #[arg(short = 'w', long)]
     warmup: Option<u64>,
     /// Transfers in flight: an iteration starts this many and ends with the last of them.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    #[arg(short = 'q', long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
     inflight: u32,
     /// Also move the same amount in the other direction: a read with each write, a message with each message.
-    #[arg(long)]
+    #[arg(short = 'B', long)]
     bidirectional: bool,
     /// Block in the library until transfers have ended, instead of polling.
     #[arg(long)]
@@ -145,11 +147,11 @@ struct Measuring {
     #[arg(long, value_name = "FROM..TO", num_args = 0..=1, default_missing_value = "4K..64M", value_parser = parse_range, conflicts_with = "total")]
     sweep: Option<(u64, u64)>,
     /// Measure each row for this many seconds.
-    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, conflicts_with = "iters")]
+    #[arg(short = 't', long, value_name = "SECONDS", value_parser = parse_seconds, conflicts_with = "iters")]
     time: Option<Duration>,
-    /// Print rate and latency to standard error at this interval, in seconds, while a row is measured; how long a transfer stands if
-    /// nothing moves.
-    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
+    /// Print rate and latency to standard error at this interval, in seconds, while a row is measured, its warm-up included: of all
+    /// clients together; how long a transfer stands if nothing moves.
+    #[arg(short = 'i', long, value_name = "SECONDS", value_parser = parse_seconds)]
     interval: Option<Duration>,
     /// Fail (exit status 1) if a row is slower than this, in GB/s: all its bytes by all its time.
     #[arg(long, value_name = "GBPS")]
@@ -157,13 +159,13 @@ struct Measuring {
     /// Fail (exit status 1) if bytes of a row went another way, by the counters of the connection: tcpx, tcpxo, devmem, tcp, direct, nvlink,
     /// several joined by |, and nics>=N, separated by commas as in UCCL_TCPX_REQUIRE. `demo` leaves out what cannot go that way:
     /// channels or direct transfers.
-    #[arg(long, value_name = "PATH", value_parser = parse_requirement)]
+    #[arg(short = 'r', long, value_name = "PATH", value_parser = parse_requirement)]
     require: Option<Requirement>,
     /// Write the rows to this file as CSV; - is standard output.
     #[arg(long, value_name = "FILE")]
     csv: Option<PathBuf>,
     /// Write the rows to this file as JSON; - is standard output.
-    #[arg(long, value_name = "FILE")]
+    #[arg(short = 'j', long, value_name = "FILE")]
     json: Option<PathBuf>,
     /// Draw the rows into this file as SVG: GB/s and latency over size.
     #[arg(long, value_name = "FILE.svg")]
@@ -224,7 +226,6 @@ impl Measuring {
     }
 
     fn options(&self, verify: bool, budget: Duration) -> Options {
-        let (time, interval) = (self.time, self.interval);
         Options {
             iters: self.iters,
             warmup: self.warmup,
@@ -232,9 +233,8 @@ impl Measuring {
             verify,
             wait: self.wait,
             notify: self.notify,
-            time,
-            interval,
-            progress: true,
+            time: self.time,
+            progress: self.interval.is_none(),
         }
     }
 
@@ -257,7 +257,7 @@ impl Measuring {
         out::stop_on_interrupt();
         self.print(&headline());
         for case in cases {
-            match measure_all(clients, case, options) {
+            match measure_all(clients, case, options, self.interval) {
                 Ok(measured) => {
                     self.print(&measured.row.line());
                     all.push(measured);
@@ -299,28 +299,37 @@ impl Measuring {
     }
 }
 
-/// One row, measured by all clients at once.
-fn measure_all(clients: &mut [Client], case: &Case, options: &Options) -> Result<Measured> {
+/// One row, measured by all clients at once, with lines about it to standard error.
+fn measure_all(clients: &mut [Client], case: &Case, options: &Options, interval: Option<Duration>) -> Result<Measured> {
+    let Some(every) = interval else { return measure_together(clients, case, options, None) };
+    let meter = Meter::new(case, clients.iter().map(|client| client.link.clone()).collect());
+    meter.watch(every, || measure_together(clients, case, options, Some(&meter)))
+}
+
+fn measure_together(clients: &mut [Client], case: &Case, options: &Options, meter: Option<&Meter>) -> Result<Measured> {
     if let [client] = clients {
-        return measure(client, case, options, &|| ());
+        let watcher = Watcher { meter: meter.map(|meter| (meter, 0)), ..Watcher::none() };
+        return measure(client, case, options, &watcher);
     }
     // A client that fails before the timed part must still arrive at the barrier, or the others would wait forever.
-    let (barrier, options) = (Barrier::new(clients.len()), Options { progress: false, interval: None, ..*options });
+    let (barrier, options) = (&Barrier::new(clients.len()), &Options { progress: false, ..*options });
     let results: Vec<Result<Measured>> = std::thread::scope(|scope| {
-        let one = |client| {
-            scope.spawn(|| {
+        let one = |(number, client)| {
+            scope.spawn(move || {
                 let arrived = std::cell::Cell::new(false);
-                let measured = measure(client, case, &options, &|| {
+                let ready = || {
                     arrived.set(true);
                     barrier.wait();
-                });
+                };
+                let watcher = Watcher { ready: &ready, meter: meter.map(|meter| (meter, number)) };
+                let measured = measure(client, case, options, &watcher);
                 if !arrived.get() {
                     barrier.wait();
                 }
                 measured
             })
         };
-        let threads: Vec<_> = clients.iter_mut().map(one).collect();
+        let threads: Vec<_> = clients.iter_mut().enumerate().map(one).collect();
         threads
             .into_iter()
             .map(|t| t.join().unwrap_or_else(|_| Err(tcpx_tools::error::Failure::new("a client panicked"))))
@@ -555,6 +564,53 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    /// Letters mean the same with every command, and the same as the long options.
+    #[test]
+    fn letters_stand_for_options() {
+        let measuring = |line: &str| match Cli::parse_from(line.split(' ')).command {
+            Task::Client(args) => (args.measuring, args.common, args.clients, args.verify),
+            _ => panic!("not a client"),
+        };
+        let (short, common, clients, verify) =
+            measuring("tcpx-perf client a:1 -m host -g 2 -c 3 -P 4 -v -o read -s 1M -b 4K -q 5 -B -w 6 -n 7 -i 0.5 -r tcp -j -");
+        let long = "--op read --total 1M --block 4K --inflight 5 --bidirectional --warmup 6 --iters 7 --interval 0.5 --require tcp --json -";
+        let (long, ..) = measuring(&format!("tcpx-perf client a:1 {long}"));
+        let all = |m: &Measuring| (m.cases(suite::demo), m.iters, m.warmup, m.interval, m.require.clone(), m.json.clone());
+        assert_eq!(all(&short), all(&long));
+        assert_eq!((common.memory, common.gpu, common.channels, clients, verify), (Some(Kind::Host), Some(2), Some(3), 4, true));
+        assert_eq!(measuring("tcpx-perf client a:1 -t 9").0.time, Some(Duration::from_secs(9)));
+        assert!(matches!(Cli::parse_from(["tcpx-perf", "server", "-p", "7", "-g", "1"]).command,
+            Task::Server(args) if args.port == Some(7) && args.common.gpu == Some(1)));
+    }
+
+    /// Every command line in code blocks of the documentation is one.
+    #[test]
+    fn examples_of_the_documentation_parse() {
+        let root = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
+        let mut pages = vec![root.join("README.md")];
+        let docs = std::fs::read_dir(root.join("docs")).expect("docs").flatten().map(|entry| entry.path());
+        pages.extend(docs.filter(|path| path.extension().is_some_and(|extension| extension == "md")));
+        let mut examples = 0;
+        for page in pages {
+            let text = std::fs::read_to_string(&page).expect("a page");
+            for block in text.split("```").skip(1).step_by(2) {
+                for line in block.lines().filter_map(|line| line.split_once("tcpx-perf ").map(|(_, rest)| rest)) {
+                    let line = line.split(['#', '&', ';', '>', '|', '"', ')']).next().unwrap_or_default();
+                    let line = line.replace("$gpu", "0").replace("$op", "write");
+                    if !["demo", "server", "client"].iter().any(|task| line.starts_with(task)) || line.contains("...") {
+                        continue;
+                    }
+                    let words = std::iter::once("tcpx-perf").chain(line.split_whitespace().filter(|&word| word != "\\"));
+                    if let Err(e) = Cli::try_parse_from(words) {
+                        panic!("{}: tcpx-perf {line}: {e}", page.display());
+                    }
+                    examples += 1;
+                }
+            }
+        }
+        assert!(examples > 10, "only {examples} examples were found");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use crate::error::{Context, Result};
 use crate::fail;
 use crate::memory::Kind;
 use crate::stats::Times;
-use crate::units::{show_size, show_us};
+use crate::units::{show_rate, show_size, show_us};
 use serde::{Deserialize, Serialize};
 use std::io::Write;
 use std::path::Path;
@@ -54,6 +54,12 @@ pub struct Row {
     pub gbytes_per_s: f64,
     /// Rate of the median iteration, in 1e9 bytes per second.
     pub gbytes_per_s_median: f64,
+    /// `gbytes_per_s` in 1e9 bits per second.
+    #[serde(default)]
+    pub gbits_per_s: f64,
+    /// Transfers per second: all of them, by all time.
+    #[serde(default)]
+    pub ops_per_s: f64,
     /// Processor time used by this process meanwhile, in seconds.
     pub cpu_s: f64,
     /// TCP segments that this host retransmitted meanwhile.
@@ -72,7 +78,7 @@ pub struct Row {
     pub date: String,
     /// Version of this program and the library.
     pub version: String,
-    /// Congestion control of the data sockets.
+    /// Congestion control of the data sockets; empty if no channel carried bytes of the row, or the plugin does not report it.
     pub congestion_control: String,
 }
 
@@ -82,7 +88,7 @@ const EVEN: f64 = 0.2;
 /// Headline of the table.
 pub fn headline() -> String {
     format!(
-        "{:<26} {:>10} {:>10} {:>8} {:>8} {:>9} {:>9} {:>10} {:>10} {:>10} {:>10} {:>10} {:>8} {:>6}  {:<12}  {}",
+        "{:<26} {:>10} {:>10} {:>8} {:>8} {:>9} {:>9} {:>9} {:>9} {:>10} {:>10} {:>10} {:>10} {:>10} {:>8} {:>6}  {:<12}  {}",
         "op",
         "total",
         "block",
@@ -90,6 +96,8 @@ pub fn headline() -> String {
         "iters",
         "GB/s",
         "median",
+        "Gbit/s",
+        "ops/s",
         "min us",
         "avg us",
         "p50 us",
@@ -111,11 +119,17 @@ impl Row {
         self.max_us = times.most();
     }
 
+    /// Sets the rates: bytes and transfers per second.
+    pub fn set_rates(&mut self, gbytes_per_s: f64, ops_per_s: f64) {
+        (self.gbytes_per_s, self.gbits_per_s, self.ops_per_s) = (gbytes_per_s, 8.0 * gbytes_per_s, ops_per_s);
+    }
+
     /// Sets what carried the bytes.
     pub fn set_path(&mut self, carried: &Carried) {
         (self.path, self.path_bytes) = (carried.to_string(), carried.bytes());
         if !carried.has_channels() {
             self.channels = 0;
+            self.congestion_control.clear();
         }
     }
 
@@ -147,7 +161,7 @@ impl Row {
     /// The row as a line of the table.
     pub fn line(&self) -> String {
         format!(
-            "{:<26} {:>10} {:>10} {:>8} {:>8} {:>9.3} {:>9.3} {:>10} {:>10} {:>10} {:>10} {:>10} {:>8.2} {:>6}  {:<12}  {}{}{}",
+            "{:<26} {:>10} {:>10} {:>8} {:>8} {:>9.3} {:>9.3} {:>9.2} {:>9} {:>10} {:>10} {:>10} {:>10} {:>10} {:>8.2} {:>6}  {:<12}  {}{}{}",
             self.operation(),
             show_size(self.total_bytes),
             show_size(self.block_bytes),
@@ -155,6 +169,8 @@ impl Row {
             self.iters,
             self.gbytes_per_s,
             self.gbytes_per_s_median,
+            self.gbits_per_s,
+            show_rate(self.ops_per_s),
             show_us(self.min_us),
             show_us(self.avg_us),
             show_us(self.p50_us),
@@ -221,6 +237,8 @@ pub(crate) mod tests {
             max_us: 14_000.0,
             gbytes_per_s: 6.5,
             gbytes_per_s_median: 6.7108864,
+            gbits_per_s: 52.0,
+            ops_per_s: 96.86,
             verified: true,
             verified_bytes: 128 << 20,
             ..Row::default()
@@ -229,18 +247,24 @@ pub(crate) mod tests {
 
     #[test]
     fn json_rows_have_the_agreed_names() {
-        let value = serde_json::to_value(row()).unwrap();
+        let mut value = serde_json::to_value(row()).unwrap();
         assert_eq!(value["op"], "write");
         assert_eq!(value["memory"], "host");
         assert_eq!(value["total_bytes"], 64 << 20);
-        for key in ["block_bytes", "channels", "iters", "p50_us", "p99_us", "gbytes_per_s", "gbytes_per_s_median", "verified"] {
+        for key in
+            ["block_bytes", "channels", "iters", "p50_us", "p99_us", "gbytes_per_s", "gbits_per_s", "ops_per_s", "verified"]
+        {
             assert!(!value[key].is_null(), "{key}");
         }
         assert_eq!((&value["path"], &value["path_bytes"]), (&"tcp eth1 60% eth2 40%".into(), &"tcp eth1 60, tcp eth2 40".into()));
         for key in ["host", "date", "version", "congestion_control", "min_us", "avg_us", "p999_us", "cpu_s", "retransmits"] {
             assert!(!value[key].is_null(), "{key}");
         }
-        assert_eq!(serde_json::from_value::<Row>(value).unwrap(), row());
+        assert_eq!(serde_json::from_value::<Row>(value.clone()).unwrap(), row());
+        // Rows of earlier versions lack some.
+        let fields = value.as_object_mut().unwrap();
+        assert!(fields.remove("gbits_per_s").is_some() && fields.remove("ops_per_s").is_some());
+        assert_eq!(serde_json::from_value::<Row>(value).unwrap(), Row { gbits_per_s: 0.0, ops_per_s: 0.0, ..row() });
     }
 
     #[test]
@@ -261,6 +285,8 @@ pub(crate) mod tests {
         for (title, text) in [
             ("GB/s", "6.500"),
             ("median", "6.711"),
+            ("Gbit/s", "52.00"),
+            ("ops/s", "96.86"),
             ("p50 us", "10000"),
             ("p99 us", "12346"),
             ("block", "4 KiB"),

@@ -40,6 +40,14 @@ pub fn show_us(us: f64) -> String {
     }
 }
 
+/// A number per second, with decimals where it is small.
+pub fn show_rate(per_second: f64) -> String {
+    match per_second {
+        few if few < 1000.0 => format!("{few:.2}"),
+        many => format!("{many:.0}"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -314,6 +314,13 @@ fn heading(id: u64, connection: &Connection, width: usize) -> (String, bool) {
         parts.push(format!(", resent {:.0} + {resent:.0} chunks", sum("retransmits")));
     }
     parts.push(format!(", queue {}", bytes(sum("queued_bytes"))));
+    let (back, moves) = (get("restored_channels"), get("control_moves"));
+    if back > 0.0 {
+        parts.push(format!(", {back:.0} back"));
+    }
+    if moves > 0.0 {
+        parts.push(format!(", control moved {moves:.0}x"));
+    }
     let mut line = fit(&format!("{id} {}", clean(&connection.peer)), width.saturating_sub(state.len()));
     for part in parts {
         if line.len() + part.len() + state.len() <= width {

@@ -111,6 +111,11 @@ fn a_probe_tells_ready_from_not_ready_and_from_wrong() {
         ),
         (vec![("UCCL_TCPX_PLUGIN_PATH", "/no/such/plugin.so")], 1, "NOT READY: /no/such/plugin.so"),
         (vec![("UCCL_TCPX_REQUIRE", "fast")], 2, "WRONG CONFIGURATION: UCCL_TCPX_REQUIRE=fast: 'fast': expected tcpx, "),
+        (
+            vec![("UCCL_TCPX_REQUIRE", "devmem"), ("UCCL_TCPX_EMULATE_DEVICE", "1")],
+            1,
+            "devmem is required, but memory takes tcp lo (an engine would use TCPX-soft)",
+        ),
         (vec![("UCCL_TCPX_NUM_CHANNELS", "many")], 2, "WRONG CONFIGURATION: UCCL_TCPX_NUM_CHANNELS=many"),
         (vec![("UCCL_TCPX_AUTH_KEY_FILE", "/no/such/key")], 2, "WRONG CONFIGURATION: "),
         (vec![("UCCL_SOCKET_IFNAME", "=none7")], 2, "WRONG CONFIGURATION: no interface with a usable address matches"),
@@ -252,7 +257,7 @@ fn an_interrupt_tells_what_was_measured() {
         .unwrap();
     let mut told = BufReader::new(child.stderr.take().unwrap());
     let mut line = String::new();
-    while !line.contains("GB/s  p50") {
+    while !line.contains("GB/s  p50") || line.contains("warm-up") {
         line.clear();
         assert!(told.read_line(&mut line).unwrap() > 0, "it ended before it was interrupted");
     }
@@ -376,10 +381,48 @@ fn host_memory_is_never_said_to_go_over_a_plugin_for_gpus() {
         &variables,
         "bytes of host memory took tcp lo, and --require tcpx forbids that",
     );
-    // Emulated GPU memory does go over it.
-    let output = run(PERF, "demo --memory emulated --op write --total 1M --iters 3 --require tcpx --json -", &variables);
-    let rows: Vec<Row> = serde_json::from_slice(&output.stdout).expect("rows");
-    assert!(output.status.success() && rows.iter().all(|row| row.path == "tcpx lo"), "{rows:?}{}", text(&output.stderr));
+}
+
+/// Simulated GPU memory goes over the plugin, whose name says which of Google's two it is.
+#[test]
+fn required_plugins_are_told_apart() {
+    let Some(plugin) = foreign() else {
+        println!("SKIPPED: libnccl_net_strict_foreign.so is not built: cargo build -p strict-foreign-plugin");
+        return;
+    };
+    let plugin = plugin.display().to_string();
+    for (contract, other) in [("tcpx", "tcpxo"), ("tcpxo", "tcpx")] {
+        let variables = [
+            ("UCCL_TCPX_PLUGIN_PATH", &*plugin),
+            ("STRICT_FOREIGN_CONTRACT", contract),
+            ("NCCL_SOCKET_IFNAME", "lo"),
+            ("NCCL_GPUDIRECTTCPX_SOCKET_IFNAME", "lo"),
+        ];
+        let perf =
+            |required: &str| format!("demo --memory emulated --op write --total 1M --iters 3 --require {required} --json -");
+        let output = run(PERF, &perf(contract), &variables);
+        let rows: Vec<Row> = serde_json::from_slice(&output.stdout).expect("rows");
+        let (path, channels_alone) = (format!("{contract} lo"), |row: &Row| row.channels > 0);
+        assert!(
+            output.status.success() && !rows.is_empty() && rows.iter().all(|row| row.path == path && channels_alone(row)),
+            "{rows:?}{}",
+            text(&output.stderr)
+        );
+        let refused = format!("its bytes took {path}, and --require {other} forbids that");
+        must_fail(PERF, &perf(other), &variables, &refused);
+        let info = |required: &str| format!("--memory emulated --require {required}");
+        let output = run(INFO, &info(contract), &variables);
+        let verdict = text(&output.stdout);
+        assert!(output.status.success() && verdict.contains(&format!("read back over {path}, every byte")), "{verdict}");
+        let refused = format!("bytes of emulated memory took {path}, and --require {other} forbids that");
+        must_fail(INFO, &info(other), &variables, &refused);
+        // --ready foresees the same.
+        let simulated = [&variables[..], &[("UCCL_TCPX_EMULATE_DEVICE", "1")]].concat();
+        for (required, status) in [(contract, 0), (other, 1)] {
+            let output = run(INFO, "--ready", &[&simulated[..], &[("UCCL_TCPX_REQUIRE", required)]].concat());
+            assert_eq!(output.status.code(), Some(status), "{contract}, {required} required: {}", text(&output.stdout));
+        }
+    }
 }
 
 #[test]
@@ -399,9 +442,20 @@ fn rows_say_what_carried_their_bytes() {
         let paths: Vec<(&str, &str, usize)> = all.iter().map(|row| (&*row.path, &*row.path_bytes, row.channels)).collect();
         let (network, direct) = (format!("tcp lo {bytes}"), format!("direct {bytes}"));
         assert_eq!(paths, [("tcp lo", &*network, 2), ("direct (one host)", &*direct, 0)], "{op}");
+        for row in &all {
+            let ops = (ITERS * factor) as f64 / row.seconds;
+            assert!(
+                (row.ops_per_s / ops - 1.0).abs() < 1e-6 && (row.gbits_per_s / row.gbytes_per_s - 8.0).abs() < 1e-6,
+                "{row:?}"
+            );
+        }
     }
     let eager = rows("--op write --total 4K", &[("UCCL_P2P_DISABLE_IPC", "1")]);
     assert_eq!((eager.len(), &*eager[0].path), (1, "eager (control message)"));
+    // A row that no channel carried says nothing of the channels' sockets.
+    let both = rows("--op write --total 1M", &[]);
+    let congestion: Vec<bool> = both.iter().chain(&eager).map(|row| row.congestion_control.is_empty()).collect();
+    assert_eq!(congestion, [false, true, true], "{both:?}");
 }
 
 #[test]
@@ -493,7 +547,7 @@ fn a_transfer_that_stands_is_told_and_counted() {
         .spawn()
         .unwrap();
     let mut lines = BufReader::new(client.stderr.take().unwrap()).lines().map_while(Result::ok);
-    lines.find(|line| line.contains("GB/s  p50")).expect("a line about bytes that move");
+    lines.find(|line| line.contains("GB/s  p50") && !line.ends_with("warm-up")).expect("a line about bytes that move");
     stop(server.0.id(), libc::SIGSTOP);
     let stands = |line: &str| line.split("0.000 GB/s  stands for ").nth(1)?.split(' ').next()?.parse::<f64>().ok();
     let told = lines.by_ref().filter_map(|line| stands(&line)).find(|&seconds| seconds >= STANDS);
@@ -507,6 +561,47 @@ fn a_transfer_that_stands_is_told_and_counted() {
     let by_time = (row.iters * row.total_bytes) as f64 / row.seconds / 1e9;
     assert!((row.gbytes_per_s / by_time - 1.0).abs() < 1e-6 && row.seconds > STANDS, "{row:?}");
     assert!(row.is_uneven() && row.gbytes_per_s < row.gbytes_per_s_median, "{row:?}");
+}
+
+/// Lines of --interval count all clients, from the warm-up on.
+#[test]
+fn intervals_count_every_client_and_the_warm_up() {
+    let mut child =
+        Command::new(PERF).args(["server", "--memory", "host"]).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut address = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut address).unwrap();
+    let _server = Server(child);
+    // More iterations of the warm-up than end before the program is stopped.
+    let warm = Command::new(PERF)
+        .args(["client", address.trim()])
+        .args("--op write --total 1M --warmup 1000000000 --interval 0.1".split(' '))
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut warm = Server(warm);
+    let mut lines = BufReader::new(warm.0.stderr.take().unwrap()).lines().map_while(Result::ok);
+    assert!(lines.any(|line| line.contains(" GB/s  p50") && line.ends_with("write 1 MiB, warm-up")), "no line of the warm-up");
+    // SAFETY: a signal to our own child.
+    unsafe { libc::kill(warm.0.id() as libc::pid_t, libc::SIGINT) };
+    let drain = std::thread::spawn(move || lines.count());
+    assert!(warm.0.wait().unwrap().success(), "it can be stopped in the warm-up");
+    drain.join().unwrap();
+    let line = format!("client {} --clients 3 --op write --total 64K --time 1 --interval 0.2 --json -", address.trim());
+    let output = run(PERF, &line, &[]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let rows: Vec<Row> = serde_json::from_slice(&output.stdout).unwrap();
+    let err = text(&output.stderr);
+    let rates: Vec<f64> = err
+        .lines()
+        .filter(|line| line.contains(" GB/s  p50") && line.ends_with("write 64 KiB, 3 clients"))
+        .filter_map(|line| line.split(" s ").nth(1)?.split_whitespace().next()?.parse().ok())
+        .collect();
+    assert!(rates.len() >= 2 && rates.iter().all(|&rate| rate > 0.0), "{err}");
+    assert!(rows.len() == 1 && rows[0].clients == 3, "{rows:?}");
+    // Each of their rates is by its own time, so the sum is that of one transfer's bytes.
+    let by_ops = rows[0].ops_per_s * 65_536.0 / 1e9;
+    assert!((rows[0].gbytes_per_s / by_ops - 1.0).abs() < 1e-6, "{rows:?}");
 }
 
 /// The committed manual pages are what the command lines say.

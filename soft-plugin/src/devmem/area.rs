@@ -1,15 +1,18 @@
 //! GPU memory that one queue of a NIC writes, shared by the connections that it admits.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::net::IpAddr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Instant;
 
-use devmem::{Binding, Fragment, Nic};
+use devmem::{Binding, Calls, Fragment, Nic};
 use process::Mutex;
 
+use super::ends::reset;
 use super::host::{Bound, Host, Steered};
 use super::layout::{Layout, BLOCKS, PATTERN, REGIONS};
+use super::seats::{Refusal, Seats, Taken};
 use crate::device::{AreaMemory, DeviceMemory};
 
 /// An area.
@@ -21,32 +24,48 @@ pub struct Area {
     host: Box<dyn Host>,
     memory: Box<dyn AreaMemory>,
     layout: Layout,
-    free: Mutex<Free>,
-    /// A pattern came out wrong: nothing that passes this NIC and this GPU can be trusted.
-    untrusted: AtomicBool,
+    seats: Seats,
+    blocks: Mutex<Blocks>,
 }
 
-struct Free {
-    seats: Vec<usize>,
-    blocks: Vec<usize>,
+struct Blocks {
+    free: Vec<usize>,
+    /// Blocks of proofs that have failed, whose packets may still be on their way.
+    late: Vec<Late>,
+}
+
+struct Late {
+    number: usize,
+    connection: OwnedFd,
+    calls: Calls,
 }
 
 /// A connection that the area admits, with its regions.
 pub struct Seat {
     area: Arc<Area>,
-    number: usize,
+    taken: Taken,
 }
 
 impl Seat {
     /// Where its regions begin.
     pub fn regions(&self) -> impl Iterator<Item = usize> + '_ {
-        (0..REGIONS).map(|i| self.area.layout.region_at(self.number * REGIONS + i))
+        (0..REGIONS).map(|i| self.area.layout.region_at(self.taken.number * REGIONS + i))
+    }
+
+    /// No pattern from its peer has come out wrong since it was admitted.
+    pub fn is_trusted(&self) -> bool {
+        self.taken.is_trusted()
+    }
+
+    /// Its pattern came out wrong: nothing that comes from this peer to this area can be trusted.
+    pub fn distrust(&self) {
+        self.area.seats.distrust(self.taken.peer, Instant::now());
     }
 }
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        self.area.free.lock().seats.push(self.number);
+        self.area.seats.leave(self.taken.number);
     }
 }
 
@@ -54,6 +73,8 @@ impl Drop for Seat {
 pub struct Block {
     area: Arc<Area>,
     number: usize,
+    /// Packets may still be sent from it.
+    late: bool,
 }
 
 impl Block {
@@ -70,7 +91,9 @@ impl Block {
 
 impl Drop for Block {
     fn drop(&mut self) {
-        self.area.free.lock().blocks.push(self.number);
+        if !self.late {
+            self.area.blocks.lock().free.push(self.number);
+        }
     }
 }
 
@@ -89,8 +112,8 @@ impl Area {
         let (front, blocks) = (export(at, layout.front)?, export(at + layout.blocks_at(), BLOCKS * PATTERN)?);
         let bound = host.bind(&nic, front.as_fd())?;
         let sends = Binding::sending(nic.interface(), blocks.as_fd()).map_err(|e| format!("sending from device memory: {e}"))?;
-        let free = Free { seats: (0..layout.connections).rev().collect(), blocks: (0..BLOCKS).rev().collect() };
-        Ok(Area { nic, bound, sends, host, memory, layout, free: Mutex::new(free), untrusted: AtomicBool::new(false) })
+        let (seats, blocks) = (Seats::new(layout.connections), Blocks { free: (0..BLOCKS).rev().collect(), late: Vec::new() });
+        Ok(Area { nic, bound, sends, host, memory, layout, seats, blocks: Mutex::new(blocks) })
     }
 
     /// One line about it.
@@ -125,29 +148,42 @@ impl Area {
         self.sends.id()
     }
 
-    /// Admits a connection.
+    /// Admits a connection from a peer.
     ///
     /// # Errors
-    /// There is no room, or the area is not to be trusted.
-    pub fn admit(self: &Arc<Area>) -> io::Result<Seat> {
-        if self.untrusted.load(Ordering::Acquire) {
-            return Err(io::Error::other(format!("a pattern through {} came out wrong before", self.nic.name())));
-        }
-        match self.free.lock().seats.pop() {
-            Some(number) => Ok(Seat { area: self.clone(), number }),
-            None => Err(io::Error::other(format!("all {} connections that the area admits are there", self.layout.connections))),
-        }
-    }
-
-    /// Nothing that comes through here can be trusted.
-    pub fn distrust(&self) {
-        self.untrusted.store(true, Ordering::Release);
+    /// There is no room, or the peer is not to be trusted.
+    pub fn admit(self: &Arc<Area>, peer: IpAddr) -> io::Result<Seat> {
+        let taken = self.seats.take(peer, Instant::now()).map_err(|refusal| {
+            io::Error::other(match refusal {
+                Refusal::Wrong => format!("a pattern from {peer} through {} came out wrong before", self.nic.name()),
+                Refusal::Full => format!("all {} connections that the area admits are there", self.layout.connections),
+            })
+        })?;
+        Ok(Seat { area: self.clone(), taken })
     }
 
     /// Room for a pattern; `None`: later.
     pub fn block(self: &Arc<Area>) -> Option<Block> {
-        let number = self.free.lock().blocks.pop()?;
-        Some(Block { area: self.clone(), number })
+        let mut blocks = self.blocks.lock();
+        let Blocks { free, late } = &mut *blocks;
+        late.retain_mut(|late| {
+            // Other errors than those of calls are of no interest any more.
+            let _ = devmem::completed(late.connection.as_fd(), &mut late.calls);
+            if late.calls.all_ended() {
+                free.push(late.number);
+            }
+            !late.calls.all_ended()
+        });
+        Some(Block { area: self.clone(), number: free.pop()?, late: false })
+    }
+
+    /// A pattern that was being sent is not needed any more: its block is used again once no packet is sent from it.
+    pub fn settle(&self, connection: OwnedFd, mut block: Block, calls: Calls) {
+        if !calls.all_ended() {
+            reset(connection.as_fd());
+            block.late = true;
+            self.blocks.lock().late.push(Late { number: block.number, connection, calls });
+        }
     }
 
     /// Steers a connection to its queue.
@@ -157,13 +193,31 @@ impl Area {
 
     /// Whether a fragment lies where this area's queue writes.
     pub fn check(&self, fragment: &Fragment) -> Result<(), String> {
-        if fragment.binding != self.bound.id {
-            return Err(format!("a fragment of binding {}, not of this area's {}", fragment.binding, self.bound.id));
-        }
-        let end = fragment.offset.checked_add(u64::from(fragment.length));
-        match end.filter(|end| *end <= self.layout.front as u64) {
-            Some(_) => Ok(()),
-            None => Err(format!("a fragment of {} bytes at {}, outside of the area", fragment.length, fragment.offset)),
+        check(fragment, self.bound.id, self.layout.front as u64)
+    }
+}
+
+fn check(fragment: &Fragment, binding: u32, front: u64) -> Result<(), String> {
+    if fragment.binding != binding {
+        return Err(format!("a fragment of binding {}, not of this area's {binding}", fragment.binding));
+    }
+    let end = fragment.offset.checked_add(u64::from(fragment.length));
+    match end.filter(|end| *end <= front) {
+        Some(_) => Ok(()),
+        None => Err(format!("a fragment of {} bytes at {}, outside of the area", fragment.length, fragment.offset)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_fragments_of_its_own_binding_and_within_it_are_taken() {
+        let at = |offset, length, binding| check(&Fragment { offset, length, token: 1, binding }, 7, 1 << 20);
+        assert!(at(0, 4096, 7).is_ok() && at((1 << 20) - 1, 1, 7).is_ok());
+        for (offset, length, binding) in [(0, 4096, 8), (0, 4096, 0), (1 << 20, 1, 7), ((1 << 20) - 1, 2, 7), (u64::MAX, 2, 7)] {
+            assert!(at(offset, length, binding).is_err(), "{length} bytes at {offset} of {binding}");
         }
     }
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use devmem::agent::Agent;
 use devmem::{Flow, Nic, Refused};
-use process::Mutex;
+use process::{Mutex, PerProcess};
 use socket2::SockRef;
 
 /// An area that is bound to a queue, as long as this lives.
@@ -37,13 +37,21 @@ pub struct Own;
 
 impl Host for Own {
     fn bind(&self, nic: &Nic, dmabuf: BorrowedFd<'_>) -> Result<Bound, String> {
+        let _alone = alone().lock();
         let (queue, binding) = nic.bind_spare(&[], dmabuf).map_err(|refused| refused.to_string())?;
         Ok(Bound { id: binding.id(), queue, _kept: Box::new(binding) })
     }
 
     fn steer(&self, nic: &Nic, queue: u32, connection: BorrowedFd<'_>) -> io::Result<Steered> {
+        let _alone = alone().lock();
         Ok(Box::new(nic.steer(&flow_of(connection)?, queue)?))
     }
+}
+
+/// Held while queues and rules are looked at and taken: two threads must not take the same one. The agent has a single thread.
+fn alone() -> &'static Mutex<()> {
+    static ALONE: PerProcess<Mutex<()>> = PerProcess::new(Mutex::default);
+    ALONE.get()
 }
 
 /// The agent. It serves one binding on a connection, so each area has its own. An agent that does not answer is not asked again: nothing is to

@@ -10,6 +10,7 @@ use nccl_net_abi::MAX_REQUESTS;
 use process::Mutex;
 
 use super::area::{Area, Seat};
+use super::ends::reset;
 use super::host::Steered;
 use crate::device::Lender;
 
@@ -22,19 +23,33 @@ pub struct Holding {
     pub region: Option<usize>,
 }
 
+#[derive(Default)]
 struct Held {
     rows: [Holding; MAX_REQUESTS],
+    /// Fragments of no complete message.
+    rest: Tokens,
     fragments: usize,
     /// Regions that hold nothing.
     regions: Vec<usize>,
 }
 
+impl Held {
+    /// Everything that is to be given back.
+    fn take_all(&mut self) -> Tokens {
+        let mut all = std::mem::take(&mut self.rest);
+        self.rows.iter_mut().for_each(|row| all.append(&mut row.tokens));
+        all
+    }
+}
+
 /// See the file's head.
 pub struct Lent {
+    /// The process that made it: a forked child has a copy of the connection, which is not the child's to end.
+    generation: u64,
     // Field order is drop order: the connection ends, and with it what it holds; then its rule and its place.
     connection: OwnedFd,
     _rule: Steered,
-    _seat: Seat,
+    seat: Seat,
     area: Arc<Area>,
     held: Mutex<Held>,
     /// The comm waits until something is consumed.
@@ -44,8 +59,24 @@ pub struct Lent {
 impl Lent {
     /// A connection that the area admits and that is steered to its queue.
     pub fn new(connection: OwnedFd, rule: Steered, seat: Seat, area: Arc<Area>) -> Lent {
-        let held = Held { rows: Default::default(), fragments: 0, regions: seat.regions().collect() };
-        Lent { connection, _rule: rule, _seat: seat, area, held: Mutex::new(held), waits: AtomicBool::new(false) }
+        let held = Mutex::new(Held { regions: seat.regions().collect(), ..Held::default() });
+        Lent { generation: process::generation(), connection, _rule: rule, seat, area, held, waits: AtomicBool::new(false) }
+    }
+
+    /// Its seat.
+    pub fn seat(&self) -> &Seat {
+        &self.seat
+    }
+
+    /// Keeps fragments of no complete message, until the connection ends or [`Lent::give_back`].
+    pub fn keep(&self, mut tokens: Tokens) {
+        self.held.lock().rest.append(&mut tokens);
+    }
+
+    /// Gives back what was kept.
+    pub fn give_back(&self) -> io::Result<()> {
+        let mut rest = std::mem::take(&mut self.held.lock().rest);
+        devmem::give_back(self.connection.as_fd(), &mut rest)
     }
 
     /// Its area.
@@ -96,11 +127,43 @@ impl Lender for Lent {
     fn consumed(&self, row: usize) -> io::Result<bool> {
         let mut holding = std::mem::take(&mut self.held.lock().rows[row]);
         let fragments = holding.tokens.len();
-        devmem::give_back(self.connection.as_fd(), &mut holding.tokens)?;
+        if let Err(error) = devmem::give_back(self.connection.as_fd(), &mut holding.tokens) {
+            self.keep(holding.tokens);
+            return Err(error);
+        }
         let mut held = self.held.lock();
         held.fragments -= fragments;
         held.regions.extend(holding.region);
         drop(held);
         Ok(self.waits.swap(false, Ordering::SeqCst))
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        if self.generation != process::generation() {
+            return;
+        }
+        // The agent, or a forked child, may have a copy of the connection, and not end it: what the connection holds then would be missing
+        // for others of the area, which get its seat.
+        let mut all = self.held.lock().take_all();
+        let _ = devmem::give_back(self.connection.as_fd(), &mut all);
+        reset(self.connection.as_fd());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_gives_back_every_token() {
+        let mut held = Held::default();
+        (0..40).for_each(|token| held.rows[token as usize % MAX_REQUESTS].tokens.add(token));
+        (40..44).for_each(|token| held.rest.add(token));
+        let mut all = held.take_all();
+        assert_eq!((all.len(), held.take_all().len()), (44, 0));
+        let (ranges, count) = all.take();
+        assert_eq!((ranges.len(), ranges[0].first, count), (1, 0, 44));
     }
 }

@@ -2,7 +2,7 @@
 //! from registered GPU memory. Heads travel on a second connection, since among the payload they would land in GPU memory too.
 //! Experimental; see docs/devmem.md.
 //!
-//! - `layout`, `pattern`: pure parts; `area`: GPU memory bound to a queue of a NIC; `host`: what takes privileges; `areas`: all of a process
+//! - `layout`, `pattern`, `seats`: pure parts; `area`: GPU memory bound to a queue of a NIC; `host`: what takes privileges; `areas`: all of a process
 //! - `proof`: steers a new connection and sends a pattern through both NICs and both GPUs, before anything else passes
 //! - `ends`: the end of a connection; `lent`: what receives hold of an area; `recv`, `send`: moving the bytes of a comm
 //!
@@ -24,6 +24,7 @@ mod lent;
 mod pattern;
 mod proof;
 mod recv;
+mod seats;
 mod send;
 
 pub use area::Area;

@@ -2,13 +2,14 @@
 //! pattern and its NIC sends it, and the receiver's GPU reads what the receiver's NIC has written. Steps that never wait.
 
 use std::io::{self, ErrorKind};
+use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use devmem::{Calls, Piece, Received, Tokens};
 
 use super::area::{Area, Block};
-use super::host::allow_zerocopy;
+use super::host::{allow_zerocopy, flow_of};
 use super::layout::PATTERN;
 use super::lent::Lent;
 use super::pattern;
@@ -43,7 +44,6 @@ enum State {
         lent: Arc<Lent>,
         got: usize,
         in_device: usize,
-        tokens: Tokens,
     },
     Done(Payload),
     Failed,
@@ -71,13 +71,13 @@ impl Proof {
         let mut bytes = vec![0; PATTERN];
         pattern::fill(secret, &mut bytes);
         let state = if receives {
-            let seat = area.admit()?;
+            let seat = area.admit(IpAddr::V4(*flow_of(connection.as_fd())?.from.ip()))?;
             let rule = area.steer(connection.as_fd()).map_err(|e| {
                 io::Error::new(e.kind(), format!("steering a connection to queue {} of {}: {e}", area.queue(), area.nic().name()))
             })?;
             say(heads, STEERED)?;
             let lent = Arc::new(Lent::new(connection, rule, seat, area.clone()));
-            State::Receiving { lent, got: 0, in_device: 0, tokens: Tokens::default() }
+            State::Receiving { lent, got: 0, in_device: 0 }
         } else {
             allow_zerocopy(connection.as_fd())?;
             State::Asked { connection }
@@ -98,7 +98,7 @@ impl Proof {
                     Some(_) => return Err(io::Error::other("the peer says something else than that it is steered")),
                 },
                 State::Sending { connection, block, sent, calls } => self.send(connection, block, sent, calls)?,
-                State::Receiving { lent, got, in_device, tokens } => self.receive(lent, got, in_device, tokens)?,
+                State::Receiving { lent, got, in_device } => self.receive(lent, got, in_device)?,
                 State::Done(payload) => return Ok(Some(payload)),
                 State::Failed => return Err(ErrorKind::InvalidInput.into()),
             };
@@ -117,16 +117,9 @@ impl Proof {
     }
 
     fn send(&self, connection: OwnedFd, block: Block, mut sent: usize, mut calls: Calls) -> io::Result<State> {
-        devmem::completed(connection.as_fd(), &mut calls)?;
-        while sent < PATTERN {
-            match devmem::send(connection.as_fd(), self.area.sends(), block.offset() + sent, PATTERN - sent) {
-                Ok(taken) => {
-                    sent += taken;
-                    calls.add();
-                }
-                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => break,
-                Err(e) => return Err(io::Error::new(e.kind(), format!("sending a pattern from device memory: {e}"))),
-            }
+        if let Err(error) = self.push(connection.as_fd(), &block, &mut sent, &mut calls) {
+            self.area.settle(connection, block, calls);
+            return Err(error);
         }
         // Not when it has arrived, which the peer says by the end of its own proof, but when the block may be used again.
         Ok(match sent == PATTERN && calls.all_ended() {
@@ -135,7 +128,22 @@ impl Proof {
         })
     }
 
-    fn receive(&self, lent: Arc<Lent>, mut got: usize, mut in_device: usize, mut tokens: Tokens) -> io::Result<State> {
+    fn push(&self, connection: BorrowedFd<'_>, block: &Block, sent: &mut usize, calls: &mut Calls) -> io::Result<()> {
+        devmem::completed(connection, calls)?;
+        while *sent < PATTERN {
+            match devmem::send(connection, self.area.sends(), block.offset() + *sent, PATTERN - *sent) {
+                Ok(taken) => {
+                    *sent += taken;
+                    calls.add();
+                }
+                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => break,
+                Err(e) => return Err(io::Error::new(e.kind(), format!("sending a pattern from device memory: {e}"))),
+            }
+        }
+        Ok(())
+    }
+
+    fn receive(&self, lent: Arc<Lent>, mut got: usize, mut in_device: usize) -> io::Result<State> {
         let mut buffer = vec![0; PATTERN];
         while got < PATTERN {
             let pieces = match devmem::receive(lent.connection(), &mut buffer[..PATTERN - got], PIECES) {
@@ -143,24 +151,30 @@ impl Proof {
                 Ok(Received::Plain(len)) => vec![Piece::Linear(len as u32)],
                 Ok(Received::Pieces(pieces)) => pieces,
                 Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
-                    return Ok(State::Receiving { lent, got, in_device, tokens })
+                    return Ok(State::Receiving { lent, got, in_device })
                 }
                 Err(e) => return Err(io::Error::new(e.kind(), format!("receiving a pattern into device memory: {e}"))),
             };
+            let mut tokens = Tokens::default();
+            for piece in &pieces {
+                if let Piece::Device(fragment) = piece {
+                    tokens.add(fragment.token);
+                }
+            }
+            lent.keep(tokens);
             let mut copied = 0;
             for piece in pieces {
                 let len = match piece {
                     Piece::Linear(len) => {
-                        self.compare(got, &buffer[copied..copied + len as usize])?;
+                        self.compare(&lent, got, &buffer[copied..copied + len as usize])?;
                         copied += len as usize;
                         len as usize
                     }
                     Piece::Device(fragment) => {
                         self.area.check(&fragment).map_err(io::Error::other)?;
-                        tokens.add(fragment.token);
                         let mut bytes = vec![0; fragment.length as usize];
                         self.area.memory().read(fragment.offset as usize, &mut bytes)?;
-                        self.compare(got, &bytes)?;
+                        self.compare(&lent, got, &bytes)?;
                         in_device += bytes.len();
                         bytes.len()
                     }
@@ -168,7 +182,7 @@ impl Proof {
                 got += len;
             }
         }
-        devmem::give_back(lent.connection(), &mut tokens)?;
+        lent.give_back()?;
         if in_device < PATTERN / 2 {
             let (nic, queue) = (self.area.nic().name(), self.area.queue());
             return Err(io::Error::other(format!(
@@ -178,13 +192,21 @@ impl Proof {
         Ok(State::Done(Payload::Receives(lent)))
     }
 
-    fn compare(&self, at: usize, found: &[u8]) -> io::Result<()> {
+    fn compare(&self, lent: &Lent, at: usize, found: &[u8]) -> io::Result<()> {
         let Some(place) = pattern::difference(&self.pattern, at, found) else { return Ok(()) };
-        self.area.distrust();
+        lent.seat().distrust();
         Err(io::Error::other(format!(
             "a pattern through {} came out wrong at byte {place}: the platform loses what a NIC and a GPU write to each other (IOMMU?)",
             self.area.nic().name()
         )))
+    }
+}
+
+impl Drop for Proof {
+    fn drop(&mut self) {
+        if let State::Sending { connection, block, calls, .. } = std::mem::replace(&mut self.state, State::Failed) {
+            self.area.settle(connection, block, calls);
+        }
     }
 }
 

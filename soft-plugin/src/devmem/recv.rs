@@ -48,6 +48,12 @@ pub struct DeviceRecv {
     limit: usize,
 }
 
+impl Drop for DeviceRecv {
+    fn drop(&mut self) {
+        self.release();
+    }
+}
+
 fn broken(why: impl Into<String>) -> Failure {
     Failure::new(NCCL_INTERNAL_ERROR, why)
 }
@@ -77,9 +83,18 @@ impl DeviceRecv {
         self.lent.as_ref()
     }
 
-    /// Closes the payload connection.
+    /// Closes the payload connection, once nothing else refers to it.
     pub fn release(&mut self) {
-        (self.lent, self.queue) = (None, None);
+        let mut tokens = self.message.take().map(|message| message.holding.tokens).unwrap_or_default();
+        for piece in self.pieces.drain(..) {
+            if let Piece::Device(fragment) = piece {
+                tokens.add(fragment.token);
+            }
+        }
+        if let Some(lent) = self.lent.take() {
+            lent.keep(tokens);
+        }
+        self.queue = None;
     }
 
     /// One turn. `queue` gives the unpack queue, once a receive was posted.
@@ -90,6 +105,9 @@ impl DeviceRecv {
         queue: &dyn Fn() -> Option<Arc<UnpackQueue>>,
     ) -> Result<Turn, Failure> {
         let Some(lent) = self.lent.clone() else { return Ok(Turn::Wait) };
+        if !lent.seat().is_trusted() {
+            return Err(broken("a pattern from the same peer came out wrong since: what the NIC writes cannot be trusted"));
+        }
         let mut budget = TURN_BYTES;
         loop {
             let seq = ledger.completed();
@@ -218,11 +236,11 @@ impl DeviceRecv {
         seq: u64,
         queue: &dyn Fn() -> Option<Arc<UnpackQueue>>,
     ) -> Result<(), Failure> {
-        let Some(message) = self.message.take() else { return Err(broken("a message vanished")) };
         if self.queue.is_none() {
             self.queue = queue();
         }
         let Some(queue) = &self.queue else { return Err(broken("a device receive without an unpack queue")) };
+        let Some(message) = self.message.take() else { return Err(broken("a message vanished")) };
         let row = (seq % MAX_REQUESTS as u64) as usize;
         lent.hold(row, message.holding);
         // SAFETY: the queue is ours, the row belongs to a slot that is not done, and a plan has fewer entries than a row.

@@ -14,6 +14,7 @@ use crate::stats::{ChannelStats, Network};
 use crate::status::{Error, Result};
 use crate::types::Place;
 use nccl_net_abi::{ucclCommInfo, MAX_REQUESTS};
+use std::net::IpAddr;
 use std::time::Instant;
 
 /// One channel.
@@ -24,6 +25,7 @@ pub(crate) struct Channel {
     /// The names of its NICs here and at the peer.
     nic: String,
     peer_nic: String,
+    local: Option<IpAddr>,
 }
 
 // SAFETY: the raw pointers point to memory that this channel or a held region owns, and one thread at a time uses a channel.
@@ -31,8 +33,8 @@ unsafe impl Send for Channel {}
 
 impl Channel {
     pub(crate) fn new(pair: Pair) -> Channel {
-        let Pair { send, recv, nic, peer_nic, .. } = pair;
-        Channel { sending: Sending::new(send), receiving: Receiving::new(recv), nic, peer_nic }
+        let Pair { send, recv, nic, peer_nic, local, .. } = pair;
+        Channel { sending: Sending::new(send), receiving: Receiving::new(recv), nic, peer_nic, local }
     }
 
     /// See [`SendComm::quiet`].
@@ -132,7 +134,16 @@ impl Channel {
         let outbound = self.sending.outbound(sent);
         // Without an answer on the plugin's own control connection its data does not move either, and may not even be sent.
         let outbound = Outbound { control_silent, due: outbound.due || control_silent.is_some(), ..outbound };
-        Ok(Line { nic: &self.nic, moved: sent.zip(received), arrived, outbound, under_way, posted, open: true })
+        Ok(Line {
+            local: self.local,
+            nic: &self.nic,
+            moved: sent.zip(received),
+            arrived,
+            outbound,
+            under_way,
+            posted,
+            open: true,
+        })
     }
 
     /// Its statistics. `kernel`: including the kernel's, which takes a system call.

@@ -11,7 +11,7 @@ mod usage;
 pub(crate) use slot::Seat;
 pub(crate) use usage::{DeviceMode, Usage};
 
-use super::path::{Arrival, Change, Copier, Departure, Dest, Line, Path};
+use super::path::{Arrival, Carries, Change, Copier, Departure, Dest, Line, Path};
 use super::plan::{chunk_len, ChunkLimits, MAX_CROSSED, MAX_PARTS};
 use super::stripe::{self, Flow, Loads, Nic, LEFT_ALONE};
 use crate::direct::{Event, Way};
@@ -124,12 +124,12 @@ impl Path for NetPath {
         ChunkLimits { bytes, pieces: MAX_PARTS, crossed: MAX_CROSSED }
     }
 
-    fn carries(&self, local: Place, peer: Place) -> bool {
-        let carries = match self.usage.gpus {
+    fn carries(&self, local: Place, peer: Place) -> Carries {
+        let fits = match self.usage.gpus {
             Some((here, there)) => local == here && peer == there,
             None => self.usage.host || (local.is_device() && peer.is_device()),
         };
-        carries && self.is_open()
+        Carries::of(fits, self.is_open())
     }
 
     fn loads(&mut self, place: Place, bulk: bool, now: Instant, out: &mut Loads) {

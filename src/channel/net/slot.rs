@@ -231,7 +231,7 @@ impl Slot {
         // What it moved stays moved.
         let outbound = Outbound { acknowledged: self.acknowledged, ..Outbound::default() };
         let moved = self.moved.or(Some((0, 0)));
-        each(Line { nic: &self.name, moved, arrived: 0, outbound, under_way: (0, 0), posted: 0, open: false });
+        each(Line { local: None, nic: &self.name, moved, arrived: 0, outbound, under_way: (0, 0), posted: 0, open: false });
         Ok(())
     }
 

@@ -88,6 +88,16 @@ impl Core {
         Ok(())
     }
 
+    /// While neither the control connection nor a channel works, nothing shows that the process of the peer lives. It has a moment to
+    /// make the control connection again.
+    fn check_cut_off(&self, now: Instant) -> Result<()> {
+        let late = |since| now.saturating_duration_since(since) > self.machine.nic_timeout();
+        match self.machine.without_channels(&self.channels) {
+            Some(why) if self.suspended.is_some_and(late) => Err(why),
+            _ => Ok(()),
+        }
+    }
+
     /// Adds to the error that ends the connection that the control connection had failed before.
     fn say_suspended(&self, error: Error) -> Error {
         match (self.suspended, self.control.lost()) {
@@ -107,6 +117,7 @@ impl Core {
     /// Sends a heartbeat and checks deadlines, when due.
     pub(super) fn tick(&mut self, now: Instant) -> Result<()> {
         if now >= self.machine.next_tick() {
+            self.check_cut_off(now)?;
             self.machine.tick(&mut self.channels, now)?;
             self.flush(now, FLUSH)?;
             self.check_health(now);

@@ -109,7 +109,7 @@ impl Driver<'_> {
     /// up if nothing can be sent from its `address`. Whether there were any; `None`: a thread prepares the connection, which was not checked.
     pub(crate) fn close_faulty(
         &self,
-        fault: &dyn Fn(&str) -> Option<String>,
+        fault: &dyn Fn(&str, Option<IpAddr>) -> Option<String>,
         address: &dyn Fn(IpAddr) -> Option<String>,
     ) -> Option<bool> {
         if self.is_preparing() {

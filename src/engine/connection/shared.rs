@@ -205,7 +205,7 @@ impl Shared {
             let dials = self.peer.lineage.as_ref().filter(|lineage| lineage.agreed.connecting);
             let lost = |lineage: &Arc<Lineage>| {
                 let lost = lineage.seats().map(|seat| seat.channel).filter(|&channel| core.machine.is_lost(channel));
-                lost.map(|channel| LostChannel { channel, carried: core.machine.has_carried(channel) }).collect()
+                lost.map(|channel| LostChannel { channel, useless: core.machine.was_useless(channel) }).collect()
             };
             dials.map(lost).into_iter().for_each(|lost| self.context.restoring.ask(self.id, lost));
         }

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::budget::Pool;
-use crate::channel::path::{Arrival, Copier, Departure, Line, Path};
+use crate::channel::path::{Arrival, Carries, Copier, Departure, Line, Path};
 use crate::channel::plan::ChunkLimits;
 use crate::channel::router::Channels;
 use crate::channel::stripe::Loads;
@@ -48,8 +48,8 @@ impl Path for SimulatedDefect {
     fn limits(&self, _total: u64) -> ChunkLimits {
         ChunkLimits { bytes: 4096, pieces: 1, crossed: 1 }
     }
-    fn carries(&self, _local: Place, _peer: Place) -> bool {
-        true
+    fn carries(&self, _local: Place, _peer: Place) -> Carries {
+        Carries::Now
     }
     fn loads(&mut self, _place: Place, _bulk: bool, _now: Instant, _out: &mut Loads) {}
     fn submit(&mut self, _channel: usize, _departure: Departure, _copier: &mut Copier, _now: Instant) -> Result<()> {
@@ -440,10 +440,10 @@ fn a_connection_that_is_prepared_is_not_checked_for_lost_links() {
     let table = table();
     let (connection, _theirs) = idle(&table);
     let preparing = Preparing::new(&connection.shared);
-    assert_eq!(connection.driver().close_faulty(&|_| None, &|_| None), None);
+    assert_eq!(connection.driver().close_faulty(&|_, _| None, &|_| None), None);
     assert!(connection.driver().is_preparing());
     drop(preparing);
-    assert_eq!(connection.driver().close_faulty(&|_| None, &|_| None), Some(false));
+    assert_eq!(connection.driver().close_faulty(&|_, _| None, &|_| None), Some(false));
 }
 
 /// A write costs its caller one lock of the connection and two walks of its list: one to check it, one to hand out its blocks.

@@ -11,8 +11,8 @@ use std::sync::OnceLock;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct LostChannel {
     pub channel: u16,
-    /// It has worked since it came up.
-    pub carried: bool,
+    /// Nothing of what was announced on it has arrived since it came up.
+    pub useless: bool,
 }
 
 /// What the thread is asked for.

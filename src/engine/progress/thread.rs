@@ -384,7 +384,7 @@ fn count(round: &mut Round, found: &Progress, doorbells: bool) {
 
 /// Gives up what a connection has on NICs with a fault; see [`crate::engine::connection::Driver::close_faulty`].
 fn close_faulty(connection: &Connection, links: &Links) -> Option<bool> {
-    let fault = |nic: &str| links.fault(nic).map(|why| format!("{why} on this host"));
+    let fault = |nic: &str, local| links.fault(nic, local).map(|why| format!("{why} on this host"));
     let address = |ip| links.fault_of(ip).map(|why| format!("{why} on this host"));
     connection.driver().close_faulty(&fault, &address)
 }

@@ -19,8 +19,9 @@ use std::time::{Duration, Instant};
 /// The pause before the first attempt, and the longest while attempts fail.
 const FIRST: Duration = Duration::from_millis(200);
 const LONGEST: Duration = Duration::from_secs(2);
-/// A channel that is lost again so soon after it came back costs transfers each time: pauses grow, up to the longest above if it has
-/// carried something, and up to this if not: its NIC lets set-ups pass and nothing else.
+/// A channel that is lost again so soon after it came back costs transfers each time: pauses grow, up to the longest above. Where nothing
+/// of what was announced on it has arrived, its NIC lets set-ups pass and nothing else: they go on to grow up to this, slowly, since nothing
+/// tells when a link of the peer is back.
 const SHORT_LIFE: Duration = Duration::from_secs(10);
 const LONGEST_OF_USELESS: Duration = Duration::from_secs(60);
 /// How soon an attempt follows the return of an interface: addresses come a little after the link.
@@ -53,12 +54,10 @@ impl Backoff {
     fn lost(&mut self, channels: &[LostChannel], now: Instant) -> Option<Duration> {
         let before = std::mem::take(&mut self.lost);
         let mut shortest: Option<Duration> = None;
-        for &LostChannel { channel, carried } in channels {
+        for &LostChannel { channel, useless } in channels {
             let pause = before.get(&channel).copied().unwrap_or_else(|| {
                 let pause = match self.back.remove(&channel) {
-                    Some((at, last)) if now.saturating_duration_since(at) < SHORT_LIFE.max(2 * last) => {
-                        (2 * last).min(if carried { LONGEST } else { LONGEST_OF_USELESS })
-                    }
+                    Some((at, last)) if now.saturating_duration_since(at) < SHORT_LIFE.max(2 * last) => longer(last, useless),
                     _ => FIRST,
                 };
                 shortest = Some(shortest.map_or(pause, |other| other.min(pause)));
@@ -103,6 +102,14 @@ pub(super) struct Restorer {
     due: BTreeSet<(Instant, u64)>,
     /// By the caller's number.
     dials: BTreeMap<u64, Dial>,
+}
+
+/// The pause after a loss that followed one with this pause too soon.
+fn longer(last: Duration, useless: bool) -> Duration {
+    match useless {
+        true if last >= LONGEST => (last * 5 / 4).min(LONGEST_OF_USELESS),
+        _ => (2 * last).min(LONGEST),
+    }
 }
 
 /// A time of about this length: engines whose connections were lost together do not come together.
@@ -343,9 +350,9 @@ mod tests {
     use crate::status::ErrorKind;
     use std::net::TcpListener;
 
-    /// Channels that were lost without having carried anything.
+    /// Channels that were lost, and nothing of what was announced on them has arrived.
     fn useless(channels: &[u16]) -> Vec<LostChannel> {
-        channels.iter().map(|&channel| LostChannel { channel, carried: false }).collect()
+        channels.iter().map(|&channel| LostChannel { channel, useless: true }).collect()
     }
 
     /// The time until the next attempt.
@@ -375,10 +382,14 @@ mod tests {
     #[test]
     fn a_channel_that_does_not_stay_comes_back_less_and_less_often() {
         let (mut restorer, mut now) = (Restorer::default(), Instant::now());
-        let mut last = Duration::ZERO;
-        for _ in 0..14 {
+        let (mut last, start) = (Duration::ZERO, now);
+        for _ in 0..24 {
             restorer.lost(1, &useless(&[0]), now);
             last = pause(&restorer, now);
+            assert!(
+                now >= start + Duration::from_secs(20) || last < Duration::from_secs(4),
+                "the peer's link may be back: {last:?}"
+            );
             now = restorer.wake_at().unwrap();
             restorer.next(now);
             restorer.restored(1, &[], now);
@@ -396,7 +407,7 @@ mod tests {
         let (mut restorer, mut now) = (Restorer::default(), Instant::now());
         let mut pauses = Vec::new();
         for _ in 0..12 {
-            restorer.lost(1, &[LostChannel { channel: 0, carried: true }], now);
+            restorer.lost(1, &[LostChannel { channel: 0, useless: false }], now);
             pauses.push(pause(&restorer, now));
             now = restorer.wake_at().unwrap();
             restorer.next(now);
@@ -417,7 +428,7 @@ mod tests {
             restorer.restored(1, &[], now);
         }
         restorer.lost(1, &useless(&[0]), now);
-        assert!(pause(&restorer, now) >= 10 * FIRST);
+        assert!(pause(&restorer, now) >= 8 * FIRST);
         restorer.lost(1, &useless(&[0, 1]), now);
         assert!(pause(&restorer, now) <= FIRST * 5 / 4, "another channel is lost for the first time");
         now = restorer.wake_at().unwrap();

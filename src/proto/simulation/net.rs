@@ -4,7 +4,7 @@
 use super::direct::DirectNet;
 use super::positions::{is_described, Content, Positions};
 use super::tcp::{Receiver, Sender};
-use crate::channel::path::{Arrival, Change, Copier, Departure, Dest, Line, Outbound, Path};
+use crate::channel::path::{Arrival, Carries, Change, Copier, Departure, Dest, Line, Outbound, Path};
 use crate::channel::plan::{chunk_len, ChunkLimits, MAX_CROSSED, MAX_PARTS};
 use crate::channel::stripe::{self, Flow, Load, Loads, Nic, Rate};
 use crate::direct::{Event, Way};
@@ -452,10 +452,10 @@ impl Path for SimulatedPath {
         ChunkLimits { bytes, pieces: if self.device { 64 } else { MAX_PARTS }, crossed: MAX_CROSSED }
     }
 
-    fn carries(&self, local: Place, peer: Place) -> bool {
+    fn carries(&self, local: Place, peer: Place) -> Carries {
         let net = self.net.lock();
         let open = net.ends[self.first..self.first + self.channels].iter().any(|ends| ends[self.side].sends());
-        open && (!self.device || (local.is_device() && peer.is_device()))
+        Carries::of(!self.device || (local.is_device() && peer.is_device()), open)
     }
 
     fn loads(&mut self, _place: Place, bulk: bool, now: Instant, out: &mut Loads) {
@@ -603,10 +603,11 @@ impl Path for SimulatedPath {
             if end.failed.is_some() {
                 // Nothing is due there any more.
                 let outbound = Outbound { acknowledged: out.outbound().acknowledged, ..Outbound::default() };
-                each(Line { nic, moved, arrived: 0, outbound, under_way: (0, 0), posted: 0, open: false });
+                each(Line { local: None, nic, moved, arrived: 0, outbound, under_way: (0, 0), posted: 0, open: false });
                 continue;
             }
             each(Line {
+                local: None,
                 nic,
                 moved,
                 arrived: incoming.brought(),

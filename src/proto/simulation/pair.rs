@@ -76,7 +76,7 @@ struct Join {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Faults {
     None,
-    /// Channels, but never the last one that carries everything.
+    /// Channels, all of them at times. They come back.
     Channels,
     All,
 }
@@ -92,6 +92,7 @@ pub(super) fn losses(seed: u64, script: &[Action]) -> [u64; 4] {
     let mut world = World::new(seed, Faults::Channels);
     script.iter().for_each(|&action| world.step(action));
     world.mend();
+    world.revive();
     world.busy(20);
     let counts: Vec<_> = world.cluster.links[0].sides.iter().map(|side| side.machine.counts()).collect();
     let carried = world.net().restored_chunks();
@@ -111,6 +112,7 @@ impl World {
         let mut net = Net::new(DEVICE_CHANNELS + HOST_CHANNELS, rng.below(2) == 0);
         let chunk = 4096 << rng.below(3);
         net.direct.on = rng.below(3) > 0;
+        net.nics = if faults == Faults::None { 1 } else { 1 + rng.below(3) as usize };
         let mut cluster = Cluster::new(2, Spec::NONE, Shape::of(chunk as usize, 0));
         let shapes = [0, 1].map(|_| {
             let eager = if rng.below(2) == 0 { 0 } else { 3000 };
@@ -206,7 +208,19 @@ impl World {
             return;
         }
         let mut net = self.net();
-        match (a >> 1) % 8 {
+        match (a >> 1) % 12 {
+            8 | 9 => {
+                drop(net);
+                self.lose(side, channel, a >> 5);
+            }
+            10 => {
+                drop(net);
+                self.set_up_again(side, channel, a >> 5);
+            }
+            11 => {
+                drop(net);
+                self.cut(side, a >> 5);
+            }
             0 => net.wire(channel, side).stalled = true,
             1 => net.wire(channel, side).failed = true,
             2 => net.out_of_memory[side] = Some(b % 6),
@@ -238,16 +252,20 @@ impl World {
             4 => return self.cut(side, a),
             _ => {}
         }
-        if channel + 1 == DEVICE_CHANNELS + HOST_CHANNELS {
-            return self.busy(1);
-        }
-        match (a >> 1) % 3 {
-            0 => self.net().wire(channel, side).failed = true,
-            1 => [0, 1].into_iter().for_each(|side| self.net().wire(channel, side).failed = true),
+        match (a >> 1) % 16 {
+            0 => self.each_channel(|net, channel| net.wire(channel, side).failed = true),
+            1 => self.busy(1),
+            2..=6 => self.net().wire(channel, side).failed = true,
+            7..=11 => [0, 1].into_iter().for_each(|side| self.net().wire(channel, side).failed = true),
             _ => self.cluster.links[0].sides[side]
                 .channels
                 .close_channel(channel as u16, err!(RemoteDisconnect, "simulated: given up")),
         }
+    }
+
+    fn each_channel(&self, step: impl Fn(&mut Net, usize)) {
+        let mut net = self.net();
+        (0..DEVICE_CHANNELS + HOST_CHANNELS).for_each(|channel| step(&mut net, channel));
     }
 
     /// A step of a control connection that fails and is made again. The sides notice, and go on, one after the other; an attempt to make it
@@ -284,6 +302,18 @@ impl World {
         }
     }
 
+    /// Lost channels come back as soon as both sides have closed them.
+    fn revive(&mut self) {
+        for channel in 0..DEVICE_CHANNELS + HOST_CHANNELS {
+            // One that is under way ends first.
+            for side in [0, 1, 0, 1] {
+                if self.join.is_some() || self.cluster.links[0].sides[0].machine.is_lost(channel as u16) {
+                    self.set_up_again(side, channel, 2);
+                }
+            }
+        }
+    }
+
     /// A step of a set-up of lost channels: it begins, or a side ends its part, with the channel or without.
     fn set_up_again(&mut self, side: usize, channel: usize, a: u32) {
         let now = self.cluster.now();
@@ -307,7 +337,7 @@ impl World {
         if left == [false; 2] {
             self.join = None;
         }
-        if (a >> 1) % 4 == 0 {
+        if (a >> 1) % 4 == 0 || self.cluster.links[0].sides[side].machine.dead().is_some() {
             // It ends without the channel. The other side may notice at once, or by the time alone.
             let silent = (a >> 3) % 2 == 0;
             self.net().wires[wire].iter_mut().for_each(|wire| (wire.failed, wire.stalled) = (!silent, true));
@@ -501,13 +531,19 @@ impl World {
         }
     }
 
+    /// The same, and lost channels come back in a run that loses them.
+    fn go_on(&mut self, rounds: usize) {
+        if self.lossy {
+            self.revive();
+        }
+        self.busy(rounds);
+    }
+
     fn check(&mut self) -> Result<(), String> {
         self.cluster.check()?;
         for (side, world) in self.cluster.links[0].sides.iter().enumerate() {
             if let (false, Some(e)) = (self.faulty, world.machine.dead()) {
-                if e.kind() != ErrorKind::RemoteDisconnect {
-                    return Err(format!("side {side} lost the connection without a fault: {e}"));
-                }
+                return Err(format!("side {side} lost the connection without a fault: {e}"));
             }
         }
         for index in 0..self.transfers.len() {
@@ -592,7 +628,7 @@ impl World {
         self.mend();
         for _ in 0..12 {
             if self.transfers.iter().any(|t| !t.ended) {
-                self.busy(5);
+                self.go_on(5);
                 self.check()?;
             }
         }
@@ -612,7 +648,7 @@ impl World {
                 return Err(format!("a transfer (side, id, begun) never ends: {open:?}"));
             }
             self.advance(Duration::from_millis(250));
-            self.busy(4);
+            self.go_on(4);
             self.check()?;
         }
         self.check_messages()?;

@@ -1,6 +1,6 @@
-/* contract_probe: runs a NCCL net plugin's ncclNetPlugin_v7 (GPUDirect-TCPX, or the software plugin; stress also GPUDirect-TCPXO) between two processes with GPU memory
- ** and checks the behaviour that an engine relies on. Prints PASS, FAIL or INFO lines; exit status 1 if any FAIL. Letters in front of a check name
- * its group. Without arguments it lists the scenarios.
+/* contract_probe: runs a NCCL net plugin's ncclNetPlugin_v7 (GPUDirect-TCPX, or the software plugin; stress and the scenarios in_place also
+ * GPUDirect-TCPXO) between two processes with GPU memory and checks the behaviour that an engine relies on. Prints PASS, FAIL or INFO lines;
+ * exit status 1 if any FAIL. Letters in front of a check name its group. Without arguments it lists the scenarios.
  *
  *   gcc -O2 -o contract_probe *.c -ldl -lpthread
  *   contract_probe [SCENARIO...] PLUGIN.so
@@ -32,6 +32,9 @@ static const struct scenario {
   {"driver_ranges", sc_driver_ranges, NULL, NULL, "which ranges the driver exports as DMA-BUF"},
   {"sender_killed", sc_sender_killed, NULL, NULL, "what a receiver sees when its sender is killed"},
   {"receiver_killed", sc_receiver_killed, doomed_receiver, NULL, "what a sender sees when its receiver is killed"},
+  {"in_place", sc_in_place, NULL, NULL, "a plugin that delivers in place: order of tests, flush, host memory"},
+  {"in_place_sender_killed", sc_in_place_sender_killed, NULL, NULL, "the same: its receiver gets an error when the sender is killed"},
+  {"in_place_receiver_killed", sc_in_place_receiver_killed, doomed_receiver, NULL, "the same: its sender gets an error when the receiver is killed"},
 };
 #define SCENARIOS (sizeof scenarios / sizeof *scenarios)
 
@@ -59,7 +62,7 @@ static int run(const struct scenario *sc) {
 
 static int usage(void) {
   fprintf(stderr, "usage: contract_probe [SCENARIO...] PLUGIN.so      default: all of them\n");
-  for (size_t i = 0; i < SCENARIOS; i++) fprintf(stderr, "  %-18s %s\n", scenarios[i].name, scenarios[i].about);
+  for (size_t i = 0; i < SCENARIOS; i++) fprintf(stderr, "  %-26s %s\n", scenarios[i].name, scenarios[i].about);
   return 2;
 }
 

@@ -101,7 +101,7 @@ extern pid_t peer;
 extern void *listen_comm, *recv_comm, *mhandle;
 extern devh_t device_handle;
 extern dptr small_buf, d_meta, d_bounce;
-extern int delivers;        /* the plugin writes to the posted address, as GPUDirect-TCPXO does: only stress asks such a plugin */
+extern int delivers;        /* the plugin writes to the posted address, as GPUDirect-TCPXO does: for stress and the scenarios in in_place.c */
 extern uint64_t k_recv;     /* receives on this comm so far */
 extern uint32_t m_next;     /* number of the next message */
 void tell(enum op op, int a, int b, const void *h);
@@ -111,10 +111,11 @@ void open_conn(int check);  /* check: report violations of the set-up rules */
 void close_conn(void);
 int post(int size, void **q);
 int release(uint64_t k, void *q);
+int flush_first(void **request);
 int wait_done(void *q, double limit, int *size);
 long check(uint64_t k, uint32_t m, uint32_t size, char *why, uint64_t *bytes_not_16);
 
-/* ---- the scenarios: order.c, traffic.c, ends.c ---- */
+/* ---- the scenarios: order.c, traffic.c, ends.c, in_place.c ---- */
 void sc_main(void);
 void sc_bench(void);
 void sc_stress(void);
@@ -126,3 +127,6 @@ void sc_driver_ranges(void);
 void sc_sender_killed(void);
 void sc_receiver_killed(void);
 void doomed_receiver(int s);
+void sc_in_place(void);
+void sc_in_place_sender_killed(void);
+void sc_in_place_receiver_killed(void);

@@ -105,6 +105,12 @@ int wait_done(void *q, double limit, int *size) {
   }
   return done ? 0 : -1;
 }
+/* Flushes the place of the first receive, which is done. */
+int flush_first(void **request) {
+  void *d[1] = {(void *)place}, *m[1] = {place_handle};
+  int sz[1] = {PIECE};
+  return P->iflush(recv_comm, 1, d, sz, m, request);
+}
 /* Ends receive k, which is done and checked. */
 int release(uint64_t k, void *q) {
   if (!delivers) return P->irecvConsumed(recv_comm, 1, q);

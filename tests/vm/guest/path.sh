@@ -1,7 +1,7 @@
 #!/bin/bash
 # Device memory TCP as a path of the library: tcpx-perf between two hosts over the pair of test NICs, memory of emulated GPUs, every byte
 # verified by tcpx-perf, what carried it by the library's counters, and what the NICs counted.
-# usage: path.sh [ROW...]     rows by the names of their functions, below; default: all
+# usage: path.sh [GROUP|ROW...]     groups of rows, or rows by the names of their functions, both below; default: all
 . /vm/lib.sh
 export UCCL_TCPX_PLUGIN=soft UCCL_TCPX_DEVMEM=auto UCCL_TCPX_EMULATE_DEVICE=1 UCCL_P2P_DISABLE_IPC=1 UCCL_P2P_LOG_LEVEL=info
 export UCCL_TCPX_SOFT_DEVMEM_BYTES=48M UCCL_TCPX_NUM_CHANNELS=2 UCCL_TCPX_SOFT_THREADS=2
@@ -109,6 +109,15 @@ fragments_of_a_packet() { prepare fragment=1448 offset=64 && over_devmem --op wr
 odd_offsets() { prepare fragment=1448 offset=1235 && over_devmem --op read --block 3333; }
 lost_packets() { prepare drop_every=50 && over_devmem --op write; }
 delay() { prepare && on $a tc qdisc add dev vmnic0 root netem delay 5ms limit 20000 && over_devmem --op write && over_devmem --op read; }
+# netem on both hosts. Of device memory it can damage headers alone, and drops what it cannot copy.
+netem() {
+  prepare && on $a tc qdisc add dev vmnic0 root netem "$@" limit 20000 && on $b tc qdisc add dev vmnic1 root netem "$@" limit 20000 &&
+    over_devmem --op write && over_devmem --op read
+}
+netem_loss() { netem delay 2ms loss 1%; }
+netem_reorder() { netem delay 2ms reorder 75% 50%; }
+netem_duplicate() { netem duplicate 5%; }
+netem_corrupt() { netem corrupt 1%; }
 # Payload that the NIC leaves in the linear part is copied.
 unsplit() { prepare unsplit_every=3 && moved --op write --require devmem && says 'was copied to device memory' && [ "$(counter $b vmnic1 rx_left_unsplit)" -gt 0 ]; }
 unsplit_fragments() { prepare fragment=1448 offset=64 unsplit_every=7 unsplit_bytes=99 && moved --op read --require devmem && says 'was copied to device memory'; }
@@ -202,12 +211,64 @@ server_killed() {
   over_devmem --op write && [ "$(rules $b vmnic1)" -le 4 ]
 }
 
+# Two processes that receive on one NIC, each on a queue of its own.
+two_processes() {
+  prepare && on $a ethtool -X vmnic0 equal 2 && on $b ethtool -X vmnic1 equal 2 && start_server || return 1
+  local servers=("$server") addresses=("$address") clients=() status=0 number
+  mv $out/server $out/server1
+  start_server || return 1
+  servers+=("$server") addresses+=("$address")
+  for number in 0 1; do
+    of $a timeout 90 tcpx-perf client "${addresses[number]}" --verify --total $total --iters 3 --warmup 1 --op write --require devmem
+    "${command[@]}" >"$out/client$number" 2>&1 &
+    clients+=($!)
+  done
+  for number in 0 1; do wait "${clients[number]}" || status=1; done
+  for server in "${servers[@]}"; do stop_server; done
+  for number in 2 3; do
+    echo "note: queue $number wrote $(counter $b vmnic1 rx${number}_device_memory_bytes) bytes"
+    [ "$(counter $b vmnic1 rx${number}_device_memory_bytes)" -ge $((4 * total)) ] || status=1
+  done
+  return $status
+}
+# Rules that lead to the queue of another process: its fragments are refused, and no wrong byte is taken for right.
+foreign_binding() {
+  prepare && on $a ethtool -X vmnic0 equal 2 && on $b ethtool -X vmnic1 equal 2 && start_server || return 1
+  local first=$server first_address=$address rule ports
+  mv $out/server $out/server1
+  # The second process's queue is the next.
+  start_server || return 1
+  address=$first_address
+  long 1000
+  until_true flowing || return 1
+  for rule in $(on $b ethtool -n vmnic1 | sed -n 's/^Filter: //p'); do
+    ports=$(on $b ethtool -n vmnic1 rule "$rule" | sed -nE 's/.*Src port: ([0-9]+).*/src-port \1/p; s/.*Dest port: ([0-9]+).*/dst-port \1/p')
+    on $b ethtool -n vmnic1 rule "$rule" | grep -q 'queue 3' || continue
+    on $b ethtool -N vmnic1 delete "$rule"
+    # shellcheck disable=SC2086  # words
+    on $b ethtool -N vmnic1 flow-type tcp4 src-ip 10.78.1.1 dst-ip 10.78.1.2 $ports action 2
+  done
+  wait $client && echo "the transfers went on" && return 1
+  stop_server
+  server=$first
+  stop_server
+  cat $out/server1 >>$out/server
+  says 'a fragment of binding' && ! grep -qi 'mismatch\|wrong byte' $out/client
+}
+
 # The agent: processes without privileges.
 agents() { agent $a vmnic0 && agent $b vmnic1; }
 unprivileged() { prepare && agents && over_devmem --op write && [ "$(rules $b vmnic1)" = 0 ]; }
 unprivileged_both_ways() { prepare && agents && over_devmem --op read --bidirectional; }
 agent_killed() {
   prepare && agents && during kill -9 "${agents[1]}" && [ "$(written $b vmnic1)" -lt $((26 * total)) ]
+}
+# A server does not ask an agent that has ended again; the next one asks its successor.
+agent_restarted() {
+  prepare && agents && start_server && client --op write --require devmem || return 1
+  kill "${agents[1]}"
+  wait "${agents[1]}"
+  agent $b vmnic1 && client --op write --require tcp && stop_server && over_devmem --op write
 }
 # A frozen agent delays one set-up, and no transfer.
 agent_frozen() {
@@ -268,14 +329,30 @@ doctor_names_faults() {
     says 'MISSING.*trial.*tcp-data-split is disabled'
 }
 
-rows=(write read_back messages both_ways scattered many_at_once fragments_of_a_packet odd_offsets lost_packets delay unsplit unsplit_fragments large paced
-  switched_off peer_without protected no_header_split no_spare_queue no_privileges no_export area_too_small not_steered lost_writes area_is_full required required_of_the_peer
-  rules_deleted sender_down receiver_down server_killed)
-[ ! -e /vm/bin/uccl-devmem-agent ] || rows+=(unprivileged unprivileged_both_ways agent_killed agent_frozen agent_refuses client_of_agent_killed)
-[ ! -e /vm/bin/agent_liar ] || rows+=(agent_is_asked_for_too_much)
-[ ! -e /vm/bin/devmem_neighbour ] || rows+=(unread_neighbour held_neighbour)
-[ ! -e /vm/bin/tcpx-info ] || rows+=(doctor_content doctor_names_faults)
-[ $# = 0 ] || rows=("$@")
+declare -A groups=(
+  [transfers]="write read_back messages both_ways scattered many_at_once fragments_of_a_packet odd_offsets unsplit unsplit_fragments large paced"
+  [links]="lost_packets delay netem_loss netem_reorder netem_duplicate netem_corrupt sender_down receiver_down"
+  [fallback]="switched_off peer_without protected no_header_split no_spare_queue no_privileges no_export area_too_small not_steered lost_writes
+    required required_of_the_peer"
+  [faults]="area_is_full rules_deleted server_killed two_processes foreign_binding"
+  [agent]="unprivileged unprivileged_both_ways agent_killed agent_restarted agent_frozen agent_refuses client_of_agent_killed agent_is_asked_for_too_much"
+  [others]="unread_neighbour held_neighbour doctor_content doctor_names_faults"
+)
+# can ROW: the program that the row needs was given to run.sh
+can() {
+  case " ${groups[agent]} " in *" $1 "*) [ -e /vm/bin/uccl-devmem-agent ] || return ;; esac
+  case $1 in
+    agent_is_asked_for_too_much) [ -e /vm/bin/agent_liar ] ;;
+    *_neighbour) [ -e /vm/bin/devmem_neighbour ] ;;
+    doctor*) [ -e /vm/bin/tcpx-info ] ;;
+  esac
+}
+rows=()
+[ $# -gt 0 ] || set -- transfers links fallback faults agent others
+for group in "$@"; do
+  read -rd '' -a names <<<"${groups[$group]:-$group}"
+  for name in "${names[@]}"; do can "$name" && rows+=("$name"); done
+done
 for name in "${rows[@]}"; do row "${name//_/ }" "$name"; done
 unpair
 conclude

@@ -1,7 +1,7 @@
 //! tcpx-info --doctor devmem: what device memory TCP needs of a host, and a trial of it. The trial binds a queue of each NIC for a moment and moves
 //! no data.
 
-use super::host::{advice, missing, ok, Check};
+use super::host::{advice, missing, ok, Check, Status};
 use devmem::{Nic, Rings};
 use std::path::Path;
 use uccl_p2p::config::{Config, DeviceMemoryTcp, PluginChoice};
@@ -50,12 +50,17 @@ pub struct Found {
     pub receive_limit: Option<u64>,
     /// NICs with hardware queues.
     pub nics: Vec<Facts>,
-    /// The NICs that an engine uses, or why it uses none.
-    pub trial: Result<Vec<String>, String>,
+    /// The NICs that an engine uses, or why it uses none; `None`: not tried.
+    pub trial: Option<Result<Vec<String>, String>>,
 }
 
-/// Looks at this host.
+/// Looks at this host, and tries an engine.
 pub fn find() -> Found {
+    Found { trial: Some(trial()), ..look() }
+}
+
+/// Looks at this host. Binds no queue: a running engine keeps what it has.
+pub fn look() -> Found {
     let read = |path: &str| std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned());
     let capabilities = read("/proc/self/status").and_then(|text| {
         let line = text.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
@@ -73,7 +78,7 @@ pub fn find() -> Found {
         agent: device_memory_agent(),
         receive_limit: read("/proc/sys/net/core/rmem_max").and_then(|text| text.parse().ok()),
         nics: nics.into_iter().map(facts).collect(),
-        trial: trial(),
+        trial: None,
     }
 }
 
@@ -124,11 +129,39 @@ pub fn examine(found: &Found) -> Vec<Check> {
         all.extend(mtu(nic));
     }
     all.extend(buffers(found.receive_limit));
-    all.push(match &found.trial {
+    all.extend(found.trial.as_ref().map(|trial| match trial {
         Ok(nics) => ok("trial", format!("an engine receives into device memory on {}", nics.join(", "))),
         Err(why) => missing("trial", why, "the text is the kernel's, or the driver's: docs/devmem.md says what follows from it"),
-    });
+    }));
     all
+}
+
+/// The NICs that can receive into device memory, as far as that can be seen beside an engine that may have their queues and rules: these
+/// must exist, and may all be taken.
+///
+/// # Errors
+/// What is missing.
+pub fn able(found: &Found) -> Result<Vec<String>, String> {
+    let unmet = |checks: &[Check]| {
+        let missing = checks.iter().filter(|check| check.status == Status::Missing);
+        missing.map(|check| format!("{}: {} ({})", check.name, check.found, check.todo)).collect::<Vec<_>>()
+    };
+    let host = unmet(&[kernel(&found.kernel), privileges(found)]);
+    if !host.is_empty() {
+        return Err(host.join("; "));
+    }
+    let of_nic = |nic: &Facts| {
+        let mut checks = vec![split(nic)];
+        checks.extend(nic.spare_queues.is_err().then(|| queues(nic)));
+        checks.extend(nic.rules.is_err().then(|| rules(nic)));
+        unmet(&checks)
+    };
+    let (able, not): (Vec<_>, Vec<_>) = found.nics.iter().map(|nic| (nic, of_nic(nic))).partition(|(_, unmet)| unmet.is_empty());
+    match (able.is_empty(), not.is_empty()) {
+        (false, _) => Ok(able.into_iter().map(|(nic, _)| nic.name.clone()).collect()),
+        (true, false) => Err(not.into_iter().flat_map(|(_, unmet)| unmet).collect::<Vec<_>>().join("; ")),
+        (true, true) => Err("no NIC with hardware queues".to_owned()),
+    }
 }
 
 fn kernel(release: &str) -> Check {
@@ -263,7 +296,7 @@ mod tests {
             agent: None,
             receive_limit: Some(4 << 20),
             nics: vec![nic],
-            trial: Ok(vec!["eth1".into()]),
+            trial: Some(Ok(vec!["eth1".into()])),
         }
     }
 
@@ -292,7 +325,7 @@ mod tests {
             ("steering rules", Status::Missing, |it| it.nics[0].rules = Ok((8, 8))),
             ("IOMMU", Status::Advice, |it| it.nics[0].iommu = Some("DMA-FQ".into())),
             ("MTU", Status::Advice, |it| it.nics[0].mtu = Some(1500)),
-            ("trial", Status::Missing, |it| it.trial = Err("tcp-data-split is disabled".into())),
+            ("trial", Status::Missing, |it| it.trial = Some(Err("tcp-data-split is disabled".into()))),
         ];
         for (name, status, harm) in broken {
             let mut found = good();
@@ -301,5 +334,32 @@ mod tests {
         }
         let helped = Found { privileged: false, agent: Some("/run/x".into()), receive_limit: Some(212_992), ..good() };
         assert_eq!(faults(&helped), [("net.core.rmem_max", Status::Advice)]);
+    }
+
+    #[test]
+    fn a_running_engine_may_have_all_queues_and_rules() {
+        assert_eq!(able(&good()), Ok(vec!["eth1".to_owned()]));
+        let mut taken = good();
+        (taken.nics[0].spare_queues, taken.nics[0].rules, taken.trial) = (Ok(vec![]), Ok((8, 8)), None);
+        assert_eq!(able(&taken), Ok(vec!["eth1".to_owned()]));
+        assert!(examine(&taken).iter().all(|check| check.name != "trial"));
+        type Break = (&'static str, fn(&mut Found));
+        let broken: [Break; 6] = [
+            ("kernel: 6.12.0 (", |it| it.kernel = "6.12.0".into()),
+            ("privileges: neither CAP_NET_ADMIN nor an agent (", |it| it.privileged = false),
+            ("no NIC with hardware queues", |it| it.nics.clear()),
+            ("header split: eth1: no (", |it| it.nics[0].rings = Err("no".into())),
+            ("spare queues: eth1: none shown (", |it| it.nics[0].spare_queues = Err("none shown".into())),
+            ("steering rules: eth1: no rules (", |it| it.nics[0].rules = Err("no rules".into())),
+        ];
+        for (why, harm) in broken {
+            let mut found = good();
+            harm(&mut found);
+            assert!(able(&found).is_err_and(|text| text.starts_with(why)), "{why}");
+        }
+        // One of several NICs is enough.
+        let mut two = good();
+        two.nics.push(Facts { name: "eth2".into(), rings: Err("no".into()), ..good().nics.remove(0) });
+        assert_eq!(able(&two), Ok(vec!["eth1".to_owned()]));
     }
 }

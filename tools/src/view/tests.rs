@@ -33,6 +33,7 @@ fn samples() -> String {
             "uccl_tcpx_connection_info{info} 1\nuccl_tcpx_connection_up{of} 1\nuccl_tcpx_connection_transfers_in_flight{of} 8\n"
         ),
         format!("uccl_tcpx_connection_resent_chunks_total{of} 31\n"),
+        format!("uccl_tcpx_connection_restored_channels_total{of} 2\n"),
         format!("uccl_tcpx_connection_info{far},address=\"[2001:db8:1234:5678:9abc:def0:1234:5678]:65535\"}} 1\n"),
         format!("uccl_tcpx_connection_up{far}}} 1\nuccl_tcpx_connection_silent_seconds{far}}} 7.4\n"),
         channel(10, "nic=\"eth1\"", &fast),
