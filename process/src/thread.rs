@@ -2,6 +2,7 @@
 
 use std::io;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 /// Bytes of a thread's stack.
 const STACK: usize = 2 << 20;
@@ -74,6 +75,48 @@ pub fn ask_for_long_turns() {
     ask_for_turns(5_000_000);
 }
 
+/// A thread that moves bytes yields its core after so much work. The kernel looks for another thread only at a wake-up and at its tick,
+/// which is 4 ms apart where CONFIG_HZ is 250.
+const TURN: Duration = Duration::from_micros(100);
+/// A yield that takes longer has let a thread run that computes. The next one comes after so many times as long as it took: a thread that
+/// computes gets little of the yielding thread's share by it.
+const COMPUTES: Duration = Duration::from_millis(1);
+const BACK_OFF: u32 = 16;
+
+/// When a thread that moves bytes next yields its core, so that threads with short work run soon beside it.
+#[derive(Debug)]
+pub struct Yields {
+    next: Instant,
+}
+
+impl Yields {
+    /// The thread begins to work.
+    pub fn new(now: Instant) -> Yields {
+        Yields { next: now + TURN }
+    }
+
+    /// Yields if it is time. Returns how long the thread was away.
+    pub fn pass(&mut self, now: Instant) -> Duration {
+        if !self.is_due(now) {
+            return Duration::ZERO;
+        }
+        std::thread::yield_now();
+        let after = Instant::now();
+        self.yielded(now, after);
+        after - now
+    }
+
+    fn is_due(&self, now: Instant) -> bool {
+        now >= self.next
+    }
+
+    /// The thread yielded from `before` until `after`.
+    fn yielded(&mut self, before: Instant, after: Instant) {
+        let took = after - before;
+        self.next = after + if took > COMPUTES { took * BACK_OFF } else { TURN };
+    }
+}
+
 /// Asks for time slices of so many nanoseconds.
 fn ask_for_turns(runtime: u64) {
     /// `struct sched_attr` in its first version.
@@ -141,6 +184,33 @@ mod tests {
             assert_eq!(state(), PTHREAD_CANCEL_DISABLE);
         }
         assert!(before != PTHREAD_CANCEL_DISABLE && state() == before);
+    }
+
+    #[test]
+    fn a_thread_yields_often_but_seldom_beside_one_that_computes() {
+        let (start, us) = (Instant::now(), Duration::from_micros);
+        let mut yields = Yields::new(start);
+        let (mut now, mut count) = (start, 0);
+        let mut lost = Duration::ZERO;
+        // Slices of 20 us for 10 ms; another thread runs briefly at each yield.
+        while now < start + us(10_000) {
+            now += us(20);
+            if yields.is_due(now) {
+                yields.yielded(now, now + us(50));
+                (now, count) = (now + us(50), count + 1);
+            }
+        }
+        assert!((60..=70).contains(&count), "{count}");
+        // One that computes takes 4 ms at each.
+        let from = now;
+        while now < from + us(1_000_000) {
+            now += us(20);
+            if yields.is_due(now) {
+                yields.yielded(now, now + us(4000));
+                (now, lost) = (now + us(4000), lost + us(4000));
+            }
+        }
+        assert!(lost < (now - from) / 15, "{lost:?}");
     }
 
     /// The calling thread's policy, nice value and time slice (0 if the kernel does not tell).

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use process::thread::Yields;
 use process::{Mutex, PerProcess};
 use reactor::{Events, Interest, Poller, Waker};
 
@@ -18,6 +19,8 @@ use crate::quantum::Turn;
 /// Token of the waker; members' numbers start at 1.
 const WAKE: u64 = 0;
 const EVENTS: usize = 64;
+/// With so many cores the threads of an application and of its connections find one beside the I/O threads.
+const ROOMY: usize = 8;
 
 /// A comm as its I/O thread sees it.
 pub trait Member: Send + Sync {
@@ -67,6 +70,8 @@ struct Shared {
     /// Threads that are not asleep, and how many of them may poll without crowding the cores.
     awake: AtomicUsize,
     few: usize,
+    /// The threads compete for the cores with those that wait for small messages.
+    yields: bool,
 }
 
 /// A member's assignment to its I/O thread.
@@ -92,7 +97,7 @@ impl Pool {
         let mut workers = Vec::new();
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let spin = config.spin_us.map(Duration::from_micros);
-        let shared = Arc::new(Shared { spin, awake: AtomicUsize::new(0), few: (cores / 4).max(1) });
+        let shared = Arc::new(Shared { spin, awake: AtomicUsize::new(0), few: (cores / 4).max(1), yields: config.cores < ROOMY });
         for number in 0..config.threads {
             match Worker::launch(number, shared.clone(), (number == 0).then_some(chores)) {
                 Ok(worker) => workers.push(worker),
@@ -190,6 +195,7 @@ impl Worker {
         let mut ready: VecDeque<Arc<dyn Member>> = VecDeque::new();
         let (mut mail, mut events) = (Vec::new(), Events::with_capacity(EVENTS));
         let mut spin = AdaptiveSpin::new(self.shared.spin);
+        let mut yields = self.shared.yields.then(|| Yields::new(Instant::now()));
         self.shared.awake.fetch_add(1, Ordering::Relaxed);
         loop {
             self.collect_mail(&mut mail, &mut ready);
@@ -202,6 +208,9 @@ impl Worker {
                 });
                 if turn == Turn::More {
                     schedule(&mut ready, &member);
+                }
+                if let Some(yields) = &mut yields {
+                    yields.pass(Instant::now());
                 }
             }
             let idle = ready.is_empty() && !self.has_mail.load(Ordering::Acquire);

@@ -3,6 +3,7 @@
 //! that a peer's memory holds up is replaced. They end with the last connection that uses them. Knows nothing of what a slice is.
 
 use crate::status::{Error, ErrorKind, Result};
+use process::thread::Yields;
 use process::{generation, Condvar, Mutex, MutexGuard, PerProcess};
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -25,31 +26,6 @@ const AT_ONCE: usize = 16;
 const HELD_UP: Duration = Duration::from_millis(20);
 /// What a slice is taken to cost until it has ended, nanoseconds.
 const EXPECTED: u64 = 20_000;
-
-/// A thread yields its core after so much work. The kernel looks for another thread only at a wake-up and at its tick, which is 4 ms
-/// apart where CONFIG_HZ is 250.
-const TURN: Duration = Duration::from_micros(100);
-/// A yield that takes longer has let a thread run that computes. The next one comes after so many times as long as it took: a thread that
-/// computes gets little of the pool's share by it.
-const COMPUTES: Duration = Duration::from_millis(1);
-const BACK_OFF: u32 = 16;
-
-/// When a thread of the pool next yields its core. Pure; time comes from the caller.
-struct Yields {
-    next: Instant,
-}
-
-impl Yields {
-    fn is_due(&self, now: Instant) -> bool {
-        now >= self.next
-    }
-
-    /// The thread yielded from `before` until `after`.
-    fn yielded(&mut self, before: Instant, after: Instant) {
-        let took = after - before;
-        self.next = after + if took > COMPUTES { took * BACK_OFF } else { TURN };
-    }
-}
 
 /// Wakes the thread that sleeps for a connection. It owns what it writes to: a thread may ring after the connection has ended.
 #[derive(Clone)]
@@ -436,7 +412,7 @@ impl Pool {
 
 fn work(inner: &Arc<Inner>, number: usize) {
     process::thread::ask_for_long_turns();
-    let mut yields = Yields { next: Instant::now() + TURN };
+    let mut yields = Yields::new(Instant::now());
     let mut queue = inner.queue.lock();
     loop {
         let Some((job, slices)) = queue.take(number) else {
@@ -454,15 +430,7 @@ fn work(inner: &Arc<Inner>, number: usize) {
         }
         let (flow, begun) = (job.flow, Instant::now());
         let mut away = Duration::ZERO;
-        job.run(slices, || {
-            let now = Instant::now();
-            if yields.is_due(now) {
-                std::thread::yield_now();
-                let after = Instant::now();
-                yields.yielded(now, after);
-                away += after - now;
-            }
-        });
+        job.run(slices, || away += yields.pass(Instant::now()));
         drop(job);
         let took = begun.elapsed().saturating_sub(away);
         queue = inner.queue.lock();
@@ -530,33 +498,6 @@ mod tests {
             std::thread::yield_now();
         }
         Ok(())
-    }
-
-    #[test]
-    fn a_thread_yields_often_but_seldom_beside_one_that_computes() {
-        let (start, us) = (Instant::now(), Duration::from_micros);
-        let mut yields = Yields { next: start + TURN };
-        let (mut now, mut count) = (start, 0);
-        let mut lost = Duration::ZERO;
-        // Slices of 20 us for 10 ms; another thread runs briefly at each yield.
-        while now < start + us(10_000) {
-            now += us(20);
-            if yields.is_due(now) {
-                yields.yielded(now, now + us(50));
-                (now, count) = (now + us(50), count + 1);
-            }
-        }
-        assert!((60..=70).contains(&count), "{count}");
-        // One that computes takes 4 ms at each.
-        let from = now;
-        while now < from + us(1_000_000) {
-            now += us(20);
-            if yields.is_due(now) {
-                yields.yielded(now, now + us(4000));
-                (now, lost) = (now + us(4000), lost + us(4000));
-            }
-        }
-        assert!(lost < (now - from) / 15, "{lost:?}");
     }
 
     #[test]
