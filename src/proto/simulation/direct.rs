@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// The byte that a liar's memory is full of.
-const LIE: u8 = 0xAA;
+pub(super) const LIE: u8 = 0x11;
 
 /// A transfer in flight: its blocks and its progress.
 struct Carried {
@@ -39,6 +39,7 @@ struct Lands {
     side: usize,
     key: Key,
     _used: RegionUse,
+    addr: u64,
     len: u64,
     /// Bytes that have arrived, and those not yet reported.
     got: u64,
@@ -153,6 +154,8 @@ impl DirectNet {
     pub(super) fn lie(&mut self, bytes: u64) {
         if let Some(lands) = self.landings.values_mut().find(|lands| lands.got < lands.len) {
             let more = bytes.min(lands.len - lands.got);
+            // SAFETY: the buffer lies in a region that `_used` holds.
+            unsafe { std::ptr::write_bytes((lands.addr + lands.got) as *mut u8, LIE, more as usize) };
             (lands.got, lands.moved) = (lands.got + more, lands.moved + more);
             self.lies.landings += 1;
         }
@@ -257,7 +260,7 @@ impl Direct for SimulatedDirect {
             return None;
         }
         net.given += 1;
-        let lands = Lands { side: self.side, key, _used: RegionUse::new(region.region()), len, got: 0, moved: 0 };
+        let lands = Lands { side: self.side, key, _used: RegionUse::new(region.region()), addr, len, got: 0, moved: 0 };
         net.landings.insert(net.given, lands);
         Some(Landing { slot: net.given, generation: 1, addr })
     }

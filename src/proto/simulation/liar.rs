@@ -3,7 +3,7 @@
 //! keeps a transfer for ever, or grows without limit.
 
 #[cfg(test)]
-use super::direct::Lies;
+use super::direct::{Lies, LIE};
 use super::net::{Message, Net};
 use super::positions::Content;
 use super::world::{Engine, Shape, Side, DEVICE_CHANNELS, HOST_CHANNELS, MATCH_TIMEOUT, PEER_TIMEOUT, TRANSFER_TIMEOUT};
@@ -21,8 +21,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const CHUNK: usize = 8192;
-/// What the liar sends as data, and what the victim's memory holds before.
-const LIE: u8 = 0x11;
+/// What the victim's memory holds before the liar's data.
 const BEFORE: u8 = 0xEE;
 
 struct Mine {
