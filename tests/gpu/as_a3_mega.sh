@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs a command on a machine that looks like an A3 Mega to the library: the GPUs' PCI device is an H100's, and something listens in the place of
-# TCPXO's receive manager. All of it is simulated, for the strict foreign plugin over the memory of real GPUs. Exit status 77: skipped.
+# Runs a command on a machine that looks like an A3 Mega to the library: the GPUs' PCI device is an H100's, and a simulated receive
+# manager of TCPXO answers. All of it is simulated, for the strict foreign plugin over the memory of real GPUs. Exit status 77: skipped.
 # usage: as_a3_mega.sh COMMAND...
 set -euo pipefail
 if [ "${1:-}" != --inside ]; then
@@ -14,14 +14,28 @@ while read -r gpu; do
   device=/sys/bus/pci/devices/${gpu: -12}/device
   mount --bind "$folder/device" "${device,,}" || { echo "SKIPPED: $device cannot be replaced"; exit 77; }
 done < <(nvidia-smi --query-gpu=pci.bus_id --format=csv,noheader)
-python3 -c '
-import signal, socket, sys
-with socket.socket(socket.AF_UNIX) as listener:
-    listener.bind(sys.argv[1])
-    listener.listen(1024)
-    while True:
-        listener.accept()[0].close()' "$folder/rxdm_uds_nic_mapping" &
+# The simulated manager: each GPU has the loopback interface as its closest NIC.
+nvidia-smi --query-gpu=pci.bus_id --format=csv,noheader | python3 -c '
+import socket, sys, threading
+def field(number, content):
+    return bytes([number << 3 | 2, len(content)]) + content
+nic = field(1, b"127.0.0.1")
+gpus = [line.strip()[-12:].lower().encode() for line in sys.stdin]
+nics = b"".join(field(1, field(1, gpu) + field(2, nic)) for gpu in gpus)
+def serve(name, answer):
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(sys.argv[1] + "/" + name)
+        listener.listen(1024)
+        while True:
+            with listener.accept()[0] as peer:
+                try:
+                    if peer.recv(2):
+                        peer.sendall(answer)
+                except OSError:
+                    pass
+threading.Thread(target=serve, args=("rxdm_uds_buf_op:127.0.0.1", b""), daemon=True).start()
+serve("rxdm_uds_nic_mapping", len(nics).to_bytes(2, "big") + nics)' "$folder" &
 trap 'kill $! 2>/dev/null; rm -rf "$folder"' EXIT
-for _ in $(seq 50); do [ -S "$folder/rxdm_uds_nic_mapping" ] && break; sleep 0.1; done
+for _ in $(seq 50); do [ -S "$folder/rxdm_uds_nic_mapping" ] && [ -S "$folder/rxdm_uds_buf_op:127.0.0.1" ] && break; sleep 0.1; done
 export FILE_BASED_UDS_PATH_PREFIX=$folder NCCL_FASTRAK_ALLOW_NIC_SUBSET=1 NCCL_FASTRAK_CTRL_DEV=lo
 "$@"
