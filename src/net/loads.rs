@@ -80,7 +80,7 @@ impl<V: Clone + Send + 'static> Loads<V> {
 }
 
 impl<V: Clone> Running<V> {
-    /// Its result. Whoever comes later waits less: the time counts from its begin.
+    /// Its result. A later caller waits less: the time counts from the start of the init.
     fn wait(&self, within: Duration) -> Result<V> {
         let until = self.since + within;
         let mut state = self.state.lock();
