@@ -13,9 +13,14 @@ const UNANSWERED: usize = 24;
 const SINCE_ANSWER: usize = 56;
 const ACKNOWLEDGED: usize = 120;
 const RECEIVED: usize = 128;
-const LEN: usize = RECEIVED + 8;
+/// The time with bytes to send or to be acknowledged, and the part of it in which the peer's window held them up (both u64, microseconds,
+/// Linux 4.9).
+const BUSY: usize = 168;
+const WINDOW_LIMITED: usize = 176;
+const LEN: usize = WINDOW_LIMITED + 8;
 
-pub(crate) struct TcpInfo([u8; LEN]);
+/// The part of it that the kernel filled, and its length.
+pub(crate) struct TcpInfo([u8; LEN], usize);
 
 impl TcpInfo {
     /// `None` where the kernel has none.
@@ -24,7 +29,7 @@ impl TcpInfo {
         let mut size = info.len() as libc::socklen_t;
         // SAFETY: a buffer of the given length.
         let result = unsafe { libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, info.as_mut_ptr().cast(), &mut size) };
-        (result == 0 && size as usize >= info.len()).then_some(TcpInfo(info))
+        (result == 0 && size as usize >= RECEIVED + 8).then_some(TcpInfo(info, size as usize))
     }
 
     fn field<const N: usize>(&self, at: usize) -> [u8; N] {
@@ -59,5 +64,11 @@ impl TcpInfo {
     /// Bytes that have come in.
     pub(crate) fn received(&self) -> u64 {
         u64::from_ne_bytes(self.field(RECEIVED))
+    }
+
+    /// How long the network had bytes to send or to acknowledge, and did not wait for room at the peer.
+    pub(crate) fn busy(&self) -> Option<Duration> {
+        let micros = |at| Duration::from_micros(u64::from_ne_bytes(self.field(at)));
+        (self.1 >= LEN).then(|| micros(BUSY).saturating_sub(micros(WINDOW_LIMITED)))
     }
 }

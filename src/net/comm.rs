@@ -601,6 +601,15 @@ impl SendComm {
     pub(crate) fn unanswered(&self) -> bool {
         self.raw.sockets.moved().is_ok_and(|moved| moved.is_some_and(|moved| moved.unanswered))
     }
+    /// Bytes that the peer's kernel has acknowledged, and how long the network was busy with them; `None` where no kernel says so.
+    pub(crate) fn delivered(&self) -> Option<(u64, Duration)> {
+        let (bytes, busy) = match self.flow() {
+            Some(flow) if flow.stale != 0 => return None,
+            Some(flow) => (flow.acknowledged, Duration::from_micros(flow.busy_us.saturating_sub(flow.limited_us))),
+            None => self.raw.sockets.moved().ok()?.map(|moved| (moved.acknowledged, moved.busy))?,
+        };
+        (!busy.is_zero()).then_some((bytes, busy))
+    }
     /// For how long the peer has not answered on the plugin's control connection, though it should.
     pub(crate) fn control_silent(&self) -> Option<Duration> {
         self.raw.control.silent()

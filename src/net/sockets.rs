@@ -38,6 +38,8 @@ pub(super) struct Moved {
     pub received: u64,
     /// An acknowledgement is due.
     pub unanswered: bool,
+    /// How long the network was busy with what is acknowledged, on average for each connection.
+    pub busy: Duration,
 }
 
 /// A connection of this process, in the state in which it was found.
@@ -116,7 +118,7 @@ impl Found {
             return Err(ErrorKind::ConnectionReset.into());
         }
         let (acknowledged, received, unanswered) = (info.acknowledged(), info.received(), info.is_unanswered());
-        Ok(Some(Moved { acknowledged, received, unanswered }))
+        Ok(Some(Moved { acknowledged, received, unanswered, busy: info.busy().unwrap_or_default() }))
     }
 
     /// Bytes of memory of packets in the interface's queue.
@@ -234,6 +236,7 @@ impl Sockets {
             sum.acknowledged += moved.acknowledged;
             sum.received += moved.received;
             sum.unanswered |= moved.unanswered;
+            sum.busy += moved.busy / self.found.len() as u32;
         }
         Ok(Some(sum))
     }

@@ -142,6 +142,9 @@ pub struct ChannelStats {
     pub avoided: bool,
     /// The kernel's statistics. Filled only when statistics are read.
     pub network: Option<Network>,
+    /// Bytes that the peer's kernel has acknowledged on the present connection, and how long the network was busy with them. Filled as
+    /// `network`, where a kernel says so.
+    pub delivered: Option<(u64, Duration)>,
 }
 
 impl ChannelStats {

@@ -260,7 +260,9 @@ fn of_channels() -> Vec<Metric<ChannelStats>> {
         gauge("window_out", "Places of the window in use for sending", |c| f64::from(c.window_out)),
         gauge("window_in", "Places of the window in use for receiving", |c| f64::from(c.window_in)),
         gauge("window", "Places of the window", |c| f64::from(c.window)),
-        gauge("slow", "1 while the channel runs far below the others", |c| f64::from(u8::from(c.slow))),
+        gauge("slow", "1 while the peer gets far less on the channel, while that is busy, than on others", |c| {
+            f64::from(u8::from(c.slow))
+        }),
         gauge("lost", "1 while the channel is lost", |c| f64::from(u8::from(c.lost))),
         network("segments", "segments", Kind::Counter, "TCP segments sent", |n| Number::Whole(n.segments)),
         network("retransmits", "retransmits", Kind::Counter, "TCP segments sent again", |n| Number::Whole(n.retransmits)),

@@ -154,6 +154,7 @@ impl Channel {
         // A send ends when the kernel has the data, so only acknowledgements show the speed of the network.
         let delivered = network.as_ref().map(|n| n.delivery_rate as f64).filter(|&rate| rate > 0.0 && sent.bytes > 0);
         ChannelStats {
+            delivered: if kernel { self.sending.comm.delivered() } else { None },
             nic: self.nic.clone(),
             peer_nic: if self.peer_nic == self.nic { String::new() } else { self.peer_nic.clone() },
             route: if kernel { self.describe(Way::Out) } else { String::new() },

@@ -189,7 +189,8 @@ impl Slot {
             }
             let last = channel.stats(false, now).and(&self.past);
             let route = channel.describe(Way::Out);
-            let idle = ChannelStats { network: None, speed: 0.0, queued_bytes: 0, window_out: 0, window_in: 0, ..last };
+            let idle =
+                ChannelStats { network: None, delivered: None, speed: 0.0, queued_bytes: 0, window_out: 0, window_in: 0, ..last };
             self.past = ChannelStats { lost: true, route, ..idle };
             channel.close();
             self.closes = true;

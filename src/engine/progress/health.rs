@@ -12,8 +12,8 @@ const LOOK: Duration = Duration::from_secs(1);
 const FAR_BELOW: f64 = 0.25;
 /// Checks in a row that make a channel slow.
 const LOOKS: u32 = 3;
-/// A channel that sent less than this since the last check, and has nothing in flight, says nothing about its speed.
-const SIGNIFICANT: u64 = 256 << 10;
+/// A channel that was busy for less than this since its last sample says nothing about its speed yet.
+const BUSY: Duration = Duration::from_millis(100);
 /// Retransmits are logged above this share and this number.
 const LOSS: f64 = 0.01;
 const LOST: u64 = 50;
@@ -28,11 +28,49 @@ struct Seen {
     received: u64,
     busy: bool,
     rates: (f64, f64),
+    delivered: Delivered,
     below: u32,
     slow: bool,
     stalls: u64,
     segments: u64,
     retransmits: u64,
+}
+
+/// What the peer has acknowledged on a channel. A send may end when a kernel, or a plugin, has taken its bytes, and a short chunk passes a slow NIC
+/// in a burst: neither shows a speed.
+#[derive(Clone, Debug, Default)]
+struct Delivered {
+    /// As of the last check; `None` if the channel was lost since.
+    seen: Option<(u64, Duration)>,
+    /// Bytes and busy time of the sample that has begun.
+    bytes: u64,
+    busy: Duration,
+    /// Bytes a second while it was busy, of the last sample, and in the time since the last check, busy or not.
+    while_busy: f64,
+    achieved: f64,
+}
+
+impl Delivered {
+    /// A check. Returns whether a sample has ended.
+    fn look(&mut self, channel: &ChannelStats, elapsed: f64) -> bool {
+        self.achieved = 0.0;
+        let Some(now) = channel.delivered else {
+            self.seen = self.seen.filter(|_| !channel.lost);
+            return false;
+        };
+        let before = self.seen.replace(now).filter(|before| before.0 <= now.0 && before.1 <= now.1);
+        let Some((bytes, busy)) = before.map(|before| (now.0 - before.0, now.1 - before.1)) else { return false };
+        if elapsed > 0.0 {
+            self.achieved = bytes as f64 / elapsed;
+        }
+        (self.bytes, self.busy) = (self.bytes + bytes, self.busy + busy);
+        let ended = self.busy >= BUSY;
+        if ended {
+            self.while_busy = self.bytes as f64 / self.busy.as_secs_f64();
+            (self.bytes, self.busy) = (0, Duration::ZERO);
+        }
+        ended
+    }
 }
 
 /// The health checks of one connection.
@@ -89,7 +127,7 @@ impl Health {
             if seen.busy && busy && sent + received == 0 && elapsed > 0.0 {
                 seen.stalls += 1;
             }
-            *significant = sent >= SIGNIFICANT || channel.window_out > 0 || channel.avoided;
+            *significant = seen.delivered.look(channel, elapsed) || (channel.avoided && seen.delivered.while_busy > 0.0);
             (seen.sent, seen.received, seen.busy) = (channel.sent_bytes, channel.received_bytes, busy);
         }
         let mut lines: Vec<String> = self.compare(channels, &significant).into_iter().collect();
@@ -98,25 +136,28 @@ impl Health {
         lines
     }
 
-    /// The line about channels that have become slow, if any.
+    /// The line about channels that have become slow, if any: while they were busy the peer got far less on them than it got on others all in
+    /// all.
     fn compare(&mut self, channels: &[ChannelStats], significant: &[bool]) -> Option<String> {
-        let mut speeds: Vec<f64> = channels.iter().map(|c| c.speed).filter(|&speed| speed > 0.0).collect();
+        let mut speeds: Vec<f64> = self.channels.iter().map(|c| c.delivered.achieved).filter(|&speed| speed > 0.0).collect();
         speeds.sort_unstable_by(f64::total_cmp);
         let reference = *speeds.get((3 * speeds.len()).div_ceil(4).checked_sub(1)?)?;
         let mut fresh = Vec::new();
         for (i, (seen, channel)) in self.channels.iter_mut().zip(channels).enumerate() {
-            if channel.speed <= 0.0 || !significant[i] {
+            let speed = seen.delivered.while_busy;
+            // Where nothing moves, the NIC is silent, which is another matter.
+            if !significant[i] || speed == 0.0 {
                 continue;
             }
-            if channel.speed < FAR_BELOW * reference {
+            if speed < FAR_BELOW * reference {
                 seen.below += 1;
                 if seen.below >= LOOKS && !seen.slow {
                     seen.slow = true;
-                    fresh.push(format!("channel {i} ({}) at {}", place(channel), crate::stats::speed(channel.speed)));
+                    fresh.push(format!("channel {i} ({}) at {}", place(channel), crate::stats::speed(speed)));
                 }
             } else {
                 seen.below = 0;
-                seen.slow &= channel.speed < 2.0 * FAR_BELOW * reference;
+                seen.slow &= speed < 2.0 * FAR_BELOW * reference;
             }
         }
         (!fresh.is_empty()).then(|| {
@@ -221,8 +262,14 @@ mod tests {
     use super::*;
     use crate::stats::Network;
 
-    fn channel(nic: &str, sent: u64, speed: f64) -> ChannelStats {
-        ChannelStats { nic: nic.into(), sent_bytes: sent, speed, window_out: 1, window: 16, ..ChannelStats::default() }
+    fn channel(nic: &str, sent: u64) -> ChannelStats {
+        ChannelStats { nic: nic.into(), sent_bytes: sent, window_out: 1, window: 16, ..ChannelStats::default() }
+    }
+
+    /// A channel that in each second until now was busy for so many milliseconds, at this speed.
+    fn moving(nic: &str, second: u64, busy_ms: u64, speed: u64) -> ChannelStats {
+        let delivered = Some((second * speed / 1000 * busy_ms, Duration::from_millis(second * busy_ms)));
+        ChannelStats { delivered, ..channel(nic, second * 1000) }
     }
 
     fn at(start: Instant, seconds: u64) -> Instant {
@@ -232,33 +279,57 @@ mod tests {
     #[test]
     fn a_channel_far_below_the_others_is_logged_once_and_may_recover() {
         let (start, mut health) = (Instant::now(), Health::new());
-        let look = |health: &mut Health, second: u64, slow: f64| {
-            let bytes = second * 1000;
+        let mut bytes = 0;
+        let mut look = |health: &mut Health, second: u64, slow: u64| {
+            bytes += slow;
+            let slow = ChannelStats { delivered: Some((bytes, Duration::from_secs(second))), ..channel("eth2", second * 1000) };
             health.look(
-                &[channel("eth1", bytes, 1e8), channel("eth2", bytes, slow), channel("eth1", bytes, 9e7)],
+                &[moving("eth1", second, 900, 100_000_000), slow, moving("eth1", second, 900, 90_000_000)],
                 at(start, second),
             )
         };
-        assert!((0..3).all(|s| look(&mut health, s, 2e6).is_empty() || s == 2));
-        let mut health = Health::new();
-        let lines: Vec<String> = (0..10).flat_map(|s| look(&mut health, s, 2e6)).collect();
+        let lines: Vec<String> = (0..10).flat_map(|s| look(&mut health, s, 2_000_000)).collect();
         assert_eq!(lines.len(), 1, "{lines:?}");
-        assert!(lines[0].contains("channel 1 (eth2) at 2.0 MB/s") && lines[0].contains("100.0 MB/s"), "{}", lines[0]);
-        let mut stats = [channel("eth1", 0, 0.0), channel("eth2", 0, 0.0)].map(|c| ChannelStats { sent_bytes: 9000, ..c });
+        assert!(lines[0].contains("channel 1 (eth2) at 2.0 MB/s") && lines[0].contains("90.0 MB/s"), "{}", lines[0]);
+        let mut stats = [channel("eth1", 0), channel("eth2", 0)].map(|c| ChannelStats { sent_bytes: 9000, ..c });
         health.fill(&mut stats, at(start, 9));
         assert!(!stats[0].slow && stats[1].slow && stats[1].sent_per_second == 1000.0);
         // Near the others it is no longer slow; half their speed is not worth a line.
-        assert!((10..20).all(|s| look(&mut health, s, 6e7).is_empty()));
+        assert!((10..20).all(|s| look(&mut health, s, 60_000_000).is_empty()));
         health.fill(&mut stats, at(start, 19));
         assert!(!stats[1].slow);
-        assert_eq!((20..30).flat_map(|s| look(&mut health, s, 2e6)).count(), 1);
+        assert_eq!((20..30).flat_map(|s| look(&mut health, s, 2_000_000)).count(), 1);
+    }
+
+    #[test]
+    fn a_channel_is_judged_by_what_the_peer_got_while_it_was_busy() {
+        let start = Instant::now();
+        let lines = |pair: &dyn Fn(u64) -> [ChannelStats; 2]| {
+            let mut health = Health::new();
+            (0..30).flat_map(|s| health.look(&pair(s), at(start, s))).collect::<Vec<String>>()
+        };
+        // It got little to do.
+        assert!(lines(&|s| [moving("eth1", s, 1000, 6_000_000), moving("eth2", s, 20, 6_000_000)]).is_empty());
+        // The other one's short chunks pass in bursts.
+        assert!(lines(&|s| [moving("eth1", s, 5, 200_000_000), moving("eth2", s, 900, 6_000_000)]).is_empty());
+        // A plugin took the bytes of the other one, and no kernel says that the peer has them.
+        let took = |nic: &str, s: u64, speed| ChannelStats { speed, delivered: None, ..channel(nic, s << 30) };
+        assert!(lines(&|s| [took("eth1", s, 300e6), took("eth2", s, 5e6)]).is_empty());
+        // It is lost and comes back each second.
+        let lost = |s: u64| ChannelStats { delivered: None, lost: true, ..channel("eth2", s) };
+        let back = |s: u64| ChannelStats { delivered: Some((s, Duration::from_millis(200 * s))), ..channel("eth2", s) };
+        let flaps = |s: u64| if s % 2 == 0 { lost(s) } else { back(s) };
+        assert!(lines(&|s| [moving("eth1", s, 1000, 6_000_000), flaps(s)]).is_empty());
+        // A slow NIC that is only probed.
+        let probed = |s: u64| ChannelStats { avoided: true, ..moving("eth2", s, 30, 100_000) };
+        assert_eq!(lines(&|s| [moving("eth1", s, 1000, 6_000_000), probed(s)]).len(), 1);
     }
 
     #[test]
     fn a_line_names_a_few_of_many_slow_channels() {
         let (start, mut health) = (Instant::now(), Health::new());
-        let speed = |i: usize| if i < 5 { 1e6 } else { 1e8 };
-        let all = |s: u64| -> Vec<ChannelStats> { (0..30).map(|i| channel("eth1", s * 1000, speed(i))).collect() };
+        let speed = |i: usize| if i < 5 { 1_000_000 } else { 100_000_000 };
+        let all = |s: u64| -> Vec<ChannelStats> { (0..30).map(|i| moving("eth1", s, 1000, speed(i))).collect() };
         let lines: Vec<String> = (0..10).flat_map(|s| health.look(&all(s), at(start, s))).collect();
         assert_eq!(lines.len(), 1, "{lines:?}");
         assert!(lines[0].contains("channel 3 (eth1)") && !lines[0].contains("channel 4 ("), "{}", lines[0]);
@@ -268,7 +339,7 @@ mod tests {
     #[test]
     fn rates_cover_the_time_since_the_last_look() {
         let (start, mut health) = (Instant::now(), Health::new());
-        let both = |bytes: u64| [ChannelStats { received_bytes: 2 * bytes, ..channel("eth1", bytes, 0.0) }];
+        let both = |bytes: u64| [ChannelStats { received_bytes: 2 * bytes, ..channel("eth1", bytes) }];
         health.look(&both(1000), at(start, 0));
         health.look(&both(2000), at(start, 1));
         let mut stats = both(22_000);
@@ -280,10 +351,10 @@ mod tests {
     fn a_channel_that_moves_nothing_stalls_and_an_idle_one_does_not() {
         let (start, mut health) = (Instant::now(), Health::new());
         for second in 0..5 {
-            let idle = ChannelStats { window_out: 0, ..channel("eth2", 7, 0.0) };
-            health.look(&[channel("eth1", 7, 0.0), idle, channel("eth3", 7 + second, 0.0)], at(start, second));
+            let idle = ChannelStats { window_out: 0, ..channel("eth2", 7) };
+            health.look(&[channel("eth1", 7), idle, channel("eth3", 7 + second)], at(start, second));
         }
-        let mut stats = vec![channel("", 7, 0.0), channel("", 7, 0.0), channel("", 11, 0.0)];
+        let mut stats = vec![channel("", 7), channel("", 7), channel("", 11)];
         health.fill(&mut stats, at(start, 4));
         assert_eq!(stats.iter().map(|c| c.stalls).collect::<Vec<_>>(), [4, 0, 0]);
         assert_eq!(health.counts(), (4, 0));
@@ -294,7 +365,7 @@ mod tests {
         let (start, mut health) = (Instant::now(), Health::new());
         let lossy = |second: u64, percent: u64| {
             let network = Network { segments: second * 10_000, retransmits: second * 100 * percent, ..Network::default() };
-            [ChannelStats { network: Some(network), ..channel("eth1", second, 0.0) }]
+            [ChannelStats { network: Some(network), ..channel("eth1", second) }]
         };
         assert!((1..30).all(|s| health.look(&lossy(s, 0), at(start, s)).is_empty()));
         let mut health = Health::new();
