@@ -652,7 +652,7 @@ CASE(uccl_engine_metadata_into)
 
 CASE(uccl_engine_parse_metadata)
 {
-    char ip[64], gpu[64];
+    char ip[64], gpu[512];
     int port = 77;
     wipe((uint8_t *)ip, sizeof ip);
     wipe((uint8_t *)gpu, sizeof gpu);

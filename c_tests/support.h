@@ -39,7 +39,7 @@ void sleep_ms(int ms);
 
 /* Engines. */
 typedef struct address {
-    char ip[64], gpu[64];
+    char ip[64], gpu[512];
     int port;
 } address;
 

@@ -75,7 +75,7 @@ def reader(lib, path):
 
     engine = lib.uccl_engine_create(0, True)
     need(lib, engine, "create")
-    ip, gpu, port = c.create_string_buffer(64), c.create_string_buffer(64), c.c_int()
+    ip, gpu, port = c.create_string_buffer(64), c.create_string_buffer(512), c.c_int()
     parsed = lib.uccl_engine_parse_metadata(metadata.encode(), ip, len(ip), c.byref(port), gpu, len(gpu))
     need(lib, parsed == 0, "parse_metadata")
     conn = lib.uccl_engine_connect(engine, ip.value, gpu.value, port, False)

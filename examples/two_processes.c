@@ -108,7 +108,7 @@ static void initiator(int link)
 
     /* [readme] */
     /* ...connects to the engine that the offer names... */
-    char ip[64], gpu[64];
+    char ip[64], gpu[512];
     int port;
     need(uccl_engine_parse_metadata(offer.metadata, ip, sizeof ip, &port, gpu, sizeof gpu) == UCCL_OK, "parse_metadata");
     uccl_conn_t *conn = uccl_engine_connect(engine, ip, gpu, port, false);

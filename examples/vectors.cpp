@@ -29,7 +29,7 @@ uccl_engine_t* engine_with(char const* channels) {
 uccl_conn_t* connect(uccl_engine_t* from, uccl_engine_t* to) {
   char* metadata = nullptr;
   need(uccl_engine_get_metadata(to, &metadata) == UCCL_OK, "get_metadata");
-  char ip[64], gpu[64];
+  char ip[64], gpu[512];
   int port = 0;
   need(uccl_engine_parse_metadata(metadata, ip, sizeof(ip), &port, gpu, sizeof(gpu)) == UCCL_OK, "parse_metadata");
   delete[] metadata;

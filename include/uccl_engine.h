@@ -493,7 +493,8 @@ int uccl_engine_event_fd(uccl_engine_t *engine,
 
 #ifndef __cplusplus
 /**
- * Returns the engine's metadata, "ip:port?gpu". gpu is the PCI address of the engine's GPU, or "-1" without one.
+ * Returns the engine's metadata, "ip:port?gpu". gpu is the PCI address of the engine's GPU, or "-1" without one. Where peers find the engine at
+ * other addresses too, they follow, each behind a comma; all behind the question mark is the remote_gpu of uccl_engine_connect.
  *
  * @param engine    [in]  The engine.
  * @param metadata  [out] NUL-terminated text; the caller owns it and frees it with uccl_engine_free_metadata.
@@ -501,7 +502,8 @@ int uccl_engine_event_fd(uccl_engine_t *engine,
  *
  * Threads: any. C++: the overload of the same name allocates with new[]; free it with delete[].
  */
-int uccl_engine_get_metadata(uccl_engine_t *engine, char **metadata);
+int uccl_engine_get_metadata(uccl_engine_t *engine,
+                             char **metadata);
 #endif
 
 #ifndef __cplusplus
@@ -531,12 +533,12 @@ int uccl_engine_metadata_into(uccl_engine_t *engine, char *buf, size_t len, size
 /**
  * Splits metadata into the arguments of uccl_engine_connect.
  *
- * @param metadata  [in]  Text of uccl_engine_get_metadata, NUL-terminated: "ip:port?gpu". An IPv6 address is in brackets.
+ * @param metadata  [in]  Text of uccl_engine_get_metadata, NUL-terminated: "ip:port?gpu". An IPv6 address before the port is in brackets.
  * @param ip_buf    [out] The address, NUL-terminated, without brackets. May be NULL.
  * @param ip_len    [in]  Size of ip_buf in bytes; 64 holds every address.
  * @param port      [out] The port, 1 to 65535. May be NULL.
- * @param gpu_buf   [out] The GPU, NUL-terminated. May be NULL.
- * @param gpu_len   [in]  Size of gpu_buf in bytes; 64 holds every GPU that this library writes.
+ * @param gpu_buf   [out] The GPU and the other addresses, NUL-terminated, as uccl_engine_connect takes them. May be NULL.
+ * @param gpu_len   [in]  Size of gpu_buf in bytes; 512 holds all that this library writes.
  * @return UCCL_OK; UCCL_ERR_INVALID_ARGUMENT for text that is not metadata; UCCL_ERR_RESOURCE if a buffer is too small. On failure
  *         the outputs are unchanged.
  *
@@ -557,7 +559,8 @@ int uccl_engine_parse_metadata(const char *metadata,
  * @param engine        [in] The engine.
  * @param ip_addr       [in] The peer's IPv4 or IPv6 address or host name, NUL-terminated.
  * @param remote_gpu    [in] The peer's GPU as its metadata names it: a PCI address ("0000:4a:00.0", any case, 4- or 8-digit domain),
- *                      a CUDA index ("0"), or "-1" for a host without a GPU. NULL or "": not given.
+ *                      a CUDA index ("0"), or "-1" for a host without a GPU. NULL or "": not given. Behind it may follow what the
+ *                      metadata has there: other addresses of the peer, which are tried if it does not answer at the first.
  * @param remote_port   [in] The peer's port, 1 to 65535.
  * @param same_process  [in] Ignored; accepted for compatibility.
  * @return The connection; the caller owns it and ends it with uccl_engine_conn_destroy. NULL on failure (uccl_engine_last_error).

@@ -168,8 +168,8 @@ class Endpoint:
 
     @staticmethod
     def parse_metadata(metadata: Union[bytes, bytearray, str]) -> Tuple[str, int, str]:
-        """Address, port and GPU of metadata, the arguments of `connect`."""
-        ip, gpu, port = c.create_string_buffer(256), c.create_string_buffer(256), c.c_int()
+        """Address, port and GPU of metadata, the arguments of `connect`. Other addresses of the peer follow the GPU, each behind a comma."""
+        ip, gpu, port = c.create_string_buffer(256), c.create_string_buffer(512), c.c_int()
         library().check(library().parse_metadata(_bytes(metadata), ip, len(ip), c.byref(port), gpu, len(gpu)))
         return ip.value.decode(), port.value, gpu.value.decode()
 

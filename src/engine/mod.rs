@@ -97,6 +97,8 @@ pub struct NicInfo {
 /// An engine. All methods may be called from any thread. Dropping it shuts it down. In a forked child an engine of the parent
 /// does nothing: its methods return errors, and dropping it leaves the parent's engine alone.
 pub struct Engine {
+    /// Its address and GPU.
+    name: String,
     metadata: String,
     parts: process::ProcessOwned<Parts>,
 }
@@ -120,7 +122,7 @@ struct Threads {
 
 impl std::fmt::Debug for Engine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Engine {}", self.metadata)
+        write!(f, "Engine {}", self.name)
     }
 }
 
@@ -141,8 +143,8 @@ impl Engine {
         let plugins = Plugins { device, host, why_soft };
         plugins.can_protect(config.protect)?;
         let ports = listener::open(config.bind, config.socket_ifname.as_deref(), config.port)?;
-        let metadata = listener::metadata(ports.address, &gpus.name());
-        announce(&metadata, &plugins, &gpus);
+        let (name, metadata) = (listener::name(ports.address, &gpus.name()), listener::metadata(&ports, &gpus.name()));
+        announce(&name, &plugins, &gpus);
         if let Err(unmet) = plugins.forecast(&config) {
             log::warn!("UCCL_TCPX_REQUIRE={}: {unmet}; connections fail until that changes", config.require);
         }
@@ -173,9 +175,9 @@ impl Engine {
             config,
         });
         let spin = context.config.spin;
-        let _export = offer(&context, &metadata);
+        let _export = offer(&context, &name);
         let parts = Parts { context: context.clone(), accepts: accepts.clone(), threads: Mutex::default(), _export };
-        let engine = Engine { metadata, parts: process::ProcessOwned::new(parts) };
+        let engine = Engine { name, metadata, parts: process::ProcessOwned::new(parts) };
         let mut threads = engine.parts.threads.lock();
         threads.progress = Some(limits::spawn("uccl-progress", move || thread::run(&table, spin))?);
         let watched = context.clone();
@@ -188,7 +190,7 @@ impl Engine {
         Ok(Arc::new(engine))
     }
 
-    /// "ip:port?gpu", for peers.
+    /// "ip:port?gpu,ip,ip", for peers: its name, and the other addresses where they find it.
     pub fn metadata(&self) -> String {
         self.metadata.clone()
     }
@@ -214,7 +216,7 @@ impl Engine {
     /// In a forked child.
     pub fn stats(&self) -> Result<EngineStats> {
         self.parts.check("engine")?;
-        Ok(stats(&self.parts.context, &self.metadata))
+        Ok(stats(&self.parts.context, &self.name))
     }
 
     /// Interfaces that the plugins offer.
@@ -233,7 +235,7 @@ impl Engine {
         self.parts.context.plugins.all().flat_map(describe).collect()
     }
 
-    /// Connects to a peer engine; blocks until all channels are up.
+    /// Connects to a peer engine; blocks until all channels are up. `remote_gpu`: what its metadata has behind the question mark.
     ///
     /// # Errors
     /// `Unreachable`, `TimedOut`, `Auth`, `Protocol`, `Unsupported` (other plugin), `Plugin`.
@@ -458,7 +460,7 @@ impl Engine {
         context.plugins.all().for_each(|plugin| plugin.settle());
         let lost = context.notifications.len();
         if lost > 0 {
-            log::warn!("engine {}: {lost} notifications were never taken", self.metadata);
+            log::warn!("engine {}: {lost} notifications were never taken", self.name);
         }
     }
 }
@@ -475,10 +477,10 @@ fn chosen_nics() -> String {
     }
 }
 
-fn stats(context: &SetupContext, metadata: &str) -> EngineStats {
+fn stats(context: &SetupContext, name: &str) -> EngineStats {
     let table = &context.table;
     let mut stats = EngineStats {
-        metadata: metadata.to_owned(),
+        metadata: name.to_owned(),
         plugin: context.plugins.device.name.clone(),
         uptime: table.context.age(),
         notifications_waiting: context.notifications.len() as u64,
@@ -494,10 +496,10 @@ fn stats(context: &SetupContext, metadata: &str) -> EngineStats {
 }
 
 /// Exports the statistics as UCCL_TCPX_METRICS says. An engine works without them.
-fn offer(context: &Arc<SetupContext>, metadata: &str) -> Option<Arc<export::Exporter>> {
+fn offer(context: &Arc<SetupContext>, name: &str) -> Option<Arc<export::Exporter>> {
     let target = context.config.metrics.as_ref()?;
-    let (weak, metadata) = (Arc::downgrade(context), metadata.to_owned());
-    let source = Box::new(move || weak.upgrade().map(|context| stats(&context, &metadata)));
+    let (weak, name) = (Arc::downgrade(context), name.to_owned());
+    let source = Box::new(move || weak.upgrade().map(|context| stats(&context, &name)));
     match export::offer(target, source) {
         Ok(exporter) => Some(exporter),
         Err(e) => {
@@ -507,11 +509,11 @@ fn offer(context: &Arc<SetupContext>, metadata: &str) -> Option<Arc<export::Expo
     }
 }
 
-fn announce(metadata: &str, plugins: &Plugins, gpus: &gpus::Gpus) {
+fn announce(name: &str, plugins: &Plugins, gpus: &gpus::Gpus) {
     let plugin = &plugins.device;
     let nics: Vec<String> = plugin.devices.iter().map(|d| format!("{} ({})", d.name, d.speed())).collect();
     let origin = plugin.path.as_ref().map_or("built in".to_owned(), |p| p.display().to_string());
-    log::info!("engine {metadata}: plugin {} ({origin}), NICs {}, GPU {}", plugin.name, nics.join(", "), gpus.name());
+    log::info!("engine {name}: plugin {} ({origin}), NICs {}, GPU {}", plugin.name, nics.join(", "), gpus.name());
 }
 
 fn join(thread: Option<JoinHandle<()>>) {

@@ -20,7 +20,8 @@ pub struct uccl_conn_t {
 /// @param engine        [in] The engine.
 /// @param ip_addr       [in] The peer's IPv4 or IPv6 address or host name, NUL-terminated.
 /// @param remote_gpu    [in] The peer's GPU as its metadata names it: a PCI address ("0000:4a:00.0", any case, 4- or 8-digit domain),
-///                      a CUDA index ("0"), or "-1" for a host without a GPU. NULL or "": not given.
+///                      a CUDA index ("0"), or "-1" for a host without a GPU. NULL or "": not given. Behind it may follow what the
+///                      metadata has there: other addresses of the peer, which are tried if it does not answer at the first.
 /// @param remote_port   [in] The peer's port, 1 to 65535.
 /// @param same_process  [in] Ignored; accepted for compatibility.
 /// @return The connection; the caller owns it and ends it with uccl_engine_conn_destroy. NULL on failure (uccl_engine_last_error).

@@ -1,4 +1,4 @@
-//! Metadata, "ip:port?gpu", with which peers find an engine: writes it and parses it. Does not interpret the addresses.
+//! Metadata, "ip:port?gpu" or "ip:port?gpu,ip,ip", with which peers find an engine: writes it and parses it. Does not interpret the addresses.
 
 use super::engine::uccl_engine_t;
 use super::guard::{guard, optional_out_arg, out_arg, status, str_arg};
@@ -7,7 +7,8 @@ use crate::status::{bail, Error, ErrorKind, Result, UCCL_OK};
 use std::ffi::{c_char, c_int};
 use std::net::Ipv6Addr;
 
-/// Returns the engine's metadata, "ip:port?gpu". gpu is the PCI address of the engine's GPU, or "-1" without one.
+/// Returns the engine's metadata, "ip:port?gpu". gpu is the PCI address of the engine's GPU, or "-1" without one. Where peers find the engine at
+/// other addresses too, they follow, each behind a comma; all behind the question mark is the remote_gpu of uccl_engine_connect.
 ///
 /// @param engine    [in]  The engine.
 /// @param metadata  [out] NUL-terminated text; the caller owns it and frees it with uccl_engine_free_metadata.
@@ -89,12 +90,12 @@ pub(super) unsafe fn copy_text(text: &str, buf: *mut c_char, len: usize, needed:
 
 /// Splits metadata into the arguments of uccl_engine_connect.
 ///
-/// @param metadata  [in]  Text of uccl_engine_get_metadata, NUL-terminated: "ip:port?gpu". An IPv6 address is in brackets.
+/// @param metadata  [in]  Text of uccl_engine_get_metadata, NUL-terminated: "ip:port?gpu". An IPv6 address before the port is in brackets.
 /// @param ip_buf    [out] The address, NUL-terminated, without brackets. May be NULL.
 /// @param ip_len    [in]  Size of ip_buf in bytes; 64 holds every address.
 /// @param port      [out] The port, 1 to 65535. May be NULL.
-/// @param gpu_buf   [out] The GPU, NUL-terminated. May be NULL.
-/// @param gpu_len   [in]  Size of gpu_buf in bytes; 64 holds every GPU that this library writes.
+/// @param gpu_buf   [out] The GPU and the other addresses, NUL-terminated, as uccl_engine_connect takes them. May be NULL.
+/// @param gpu_len   [in]  Size of gpu_buf in bytes; 512 holds all that this library writes.
 /// @return UCCL_OK; UCCL_ERR_INVALID_ARGUMENT for text that is not metadata; UCCL_ERR_RESOURCE if a buffer is too small. On failure
 ///         the outputs are unchanged.
 ///
@@ -192,6 +193,7 @@ mod tests {
             ("[fe80::1%eth0]:80?0", "fe80::1%eth0", 80, "0"),
             ("[2001:db8::7]:80?0000:4a:00.0", "2001:db8::7", 80, "0000:4a:00.0"),
             ("node-7.example:80?1", "node-7.example", 80, "1"),
+            ("10.0.0.1:80?-1,10.0.1.1,fd00::7", "10.0.0.1", 80, "-1,10.0.1.1,fd00::7"),
         ] {
             assert_eq!(parse(text), Ok(Parts { ip, port, gpu }), "{text}");
         }

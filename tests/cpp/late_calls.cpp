@@ -58,7 +58,7 @@ void begin_engine() {
   CHECK(engine != nullptr);
   char* metadata = nullptr;
   CHECK(uccl_engine_get_metadata(engine, &metadata) == UCCL_OK);
-  char ip[64], gpu[64];
+  char ip[64], gpu[512];
   int port = 0;
   CHECK(uccl_engine_parse_metadata(metadata, ip, sizeof(ip), &port, gpu, sizeof(gpu)) == UCCL_OK);
   delete[] metadata;

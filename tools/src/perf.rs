@@ -388,6 +388,9 @@ fn run_server(args: &ServerArgs) -> Result<()> {
         watched.stop_accept();
     });
     say!("{}", address(&node));
+    if node.metadata().contains(',') {
+        say!("with its other addresses, for clients that cannot reach that one: {}", node.metadata());
+    }
     if !args.once {
         eprintln!("serving {memory} memory; Ctrl-C ends");
     }

@@ -4,13 +4,15 @@ use super::build;
 use super::context::SetupContext;
 use super::dial;
 use super::driver::{Finished, Progress, SetupDriver};
+use super::listener;
 use super::machine::Setup;
 use super::shutdown::canceled;
 use crate::engine::connection::Connection;
 use crate::net::plugin_thread::limited;
+use crate::net::topology;
 use crate::status::{err, Error, ErrorKind, Result};
 use std::io::Read;
-use std::net::{SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -44,7 +46,9 @@ fn connect_within(context: &SetupContext, host: &str, gpu: &str, port: u16) -> R
     let deadline = Instant::now() + context.config.connect_timeout;
     let _limited = limited(deadline);
     context.shutdown.check()?;
-    let addresses = dial::resolve(host, port, deadline, &context.shutdown, dial::system_lookup)?;
+    let (gpu, others) = listener::split_gpu(gpu)?;
+    let mut addresses = dial::resolve(host, port, deadline, &context.shutdown, dial::system_lookup)?;
+    add_others(&mut addresses, &others, port, topology::is_local);
     let began = Instant::now();
     let mut pause = PAUSE;
     let mut before = None;
@@ -68,6 +72,18 @@ fn connect_within(context: &SetupContext, host: &str, gpu: &str, port: u16) -> R
         before = Some(error);
         rest(context, pause)?;
         pause = (2 * pause).min(MAX_PAUSE);
+    }
+}
+
+/// Adds the other addresses of a listener. Those of this host may be another engine's, if the listener is not on this host: hosts give bridges
+/// for containers the same addresses.
+fn add_others(addresses: &mut Vec<SocketAddr>, others: &[IpAddr], port: u16, is_local: impl Fn(IpAddr) -> bool) {
+    let here = addresses.iter().any(|address| is_local(address.ip()));
+    for &ip in others.iter().filter(|&&ip| here || !is_local(ip)) {
+        let other = SocketAddr::new(ip, port);
+        if !addresses.contains(&other) {
+            addresses.push(other);
+        }
     }
 }
 
@@ -196,5 +212,23 @@ fn linger(mut sock: TcpStream) {
         if Instant::now() >= until {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_other_addresses_of_a_listener_are_tried_unless_they_are_those_of_this_host() {
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let tried = |first: &str, others: &[&str]| {
+            let mut addresses = vec![SocketAddr::new(ip(first), 7)];
+            let others: Vec<IpAddr> = others.iter().map(|text| ip(text)).collect();
+            add_others(&mut addresses, &others, 7, |address| address == ip("172.17.0.1") || address == ip("10.0.0.9"));
+            addresses.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(tried("10.0.0.1", &["10.0.1.1", "172.17.0.1", "10.0.0.1"]), ["10.0.0.1:7", "10.0.1.1:7"]);
+        assert_eq!(tried("10.0.0.9", &["172.17.0.1"]), ["10.0.0.9:7", "172.17.0.1:7"]);
     }
 }

@@ -78,23 +78,32 @@ pub(crate) fn resolve(host: &str, port: u16, deadline: Instant, shutdown: &Shutd
     }
 }
 
-/// Connects to the first address that answers; each address gets an equal share of the remaining time. The socket does not block.
+/// Connects to the first address that answers; each address gets an equal share of the remaining time, and all but the last at most
+/// [`SHARE`]. The socket does not block.
 pub(crate) fn connect(addresses: &[SocketAddr], deadline: Instant, shutdown: &Shutdown) -> Result<(TcpStream, SocketAddr)> {
-    let mut last = err!(Unreachable, "no address");
+    let mut failed: Option<Error> = None;
     for (i, address) in addresses.iter().enumerate() {
         let now = Instant::now();
-        let share = deadline.saturating_duration_since(now) / (addresses.len() - i) as u32;
+        let (left, others) = (deadline.saturating_duration_since(now), addresses.len() - i - 1);
+        let share = if others == 0 { left } else { (left / (others + 1) as u32).min(SHARE) };
         match connect_to(*address, now + share, shutdown) {
             Ok(sock) => return Ok((sock, *address)),
             Err(e) if matches!(e.kind(), crate::status::ErrorKind::Canceled | crate::status::ErrorKind::Resource) => {
                 return Err(e)
             }
-            Err(e) => last = e,
+            Err(e) => {
+                failed = Some(match failed {
+                    Some(before) => Error::new(before.kind(), format_args!("{before}; {e}")),
+                    None => e,
+                })
+            }
         }
     }
-    Err(last)
+    Err(failed.unwrap_or_else(|| err!(Unreachable, "no address")))
 }
 
+/// How long an address may leave a connect without an answer while there is another: the kernel asks twice in this time.
+const SHARE: Duration = Duration::from_secs(2);
 const WHAT: &str = "socket of the control connection";
 
 /// Begins a connect that does not block.
@@ -202,6 +211,7 @@ mod tests {
         let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let deadline = Instant::now() + Duration::from_secs(20);
         assert_eq!(connect(&[closed, good], deadline, &shutdown).unwrap().1, good);
-        assert_eq!(connect(&[closed], deadline, &shutdown).unwrap_err().kind(), ErrorKind::Unreachable);
+        let error = connect(&[closed, closed], deadline, &shutdown).unwrap_err();
+        assert_eq!((error.kind(), error.to_str().matches(&closed.to_string()).count()), (ErrorKind::Unreachable, 2), "{error}");
     }
 }

@@ -45,9 +45,33 @@ fn reachable(announced: IpAddr, usable: &[IpAddr]) -> Vec<IpAddr> {
     std::iter::once(announced).filter(|&ip| is_reachable(ip)).chain(others).take(MAX_ADDRESSES).collect()
 }
 
-/// "ip:port?gpu", with brackets around an IPv6 address.
-pub(crate) fn metadata(address: SocketAddr, gpu: &str) -> String {
+/// "ip:port?gpu", with brackets around an IPv6 address; also the name of an engine in the log.
+pub(crate) fn name(address: SocketAddr, gpu: &str) -> String {
     format!("{address}?{gpu}")
+}
+
+/// "ip:port?gpu,ip,ip": the name, then the other addresses where peers find the engine. UCCL's readers take all behind the question mark for
+/// the GPU, and hand it to the connect.
+pub(crate) fn metadata(ports: &Listeners, gpu: &str) -> String {
+    let others = ports.addresses.iter().filter(|&&address| address != ports.address);
+    others.fold(name(ports.address, gpu), |text, other| format!("{text},{}", other.ip()))
+}
+
+/// Splits the GPU of metadata: the GPU alone, and the other addresses of its engine.
+///
+/// # Errors
+/// `InvalidArgument` for what is no address, and for too many.
+pub(crate) fn split_gpu(text: &str) -> Result<(&str, Vec<IpAddr>)> {
+    let (gpu, others) = text.split_once(',').unwrap_or((text, ""));
+    let mut found = Vec::new();
+    for other in others.split(',').filter(|_| text.contains(',')) {
+        match other.parse::<IpAddr>() {
+            Ok(ip) if found.len() + 1 < MAX_ADDRESSES => found.push(ip),
+            Ok(_) => bail!(InvalidArgument, "more than {MAX_ADDRESSES} addresses behind a GPU"),
+            Err(_) => bail!(InvalidArgument, "{other:?} behind GPU {gpu:?} is no address"),
+        }
+    }
+    Ok((gpu, found))
 }
 
 /// The address of the control interface among the usable ones: IPv4 if there is one, else IPv6. A link-local IPv6 address does
@@ -213,7 +237,26 @@ mod tests {
 
     #[test]
     fn metadata_brackets_ipv6() {
-        assert_eq!(metadata("10.0.0.1:77".parse().unwrap(), "-1"), "10.0.0.1:77?-1");
-        assert_eq!(metadata("[fd00::1]:77".parse().unwrap(), "0000:4a:00.0"), "[fd00::1]:77?0000:4a:00.0");
+        assert_eq!(name("10.0.0.1:77".parse().unwrap(), "-1"), "10.0.0.1:77?-1");
+        assert_eq!(name("[fd00::1]:77".parse().unwrap(), "0000:4a:00.0"), "[fd00::1]:77?0000:4a:00.0");
+    }
+
+    #[test]
+    fn metadata_carries_the_other_addresses_behind_the_gpu() {
+        let ports = |all: &[&str]| {
+            let addresses: Vec<SocketAddr> = all.iter().map(|text| text.parse().unwrap()).collect();
+            Listeners { sockets: Vec::new(), address: addresses[0], addresses }
+        };
+        assert_eq!(metadata(&ports(&["10.0.0.1:77"]), "-1"), "10.0.0.1:77?-1");
+        let text = metadata(&ports(&["10.0.0.1:77", "10.0.1.1:77", "[fd00::7]:77"]), "0000:4a:00.0");
+        assert_eq!(text, "10.0.0.1:77?0000:4a:00.0,10.0.1.1,fd00::7");
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        assert_eq!(split_gpu("0000:4a:00.0,10.0.1.1,fd00::7"), Ok(("0000:4a:00.0", vec![ip("10.0.1.1"), ip("fd00::7")])));
+        assert_eq!((split_gpu("-1"), split_gpu("")), (Ok(("-1", vec![])), Ok(("", vec![]))));
+        let many = |n: usize| format!("0{}", ",10.0.0.1".repeat(n));
+        assert!(split_gpu(&many(MAX_ADDRESSES - 1)).is_ok());
+        for wrong in ["0,", "0,10.0.0.1,", "0,,10.0.0.1", "0,x", "0,10.0.0.1:77", "0,[fd00::7]", &many(MAX_ADDRESSES)] {
+            assert_eq!(split_gpu(wrong).unwrap_err().kind(), crate::status::ErrorKind::InvalidArgument, "{wrong}");
+        }
     }
 }
