@@ -51,5 +51,6 @@ pub mod require;
 mod segment_pool;
 pub mod stats;
 pub mod status;
+mod tcp_info;
 pub mod types;
 mod wire;

@@ -15,22 +15,12 @@
 //!    the connection. The stand-in is made early because later there may be neither descriptors nor a route to the peer. A comm
 //!    with a socket without a stand-in stays open: that leaks memory, but keeps the process alive.
 
+use crate::tcp_info::TcpInfo;
 use socket2::{Domain, Protocol, SockAddr, SockFilter, SockRef, Socket, Type};
 use std::io::{Error, ErrorKind, Result};
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
-
-/// From the kernel's tcp_states.h, and the offsets in its tcp_info (Linux 4.1): the state and how often the oldest packet was sent again
-/// (u8), packets that the peer has not acknowledged and milliseconds since its last acknowledgement (u32), and bytes that it has and that
-/// have come in (u64).
-const CLOSED: u8 = 7;
-const STATE: usize = 0;
-const RETRIES: usize = 2;
-const UNANSWERED: usize = 24;
-const SINCE_ANSWER: usize = 56;
-const ACKNOWLEDGED: usize = 120;
-const RECEIVED: usize = 128;
 
 /// From the kernel's socket.h: a socket's memory use.
 const SO_MEMINFO: libc::c_int = 55;
@@ -112,31 +102,20 @@ impl Found {
         Ok(())
     }
 
-    /// The kernel's tcp_info; `None` where it has none.
-    fn info(&self) -> Option<[u8; RECEIVED + 8]> {
-        let mut info = [0u8; RECEIVED + 8];
-        let mut size = info.len() as libc::socklen_t;
-        // SAFETY: a buffer of the given length.
-        let result = unsafe { libc::getsockopt(self.fd, libc::IPPROTO_TCP, libc::TCP_INFO, info.as_mut_ptr().cast(), &mut size) };
-        (result == 0 && size as usize >= info.len()).then_some(info)
-    }
-
     /// For how long the peer has not answered, though packets were sent again.
     fn silent(&self) -> Option<Duration> {
-        let info = self.info()?;
-        let since = info[SINCE_ANSWER..].first_chunk().map(|bytes| Duration::from_millis(u32::from_ne_bytes(*bytes).into()));
-        since.filter(|_| info[RETRIES] > 0 && info[UNANSWERED..UNANSWERED + 4] != [0; 4])
+        let info = TcpInfo::of(self.fd)?;
+        (info.sends_again() && info.is_unanswered()).then(|| info.since_answer())
     }
 
     /// `None` where the kernel cannot say. An error if the connection was reset: nothing moves.
     fn moved(&self) -> Result<Option<Moved>> {
-        let Some(info) = self.info() else { return Ok(None) };
-        if info[STATE] == CLOSED {
+        let Some(info) = TcpInfo::of(self.fd) else { return Ok(None) };
+        if info.is_closed() {
             return Err(ErrorKind::ConnectionReset.into());
         }
-        let count = |at: usize| info[at..].first_chunk().map_or(0, |bytes| u64::from_ne_bytes(*bytes));
-        let unanswered = info[UNANSWERED..UNANSWERED + 4] != [0; 4];
-        Ok(Some(Moved { acknowledged: count(ACKNOWLEDGED), received: count(RECEIVED), unanswered }))
+        let (acknowledged, received, unanswered) = (info.acknowledged(), info.received(), info.is_unanswered());
+        Ok(Some(Moved { acknowledged, received, unanswered }))
     }
 
     /// Bytes of memory of packets in the interface's queue.

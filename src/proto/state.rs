@@ -95,10 +95,11 @@ impl State {
         }
     }
 
-    /// How often this engine must send something at least: while data is due, the peer distinguishes a silent NIC from a silent peer by that.
+    /// How often this engine must send something at least: while data is due, the peer distinguishes a silent NIC from a silent peer by that,
+    /// and both kernels have something to acknowledge all the time.
     fn must_hear(&self) -> Duration {
         match self.deadlines.any() {
-            true => self.setting.heartbeat.min(self.setting.nic_timeout / 2),
+            true => self.setting.heartbeat.min(self.setting.nic_timeout / 4),
             false => self.setting.heartbeat,
         }
     }

@@ -2,12 +2,14 @@
 //! the stream waits for another one and goes on there: what the peer has not opened is kept for that. Knows nothing of the meaning of
 //! frames.
 
+use super::answers::Answers;
 use super::frame::Frame;
 use super::queue::{Block, RxBuffer, TxQueue, MAX_FRAMES, OPENED, ROOM};
 use super::sent::SentRecords;
 use super::session::{Opened, Opener, Sealer, Session, MAX_RECORD, RECORD_HEADER};
 use crate::addresses::plain;
 use crate::status::{bail, err, Error, Result};
+use crate::tcp_info::TcpInfo;
 use process::Mutex;
 use std::io::{ErrorKind as Io, Read, Write};
 use std::net::{IpAddr, Shutdown, TcpStream};
@@ -195,8 +197,9 @@ pub(crate) struct ControlStream {
     full: bool,
     /// The socket has failed as it was written to. What has arrived before is still read.
     failing: bool,
-    /// How long the peer's kernel may leave data unanswered.
+    /// How long the peer's kernel may leave data unanswered, and what it has answered.
     patience: Option<Duration>,
+    answers: Answers,
     /// Why the socket is of no use any more.
     lost: Option<Error>,
 }
@@ -213,14 +216,39 @@ impl ControlStream {
         let out = Out { sealer, sent, long: None, reported: 0, opened, news: 0, kept: 0, ended: false, lost: None };
         let (out, born) = (Mutex::new(out), Instant::now());
         let voice = Arc::new(Voice { sock, out, born, spoke: AtomicU64::new(0), driven: AtomicU64::new(0) });
-        Ok(ControlStream { voice, opener, sealed, arrived, pending: 0, full: false, failing: false, patience: None, lost: None })
+        Ok(ControlStream {
+            voice,
+            opener,
+            sealed,
+            arrived,
+            pending: 0,
+            full: false,
+            failing: false,
+            patience: None,
+            answers: Answers::new(born),
+            lost: None,
+        })
     }
 
-    /// From now on the socket fails if the peer's kernel does not answer for so long, this one and those that replace it.
+    /// From now on the socket fails if the peer's kernel does not answer for so long, this one and those that replace it. Between looks the
+    /// kernel notices that too, a while later.
     pub(crate) fn fail_after(&mut self, time: Duration) {
         self.patience = Some(time);
         // Without it the silence of the peer ends the connection.
         let _ = socket2::SockRef::from(&self.voice.sock).set_tcp_user_timeout(self.patience);
+    }
+
+    /// Gives up the socket if the peer's kernel has acknowledged nothing for too long.
+    pub(crate) fn look(&mut self, now: Instant) {
+        let Some(patience) = self.patience.filter(|_| self.lost.is_none()) else { return };
+        let Some(info) = TcpInfo::of(self.fd()) else { return };
+        self.answers.note(info.acknowledged(), info.is_unanswered(), now);
+        if let Some(silent) = self.answers.silent(patience, now) {
+            self.suspend(err!(
+                RemoteDisconnect,
+                "control connection: the peer's kernel has acknowledged nothing for {silent:.1?}"
+            ));
+        }
     }
 
     /// Its sending half, for the thread that sends heartbeats.
@@ -393,7 +421,7 @@ impl ControlStream {
         let _ = socket2::SockRef::from(sock).set_linger(None);
         (self.arrived, self.sealed) = (raw.len(), raw);
         self.sealed.resize(self.arrived + BUFFER, 0);
-        (out.lost, self.lost, self.failing) = (None, None, false);
+        (out.lost, self.lost, self.failing, self.answers) = (None, None, false, Answers::new(Instant::now()));
         let now = self.voice.clock();
         self.voice.spoke.store(now, Ordering::Relaxed);
         self.voice.driven.store(now, Ordering::Relaxed);

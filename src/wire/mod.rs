@@ -3,6 +3,7 @@
 //! (`control`), which can go on over another socket (`sent`). `join` ties a set-up to an older connection. Keys lie in guarded memory
 //! (`secret`). Knows sockets and bytes, nothing of regions, channels or transfers.
 
+mod answers;
 pub(crate) mod control;
 mod envelope;
 pub(crate) mod frame;

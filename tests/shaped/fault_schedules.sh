@@ -275,15 +275,16 @@ observed_end || rc=$?
 kill -0 $server 2>/dev/null || complain "the server has ended"
 
 # How long bytes may stand, as asked. Silence: 2 s until a NIC is given up, then what was on it is sent again, which a next silent fault can hold up
-# again; a NIC that becomes slow: no longer. All else the kernel reports at once. Between rows bytes are compared. There, and where no fault is near,
+# again; a NIC that becomes slow: no longer. Silence too is an address that the listener's host loses under the control connection: the listener knows, and
+# cannot say so, and the connector is the one to dial. All else the kernel reports at once. Between rows bytes are compared. There, and where no fault is near,
 # only a hang is too long.
 longest=0 because='' silence=3000
 # Where the plugin reports no bytes, half of the transfer timeout.
 [ "${STRICT_FOREIGN_CONTRACT:-}" != tcpxo ] || silence=6500
 while read -r from to late part; do
   # Of the faults that may have to do with it: silent and slow ones, others.
-  read -r silent other < <(awk -v from="$from" -v to="$to" -v silence=$silence '
-    $2 == "begin" && $1 <= to && $1 > from - silence && !seen[$3 $4 $1]++ { if ($3 ~ /^drop|^rate/) silent++; else other++ }
+  read -r silent other < <(awk -v from="$from" -v to="$to" -v silence=$silence -v control="$control" -v listener=$b '
+    $2 == "begin" && $1 <= to && $1 > from - silence && !seen[$3 $4 $1]++ { if ($3 ~ /^drop|^rate/ || (control && $3 == "address" && $5 == listener)) silent++; else other++ }
     END { print silent + 0, other + 0 }' "$scratch/events")
   length=$((to - from)) limit=300
   [ $((silent + other)) -gt 0 ] || limit=3000

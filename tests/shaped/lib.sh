@@ -150,6 +150,21 @@ observed_end() { # the status of the client when it has ended
 }
 alive() { kill -0 $client 2>/dev/null; }
 
+# under_way BYTES: waits until so many bytes have passed the NICs eth* of host a, or the client has ended. One process: a busy machine starts others
+# seconds late.
+under_way() {
+  ip netns exec $a bash -c '
+    exec {nothing}<> <(:)
+    for ((i = 0; i < 250; i++)); do
+      moved=0
+      for file in /sys/class/net/eth*/statistics/[rt]x_bytes; do
+        { read -r value <"$file"; } 2>/dev/null && moved=$((moved + value))
+      done
+      [ $moved -le "$2" ] && kill -0 "$1" 2>/dev/null || exit 0
+      read -r -t 0.02 -u $nothing
+    done' - $client "$1"
+}
+
 look=10 # ms between two looks at the counters
 # Until the client ends, a line "FROM TO LATE" for each time of at least 90 ms in which less than 60 KB moved over the NICs eth* of host a, in ms: TO
 # is the last look at which that was still so, and LATE how much later than asked this loop was woken meanwhile: what the machine's other load

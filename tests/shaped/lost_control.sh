@@ -41,13 +41,8 @@ case $op in
 small) observed --verify --warmup 0 --op write --total 16K --inflight 16 --iters 400 --channels 4 ;;
 *) observed --verify --warmup 0 --op "$op" --total 48M --iters 1 --channels 4 ;;
 esac
-for _ in $(seq 100); do
-  sent=$(ip netns exec $a sh -c 'cat /sys/class/net/eth*/statistics/tx_bytes /sys/class/net/eth*/statistics/rx_bytes' | paste -sd+ | bc)
-  [ "$sent" -gt 4000000 ] && break
-  alive || break
-  sleep 0.05
-done
-alive || { echo "$name: $fault, $op: the transfer did not begin:"; cat "$scratch/client"; exit 1; }
+under_way 4000000
+alive || { echo "$name: $fault, $op: the transfer did not begin, or ended too soon:"; grep -av 'GB/s' "$scratch/client"; exit 1; }
 began=$(now)
 case $fault in
 drop) for host in $a $b; do ip netns exec $host iptables -A INPUT -i eth1 -j DROP; done ;;

@@ -120,6 +120,8 @@ impl Core {
             self.check_cut_off(now)?;
             self.machine.tick(&mut self.channels, now)?;
             self.flush(now, FLUSH)?;
+            self.control.look(now);
+            self.check_control(now)?;
             self.check_health(now);
         }
         Ok(())

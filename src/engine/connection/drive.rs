@@ -101,8 +101,8 @@ impl Driver<'_> {
             return None;
         }
         core.tick(now).ok()?;
-        // The check may have found a channel that has failed.
-        (core.backlog() == 0 && !core.is_active()).then(|| core.machine.next_tick())
+        // The check may have found a channel, or the control connection, that has failed.
+        (core.backlog() == 0 && !core.is_active() && core.suspended.is_none()).then(|| core.machine.next_tick())
     }
 
     /// NICs of the host have changed: channels over those with a fault are closed, and a control connection that may be made again is given
