@@ -1,5 +1,6 @@
 //! Per-process values, which a child of `fork` makes again: locks that another thread may hold, handles, tables of threads.
-//! And locks whose whole state is inside them, and memory that no core dump contains ([`guarded`]). Knows nothing of the values.
+//! And locks whose whole state is inside them, memory that no core dump contains ([`guarded`]), and the end of connections that a child may
+//! have inherited ([`reset`]). Knows nothing of the values.
 //!
 //! # Fork
 //! `fork` copies the memory of a process and one thread. A lock that another thread held stays locked in the child. Where waiting
@@ -10,11 +11,13 @@
 mod fork;
 mod fork_guard;
 pub mod guarded;
+mod socket;
 mod space;
 mod sync;
 pub mod thread;
 
 pub use fork::{close_copy, generation, Parents, PerProcess, ProcessOwned};
+pub use socket::reset;
 pub use space::ensure_space;
 pub use sync::{Condvar, Mutex, MutexGuard, RwLock, WaitTimeoutResult};
 

@@ -200,6 +200,16 @@ impl Plugin {
         }
     }
 
+    /// Whether an engine with this configuration would look for GPUDirect-TCPXO first: it is in the named file, is asked for, or its
+    /// receive manager listens on this machine. A file is opened, and not initialised.
+    pub fn looks_for_tcpxo(config: &Config) -> bool {
+        match (&config.plugin_path, config.plugin) {
+            (Some(path), _) => open(path).is_ok_and(|(table, _)| is_tcpxo(&table.name())),
+            (None, PluginChoice::Soft) => false,
+            (None, _) => wanted(config, &Machine::here()).first().is_some_and(|kind| kind.word == search::TCPXO.word),
+        }
+    }
+
     /// Loads a plugin of any kind, or of the given one.
     ///
     /// # Errors

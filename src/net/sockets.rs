@@ -4,9 +4,8 @@
 //!
 //! 1. **No byte is sent from memory after its region was released.** The kernel sends from the memory of a send until the peer
 //!    has acknowledged it, even after a plain close. So a send comm that closes with sends in flight has its connections reset,
-//!    and the kernel drops unsent data. The reset is a connect to AF_UNSPEC, which acts on the connection itself. SO_LINGER would
-//!    act on the close of the last descriptor, and a forked child may keep one for long. Packets already in the interface's queue
-//!    are still sent, and their memory is read only then, so the close waits for them.
+//!    and the kernel drops unsent data (`process::reset`). Packets already in the interface's queue are still sent, and their memory
+//!    is read only then, so the close waits for them.
 //! 2. **No receive comm closes with a socket that was reset.** At the close the plugin removes the flow rule of each data socket.
 //!    To do so it asks the socket for its peer's address, and ends the process if the socket has no peer. Resets cannot be
 //!    prevented: the first rule causes them at the peer, and networks reset connections too, also between any check and the
@@ -135,14 +134,8 @@ impl Found {
     }
 
     fn reset(&self) -> Result<()> {
-        // SAFETY: plain data for which zeros are valid.
-        let mut nowhere: libc::sockaddr = unsafe { std::mem::zeroed() };
-        nowhere.sa_family = libc::AF_UNSPEC as libc::sa_family_t;
-        // SAFETY: an address and its size; the descriptor is the plugin's, which then finds a reset connection.
-        if unsafe { libc::connect(self.fd, &nowhere, size_of::<libc::sockaddr>() as libc::socklen_t) } < 0 {
-            return Err(Error::last_os_error());
-        }
-        Ok(())
+        // SAFETY: open, as its callers have found; the descriptor is the plugin's, which then meets a reset connection.
+        process::reset(unsafe { BorrowedFd::borrow_raw(self.fd) })
     }
 }
 

@@ -13,7 +13,7 @@ use crate::tcp_info::TcpInfo;
 use process::Mutex;
 use std::io::{ErrorKind as Io, Read, Write};
 use std::net::{IpAddr, Shutdown, TcpStream};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -180,13 +180,6 @@ impl Voice {
 /// A socket that the stream does not go on over is reset when it is closed: the peer must not take that for the end of the stream.
 pub(crate) fn reset_at_close(sock: &TcpStream) {
     let _ = socket2::SockRef::from(sock).set_linger(Some(Duration::ZERO));
-}
-
-/// Resets a connection whose descriptor stays open. A close at once would let another thread meet a descriptor of others.
-fn reset(sock: &TcpStream) {
-    let nowhere = libc::sockaddr { sa_family: libc::AF_UNSPEC as libc::sa_family_t, sa_data: [0; 14] };
-    // SAFETY: an open socket, and an address of the given length. An error means that the connection is gone already.
-    unsafe { libc::connect(sock.as_raw_fd(), &raw const nowhere, size_of::<libc::sockaddr>() as libc::socklen_t) };
 }
 
 /// The size of the receive buffer at first.
@@ -399,7 +392,8 @@ impl ControlStream {
     /// Gives up the socket. Returns how many records of the peer were opened; no more of it will be, so the peer may send the others again.
     /// The kernel must not go on acknowledging them: a peer that the socket still answers would wait on it instead of making another.
     pub(crate) fn suspend(&mut self, why: Error) -> u64 {
-        reset(&self.voice.sock);
+        // An error means that the connection is gone already.
+        let _ = process::reset(self.voice.sock.as_fd());
         self.voice.out.lock().lost.get_or_insert_with(|| why.clone());
         self.lost.get_or_insert(why);
         // The record that has arrived in part comes again.

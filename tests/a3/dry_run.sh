@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# scripts/a3-acceptance on this machine. A dry run passes and leaves a report of both ends, in which no secret is; a run in which reads fail or
-# a server ends fails and says so; a wrong command line is refused.
+# scripts/a3-acceptance on this machine. A dry run passes and leaves a report of both ends, in which no secret is; so does one over the strict
+# foreign plugin, which simulates TCPXO; a run in which reads fail or a server ends fails and says so; a wrong command line is refused.
 #
-# usage: dry_run.sh FOLDER     with tcpx-perf and tcpx-info
+# usage: dry_run.sh FOLDER     with tcpx-perf, tcpx-info and libnccl_net_strict_foreign.so
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit
 programs=$(realpath "$1")
@@ -42,6 +42,16 @@ grep -q ' 0 failed' "$scratch"/good/*-server-*/report.txt || wrong "the server's
 grep -q '^NCCL_SOME_TOKEN=(set)' "$scratch/good/logs/machine.log" || wrong "the environment is not in the report"
 ! grep -raF "$secret" "$scratch/good" || wrong "a secret is in the report"
 
+# As on A3 Mega: pairs of equal number must take the plugin, host memory must not, and the doctor examines TCPXO.
+simulated=$programs/libnccl_net_strict_foreign.so
+dry tcpxo "$programs" --simulated-tcpxo "$simulated"
+[ $status = 0 ] || wrong "a dry run over simulated TCPXO ended with $status"
+grep -q '^DRY RUN: a simulation of TCPXO' "$scratch/tcpxo/report.txt" || wrong "the report does not say that TCPXO is simulated"
+[ "$(grep -c ' verified *tcpxo lo$' "$scratch/tcpxo/report.txt")" = 15 ] || wrong "the table has not a row over TCPXO for each measurement"
+for logs in "$scratch"/tcpxo/logs "$scratch"/tcpxo/*-server-*/logs; do
+  grep -q '^GPUDirect-TCPXO cannot work here, missing: receive manager' "$logs/doctor.log" || wrong "$logs: the doctor does not examine TCPXO"
+done
+
 altered "$scratch/no-reads" '*" --op read "*'
 dry reads "$scratch/no-reads" --gpus 1
 [ $status = 1 ] || wrong "with failing reads it ended with $status"
@@ -60,6 +70,8 @@ refused scripts/a3-acceptance
 refused scripts/a3-acceptance client
 refused scripts/a3-acceptance client --ssh
 refused scripts/a3-acceptance --dry-run --gpus
+refused scripts/a3-acceptance --dry-run --simulated-tcpxo "$scratch/nothing"
+refused env UCCL_TCPX_PLUGIN=tcpxo scripts/a3-acceptance server --simulated-tcpxo "$simulated"
 refused env UCCL_TCPX_PLUGIN=soft scripts/a3-acceptance server
 [ $failed = 0 ] && echo "a3-acceptance: passes, fails and refuses as it should"
 exit $failed

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs a command on a machine that looks like an A3 Mega to the library: the GPUs' PCI device is an H100's, and a simulated receive
-# manager of TCPXO answers. All of it is simulated, for the strict foreign plugin over the memory of real GPUs. Exit status 77: skipped.
+# manager of TCPXO answers. All of it is simulated, for the strict foreign plugin over the memory of real GPUs, or over emulated memory
+# beside two simulated GPUs where nvidia-smi is not there. Exit status 77: skipped.
 # usage: as_a3_mega.sh COMMAND...
 set -euo pipefail
 if [ "${1:-}" != --inside ]; then
@@ -9,13 +10,27 @@ if [ "${1:-}" != --inside ]; then
 fi
 shift
 folder=$(mktemp -d)
-echo 0x2330 >"$folder/device"
-while read -r gpu; do
-  device=/sys/bus/pci/devices/${gpu: -12}/device
-  mount --bind "$folder/device" "${device,,}" || { echo "SKIPPED: $device cannot be replaced"; exit 77; }
-done < <(nvidia-smi --query-gpu=pci.bus_id --format=csv,noheader)
+if command -v nvidia-smi >/dev/null; then
+  gpus=$(nvidia-smi --query-gpu=pci.bus_id --format=csv,noheader)
+  echo 0x2330 >"$folder/device"
+  while read -r gpu; do
+    device=/sys/bus/pci/devices/${gpu: -12}/device
+    mount --bind "$folder/device" "${device,,}" || { echo "SKIPPED: $device cannot be replaced"; exit 77; }
+  done <<<"$gpus"
+else
+  gpus=$(printf '%s\n' 00000000:90:00.0 00000000:91:00.0)
+  for place in /sys/bus/pci/devices /proc/driver; do
+    mount -t tmpfs simulated $place || { echo "SKIPPED: $place cannot be replaced"; exit 77; }
+  done
+  while read -r gpu; do
+    mkdir -p "/sys/bus/pci/devices/${gpu: -12}" "/proc/driver/nvidia/gpus/${gpu: -12}"
+    echo 0x10de >"/sys/bus/pci/devices/${gpu: -12}/vendor"
+    echo 0x2330 >"/sys/bus/pci/devices/${gpu: -12}/device"
+    echo "Model: simulated" >"/proc/driver/nvidia/gpus/${gpu: -12}/information"
+  done <<<"$gpus"
+fi
 # The simulated manager: each GPU has the loopback interface as its closest NIC.
-nvidia-smi --query-gpu=pci.bus_id --format=csv,noheader | python3 -c '
+python3 -c '
 import socket, sys, threading
 def field(number, content):
     return bytes([number << 3 | 2, len(content)]) + content
@@ -34,7 +49,7 @@ def serve(name, answer):
                 except OSError:
                     pass
 threading.Thread(target=serve, args=("rxdm_uds_buf_op:127.0.0.1", b""), daemon=True).start()
-serve("rxdm_uds_nic_mapping", len(nics).to_bytes(2, "big") + nics)' "$folder" &
+serve("rxdm_uds_nic_mapping", len(nics).to_bytes(2, "big") + nics)' "$folder" <<<"$gpus" &
 trap 'kill $! 2>/dev/null; rm -rf "$folder"' EXIT
 for _ in $(seq 50); do [ -S "$folder/rxdm_uds_nic_mapping" ] && [ -S "$folder/rxdm_uds_buf_op:127.0.0.1" ] && break; sleep 0.1; done
 export FILE_BASED_UDS_PATH_PREFIX=$folder NCCL_FASTRAK_ALLOW_NIC_SUBSET=1 NCCL_FASTRAK_CTRL_DEV=lo

@@ -9,7 +9,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 gcc -O2 -Wall -Wextra -Wno-unused-parameter -Werror -o "$work/probe" "$here"/contract_probe/*.c -ldl -lpthread
 gcc -O2 -Wall -Wextra -Werror -shared -fPIC -o "$work/libcuda.so.1" "$here/simulated_cuda.c"
-export LD_LIBRARY_PATH=$work UCCL_TCPX_EMULATE_DEVICE=1 NCCL_DYNAMIC_CHUNK_SIZE=1048576
+export LD_LIBRARY_PATH=$work UCCL_TCPX_EMULATE_DEVICE=1 UCCL_TCPX_SOFT_STRICT=1 NCCL_DYNAMIC_CHUNK_SIZE=1048576
 export NCCL_SOCKET_IFNAME=lo NCCL_GPUDIRECTTCPX_SOCKET_IFNAME=lo
 "$work/probe" main stress bench sender_killed receiver_killed "$release/libnccl_net_tcpx_soft.so"
 # The other cases do things for which the strict plugin ends the process.

@@ -1,10 +1,11 @@
 //! tcpx-info --doctor: checks every precondition of GPUDirect-TCPX in order, and says how to fix each that is missing. Reads
-//! files and variables, and connects to the receive manager's sockets; moves no data.
+//! files and variables, and connects to the receive manager's sockets; moves no data. `tcpxo` does so for GPUDirect-TCPXO.
 
 pub mod device_memory;
 mod host;
 mod one_host;
 mod powers;
+pub mod tcpxo;
 
 use host::{advice, missing, ok};
 pub use host::{Check, Host, Status};
@@ -369,6 +370,8 @@ pub fn text(subject: Subject, checks: &[Check]) -> String {
 pub enum Subject {
     /// GPUDirect-TCPX.
     Tcpx,
+    /// GPUDirect-TCPXO.
+    Tcpxo,
     /// Device memory TCP of Linux (experimental).
     Devmem,
 }
@@ -377,7 +380,17 @@ impl Subject {
     fn title(self) -> &'static str {
         match self {
             Subject::Tcpx => "GPUDirect-TCPX",
+            Subject::Tcpxo => "GPUDirect-TCPXO",
             Subject::Devmem => "device memory TCP",
+        }
+    }
+
+    /// The word for the plugin that must carry all GPU memory where this is in order.
+    pub fn carrier(self) -> Option<&'static str> {
+        match self {
+            Subject::Tcpx => Some("tcpx"),
+            Subject::Tcpxo => Some("tcpxo"),
+            Subject::Devmem => None,
         }
     }
 }
@@ -385,7 +398,12 @@ impl Subject {
 /// All checks in a sentence, as an error if something is missing.
 pub fn conclusion(subject: Subject, checks: &[Check]) -> Result<String, String> {
     let title = subject.title();
-    let missing: Vec<&str> = checks.iter().filter(|c| c.status == Status::Missing).map(|c| c.name).collect();
+    let mut missing: Vec<&str> = Vec::new();
+    for check in checks.iter().filter(|c| c.status == Status::Missing) {
+        if !missing.contains(&check.name) {
+            missing.push(check.name);
+        }
+    }
     match missing.is_empty() {
         true => Ok(format!("every precondition of {title} is met")),
         false => Err(format!("{title} cannot work here, missing: {}", missing.join(", "))),

@@ -10,7 +10,7 @@ use tcpx_tools::carried::{carrier, Carried, DIRECT, NVLINK};
 use tcpx_tools::case::{Case, Op};
 use tcpx_tools::cli::parse_requirement;
 use tcpx_tools::client::Client;
-use tcpx_tools::doctor::{self, device_memory, Check, Host, Subject};
+use tcpx_tools::doctor::{self, device_memory, tcpxo, Check, Host, Subject};
 use tcpx_tools::error::{Context, Failure, Result};
 use tcpx_tools::inspect::{self, Congestion, Environment, Gpu, Variable};
 use tcpx_tools::measure::{measure, Measured, Options, Watcher};
@@ -36,10 +36,11 @@ struct Args {
     /// Show every setting, and the variables that are passed to the plugin.
     #[arg(long)]
     settings: bool,
-    /// Check every precondition of GPUDirect-TCPX, or of device memory TCP, in order and say how to fix what is missing, after moving data as
-    /// usual. Exit status 1 if one is missing.
-    #[arg(long, value_name = "OF", num_args = 0..=1, default_missing_value = "tcpx")]
-    doctor: Option<Subject>,
+    /// Check every precondition of a plugin in order and say how to fix what is missing, after moving data as usual. Exit status 1 if one
+    /// is missing, or if GPU memory was moved and not over that plugin. Without a value: GPUDirect-TCPXO where an engine uses it or would
+    /// look for it first, as on A3 Mega, else GPUDirect-TCPX.
+    #[arg(long, value_name = "OF")]
+    doctor: Option<Option<Subject>>,
     /// Fail (exit status 1) if bytes went another way, by the counters of the connection: those moved with --peer, else those of the
     /// test inside the process. PATH is what UCCL_TCPX_REQUIRE takes: tcpx, tcpxo, devmem, tcp, direct, nvlink, several joined by |, and nics>=N.
     #[arg(long, value_name = "PATH", value_parser = parse_requirement, conflicts_with = "no_probe")]
@@ -52,7 +53,7 @@ struct Args {
     /// running engine.
     #[arg(long, conflicts_with_all = ["json", "no_probe", "settings", "doctor", "require", "peer", "memory"])]
     ready: bool,
-    /// Kind of memory to move [default: GPU memory if --doctor finds TCPX and a GPU, else host memory].
+    /// Kind of memory to move [default: GPU memory if --doctor finds a plugin of Google's and a GPU, else host memory].
     #[arg(long)]
     memory: Option<Kind>,
 }
@@ -70,10 +71,19 @@ struct Report {
     proof: Option<Proof>,
     within_host: Option<String>,
     peer: Option<Vec<Row>>,
-    doctor: Option<Vec<Check>>,
+    doctor: Option<Examination>,
     settings: Vec<Setting>,
     budgets: Vec<Budget>,
     environment: Environment,
+}
+
+/// The checks of --doctor.
+#[derive(Serialize)]
+#[serde(transparent)]
+struct Examination {
+    #[serde(skip)]
+    subject: Subject,
+    checks: Vec<Check>,
 }
 
 fn main() -> ExitCode {
@@ -82,11 +92,8 @@ fn main() -> ExitCode {
         return ready::tell();
     }
     let report = examine(&args);
-    let shown = if args.json {
-        serde_json::to_string_pretty(&report).map_err(Failure::new)
-    } else {
-        Ok(text(&report, args.doctor, args.settings))
-    };
+    let shown =
+        if args.json { serde_json::to_string_pretty(&report).map_err(Failure::new) } else { Ok(text(&report, args.settings)) };
     match shown {
         Ok(shown) => say!("{}", shown.trim_end()),
         Err(e) => {
@@ -143,14 +150,17 @@ fn look(args: &Args, report: &mut Report) -> Result<String> {
         args.memory.map_or(Ok(()), Kind::prepare_process)?;
         Node::start().context("no engine starts")
     });
-    if args.doctor == Some(Subject::Devmem) {
-        report.doctor = Some(device_memory::examine(&device_memory::find()));
-    }
-    if args.doctor == Some(Subject::Tcpx) {
+    if let Some(subject) = args.doctor {
         let plugin = started.as_ref().map(Node::plugin_details);
         let plugin = plugin.map(|p| (p.name, p.path)).map_err(|e| e.to_string());
+        let subject = subject.unwrap_or(if tcpxo::is_meant(&plugin) { Subject::Tcpxo } else { Subject::Tcpx });
         let gpus = report.gpus.iter().filter_map(|gpu| gpu.pci.clone()).collect();
-        report.doctor = Some(doctor::examine(&Host::here(plugin, gpus)));
+        let checks = match subject {
+            Subject::Tcpx => doctor::examine(&Host::here(plugin, gpus)),
+            Subject::Tcpxo => tcpxo::examine(&Host::here(plugin, gpus)),
+            Subject::Devmem => device_memory::examine(&device_memory::find()),
+        };
+        report.doctor = Some(Examination { subject, checks });
     }
     let node = Arc::new(started?);
     report.plugin = Some(node.plugin_details());
@@ -160,9 +170,9 @@ fn look(args: &Args, report: &mut Report) -> Result<String> {
         fail!("plugin {} finds no network device", node.plugin());
     }
     if args.no_probe {
-        return agree(args, report, None, "an engine starts; a transfer was not tried (--no-probe)".to_owned());
+        return agree(report, None, "an engine starts; a transfer was not tried (--no-probe)".to_owned());
     }
-    let memory = memory(args, &node);
+    let memory = memory(args, report.doctor.as_ref(), &node);
     memory.prepare_process()?;
     let (proof, network) = probe::loopback(&node, memory).context("the loop-back transfer failed")?;
     let mut verdict = format!("WORKING: 1 MiB of {memory} memory written and read back over {}, every byte correct", proof.path);
@@ -189,16 +199,16 @@ fn look(args: &Args, report: &mut Report) -> Result<String> {
     if let Some(wanted) = args.require.as_ref().filter(|wanted| !judged.meets(wanted)) {
         fail!("bytes of {memory} memory took {judged}, and --require {wanted} forbids that");
     }
-    agree(args, report, (memory == Kind::Gpu).then_some(&network), verdict)
+    agree(report, (memory != Kind::Host).then_some((memory, &network)), verdict)
 }
 
-/// The verdict, unless the checks of --doctor contradict it. `gpu`: what carried GPU memory, if some was moved.
-fn agree(args: &Args, report: &Report, gpu: Option<&Carried>, verdict: String) -> Result<String> {
-    let (Some(checks), Some(subject)) = (&report.doctor, args.doctor) else { return Ok(verdict) };
-    match (doctor::conclusion(subject, checks), gpu) {
+/// The verdict, unless the checks of --doctor contradict it. `moved`: what carried GPU memory, if some was moved.
+fn agree(report: &Report, moved: Option<(Kind, &Carried)>, verdict: String) -> Result<String> {
+    let Some(Examination { subject, checks }) = &report.doctor else { return Ok(verdict) };
+    match (doctor::conclusion(*subject, checks), moved) {
         (Err(missing), _) => fail!("{missing}. Without it: {verdict}"),
-        (Ok(met), Some(carried)) if subject == Subject::Tcpx && !carried.is_all("tcpx") => {
-            fail!("{met}, but GPU memory went over {carried}")
+        (Ok(met), Some((memory, carried))) if subject.carrier().is_some_and(|carrier| !carried.is_all(carrier)) => {
+            fail!("{met}, but {memory} memory went over {carried}")
         }
         (Ok(met), _) => Ok(format!("{verdict}; {met}")),
     }
@@ -223,12 +233,12 @@ fn within_host(carried: &Carried, memory: Kind) -> String {
 }
 
 /// The kind of memory to move.
-fn memory(args: &Args, node: &Node) -> Kind {
-    let tcpx = node.plugin_details().path.is_some();
+fn memory(args: &Args, doctor: Option<&Examination>, node: &Node) -> Kind {
+    let foreign = node.plugin_details().path.is_some();
     match args.memory {
         Some(memory) => memory,
         None if api::emulation_is_on() => Kind::Emulated,
-        None if args.doctor == Some(Subject::Tcpx) && tcpx && cuda::count() > 0 => Kind::Gpu,
+        None if doctor.is_some_and(|doctor| doctor.subject.carrier().is_some()) && foreign && cuda::count() > 0 => Kind::Gpu,
         None => Kind::Host,
     }
 }
@@ -253,7 +263,7 @@ fn with_peer(node: &Arc<Node>, address: &str, memory: Kind) -> Result<Vec<Measur
 }
 
 /// The report, line by line: a title and a text each.
-fn text(report: &Report, subject: Option<Subject>, settings: bool) -> String {
+fn text(report: &Report, settings: bool) -> String {
     let mut lines = vec![("verdict", report.verdict.clone()), ("library", format!("uccl-tcpx {}", report.version))];
     lines.extend(devices(report));
     if let Some(proof) = &report.proof {
@@ -280,9 +290,9 @@ fn text(report: &Report, subject: Option<Subject>, settings: bool) -> String {
         lines.push(("warning", "no program here reads the UNKNOWN variables: check their spelling".to_owned()));
     }
     let mut out: String = lines.iter().map(|(name, value)| format!("{name:<20} {value}\n")).collect();
-    if let Some(checks) = &report.doctor {
+    if let Some(Examination { subject, checks }) = &report.doctor {
         out += "\n";
-        out += &doctor::text(subject.unwrap_or(Subject::Tcpx), checks);
+        out += &doctor::text(*subject, checks);
     }
     out
 }

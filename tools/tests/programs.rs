@@ -361,6 +361,77 @@ fn foreign() -> Option<PathBuf> {
     found.into_iter().find(|path| path.exists())
 }
 
+/// A machine that looks like an A3 Mega, all of it simulated, and each fault of it: the checks, the verdict and the exit status agree.
+#[test]
+fn the_doctor_examines_tcpxo_where_an_engine_takes_it() {
+    const AS_A3_MEGA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/gpu/as_a3_mega.sh");
+    let Some(plugin) = foreign() else {
+        println!("SKIPPED: libnccl_net_strict_foreign.so is not built: cargo build -p strict-foreign-plugin");
+        return;
+    };
+    let plugin = plugin.display().to_string();
+    let named = [
+        ("UCCL_TCPX_PLUGIN_PATH", &*plugin),
+        ("STRICT_FOREIGN_CONTRACT", "tcpxo"),
+        ("STRICT_FOREIGN_CONNECT_MS", "1"),
+        ("STRICT_FOREIGN_ACCEPT_MS", "2"),
+        ("UCCL_TCPX_EMULATE_DEVICE", "1"),
+        ("NCCL_SOCKET_IFNAME", "lo"),
+        ("NCCL_GPUDIRECTTCPX_SOCKET_IFNAME", "lo"),
+    ];
+    // Something that the simulated machine lacks is taken from it inside.
+    let there = |inside: &str, options: &str, variables: &[(&str, &str)]| {
+        let mut command = Command::new(AS_A3_MEGA);
+        command.args(["sh", "-c", &format!("{inside} exec {INFO} --doctor {options}")]).envs(variables.iter().copied());
+        let output = command.output().expect("the script runs");
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    };
+    let (status, out, err) = there("", "", &named);
+    if status == Some(77) {
+        println!("SKIPPED: {out}");
+        return;
+    }
+    const MET: &str = "over tcpxo lo, every byte correct; every precondition of GPUDirect-TCPXO is met";
+    let good = out.lines().next().is_some_and(|verdict| verdict.contains("WORKING: 1 MiB") && verdict.ends_with(MET));
+    assert!(status == Some(0) && good && !out.contains("MISSING"), "{out}{err}");
+    let faults: [(&str, &str); 8] = [
+        ("receive manager", "FILE_BASED_UDS_PATH_PREFIX=/nonexistent"),
+        ("switch", "NCCL_FASTRAK_ENABLE=0"),
+        ("GPU", "echo 0x1234 >/sys/bus/pci/devices/0000:91:00.0/device;"),
+        ("control interface", "NCCL_FASTRAK_CTRL_DEV=eth77"),
+        ("data NIC", "NCCL_FASTRAK_IFNAME=eth77"),
+        ("receive manager's socket of the NIC", "rm $FILE_BASED_UDS_PATH_PREFIX/rxdm_uds_buf_op:127.0.0.1;"),
+        ("low-latency device", "NCCL_FASTRAK_USE_LLCM=1"),
+        ("plugin", "STRICT_FOREIGN_CONTRACT=tcpx UCCL_TCPX_PLUGIN_PATH="),
+    ];
+    for (missing, fault) in faults {
+        let (status, out, err) = there(fault, "--no-probe", &named);
+        let verdict = format!(
+            "verdict              NOT WORKING: GPUDirect-TCPXO cannot work here, missing: {missing}. Without it: an engine starts"
+        );
+        assert!(status == Some(1) && out.starts_with(&verdict), "{fault}: {status:?} {out}{err}");
+        let line = format!("\nMISSING  {missing}: ");
+        assert!(out.contains(&line) && out.ends_with(&format!("cannot work here, missing: {missing}\n")), "{fault}: {out}");
+    }
+    // All is there, and the plugin's sends fail, so that GPU memory goes another way.
+    let (status, out, _) = there("STRICT_FOREIGN_SENDS=0", "", &named);
+    const OTHERWISE: &str = "NOT WORKING: every precondition of GPUDirect-TCPXO is met, but emulated memory went over tcp lo\n";
+    assert!(status == Some(1) && out.contains(OTHERWISE), "{out}");
+    // Asked for, and not there.
+    let (status, out, _) = there("", "", &[("UCCL_TCPX_PLUGIN", "tcpxo"), ("LD_LIBRARY_PATH", "")]);
+    let says = "NOT WORKING: no engine starts: UCCL_TCPX_PLUGIN=tcpxo, but the GPUDirect-TCPXO plugin is not installed";
+    assert!(
+        status == Some(1) && out.contains(says) && out.ends_with("GPUDirect-TCPXO cannot work here, missing: plugin\n"),
+        "{out}"
+    );
+    // Another plugin is examined as before, here too.
+    for other in [("UCCL_TCPX_PLUGIN", "tcpx"), ("UCCL_TCPX_PLUGIN", "soft"), ("STRICT_FOREIGN_CONTRACT", "tcpx")] {
+        let variables = if other.0 == "UCCL_TCPX_PLUGIN" { vec![other] } else { [&named[..], &[other]].concat() };
+        let (status, out, _) = there("", "--no-probe", &variables);
+        assert!(status == Some(1) && out.contains("\nGPUDirect-TCPX cannot work here, missing: "), "{other:?}: {out}");
+    }
+}
+
 #[test]
 fn host_memory_is_never_said_to_go_over_a_plugin_for_gpus() {
     let Some(plugin) = foreign() else {

@@ -27,11 +27,9 @@ pub fn check_open(connection: BorrowedFd<'_>) -> Result<(), Failure> {
     Err(Failure::new(NCCL_SYSTEM_ERROR, why))
 }
 
-/// Ends a connection at once: what is not acknowledged is not sent again. The descriptor stays.
+/// Ends a connection at once: what is not acknowledged is not sent again. The descriptor stays. A connection that has ended is left so.
 pub fn reset(connection: BorrowedFd<'_>) {
-    let none = libc::sockaddr { sa_family: libc::AF_UNSPEC as _, sa_data: [0; 14] };
-    // SAFETY: an address of that size.
-    unsafe { libc::connect(connection.as_raw_fd(), &raw const none, size_of::<libc::sockaddr>() as libc::socklen_t) };
+    let _ = process::reset(connection);
 }
 
 #[cfg(test)]
