@@ -760,8 +760,8 @@ fn slow_close() {
     settles("comms are closed", COMMS, 0);
 }
 
-/// Two processes send to each other, and one closes its end in the middle, this one in every other round; or all connections of the peer's
-/// are reset first. Both go on with the next round.
+/// Two processes send to each other, and one closes its end in the middle, this one in every other round; or the network resets all of their
+/// connections, which ends the transfers, and in every other round those for data alone, which ends none. Both go on with the next round.
 fn closes(resets: bool) {
     // Memory goes last.
     let mut memory = vec![1u8; 2 * HALF];
@@ -787,7 +787,9 @@ fn closes(resets: bool) {
         if round % 2 == 0 && !resets {
             in_the_middle(round);
         } else {
-            cut += ids.iter().filter(|&&id| connection.wait(id, Some(Duration::from_secs(30))).is_err()).count();
+            let failed = failed(&connection, &ids);
+            assert!(!resets || (failed > 0) == (round % 2 == 0), "round {round}: {failed} of {} transfers failed", ids.len());
+            cut += failed;
         }
         connection.close();
     }
@@ -820,8 +822,9 @@ fn peer_that_closes() {
             // After the first of them the other engine may reset some itself.
             assert!(reset > 0, "round {round}");
         }
-        if round % 2 == 0 {
-            ids.iter().for_each(|&id| drop(connection.wait(id, Some(Duration::from_secs(30)))));
+        if resets || round % 2 == 0 {
+            let failed = failed(&connection, &ids);
+            assert!(!resets || (failed > 0) == (round % 2 == 0), "round {round}: {failed} of {} transfers failed", ids.len());
         }
         connection.close();
     }
@@ -840,6 +843,11 @@ fn both_directions(connection: &Connection, mr: u64, at: usize) -> Vec<u64> {
     (0..20).flat_map(pair).flatten().collect()
 }
 
+/// Waits for transfers; how many failed.
+fn failed(connection: &Connection, ids: &[u64]) -> usize {
+    ids.iter().filter(|&&id| connection.wait(id, Some(Duration::from_secs(30))).is_err()).count()
+}
+
 /// Waits until data moves, for another while in each round.
 fn in_the_middle(round: u32) {
     std::thread::sleep(Duration::from_micros(u64::from(round * 7919 % 40) * 500));
@@ -847,7 +855,8 @@ fn in_the_middle(round: u32) {
 
 fn port_of_peer() -> u16 {
     let text = std::env::var("PEER").expect("peer");
-    text.rsplit(':').next().and_then(|p| p.split('?').next()).and_then(|p| p.parse().ok()).expect("port")
+    let address = text.split('?').next();
+    address.and_then(|address| address.rsplit(':').next()).and_then(|port| port.parse().ok()).expect("port")
 }
 
 fn peer_that_dies() {

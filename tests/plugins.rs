@@ -224,7 +224,8 @@ fn the_software_plugin_carries_chunks_as_large_as_the_environment_asks_for() {
 fn moves(config: &dyn Fn() -> Config) {
     let (a, b) = (Engine::new(config()).expect("engine"), Engine::new(config()).expect("engine"));
     let metadata = b.metadata();
-    let port = metadata.rsplit(':').next().and_then(|p| p.split('?').next()).and_then(|p| p.parse().ok()).expect("port");
+    let port =
+        metadata.split('?').next().and_then(|address| address.rsplit(':').next()).and_then(|p| p.parse().ok()).expect("port");
     let connection = a.connect("127.0.0.1", "", port).expect("connect");
     let _other = b.accept().expect("accept");
     let len = 20 << 20;
