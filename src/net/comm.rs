@@ -141,6 +141,8 @@ impl Close {
     }
 
     fn once(&mut self) -> Result<()> {
+        // Which takes long on a slow NIC.
+        self.sockets.leave();
         let stays = |why: &dyn std::fmt::Display| err!(Plugin, "a comm of plugin {} stays open: {why}", self.plugin.name);
         if matches!(self.kind, CommKind::Recv) {
             let replaced = self.sockets.replace();

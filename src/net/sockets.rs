@@ -5,7 +5,7 @@
 //! 1. **No byte is sent from memory after its region was released.** The kernel sends from the memory of a send until the peer
 //!    has acknowledged it, even after a plain close. So a send comm that closes with sends in flight has its connections reset,
 //!    and the kernel drops unsent data (`process::reset`). Packets already in the interface's queue are still sent, and their memory
-//!    is read only then, so the close waits for them.
+//!    is read only then, so the close waits for them, where no lock of a connection is held.
 //! 2. **No receive comm closes with a socket that was reset.** At the close the plugin removes the flow rule of each data socket.
 //!    To do so it asks the socket for its peer's address, and ends the process if the socket has no peer. Resets cannot be
 //!    prevented: the first rule causes them at the peer, and networks reset connections too, also between any check and the
@@ -145,6 +145,8 @@ pub(super) struct Sockets {
     found: Vec<Found>,
     /// How many expected sockets were not found.
     missing: usize,
+    /// They were reset, and packets of theirs may still be in an interface's queue.
+    leaving: bool,
 }
 
 /// Compares IP and port only: a plugin's handle has no scope or flow label.
@@ -163,7 +165,7 @@ impl Sockets {
             let found = ask(&SockRef::from(&borrowed)).ok().and_then(|found| found.as_socket());
             found.is_some_and(|found| addresses.iter().any(|&address| same(found, address)))
         };
-        Sockets { found: numbers.filter(is).filter_map(Found::look).collect(), missing: 0 }
+        Sockets { found: numbers.filter(is).filter_map(Found::look).collect(), ..Sockets::default() }
     }
 
     /// The connections to one of these addresses.
@@ -239,16 +241,21 @@ impl Sockets {
         self.found.iter().filter(|found| found.is_open()).filter_map(Found::silent).max()
     }
 
-    /// Resets the connections: the kernel drops unsent and unacknowledged data. Nothing more is sent after this returns.
-    pub(super) fn reset(&self) {
-        let open = || self.found.iter().filter(|found| found.is_open());
-        for found in open() {
+    /// Resets the connections: the kernel drops unsent and unacknowledged data, but what [`Sockets::leave`] waits for.
+    pub(super) fn reset(&mut self) {
+        self.leaving = true;
+        for found in self.found.iter().filter(|found| found.is_open()) {
             if let Err(e) = found.reset() {
                 log::warn!("a data socket of a channel at {} may still send: {e}", found.here);
             }
         }
+    }
+
+    /// Waits until packets of connections that were reset have left the interface's queue. Nothing more is sent after this returns.
+    pub(super) fn leave(&self) {
+        let open = || self.found.iter().filter(|found| found.is_open());
         let until = Instant::now() + LEAVES_WITHIN;
-        while let Some(found) = open().find(|found| found.queued() > 0) {
+        while let Some(found) = open().filter(|_| self.leaving).find(|found| found.queued() > 0) {
             if Instant::now() > until {
                 log::warn!(
                     "the interface with {} still queues data of a channel, which may be sent after the channel's close",
@@ -295,7 +302,7 @@ mod tests {
         let before = Sockets::connected_to(&[address]);
         assert_eq!(numbers(&before), [kept.as_raw_fd()], "not the accepted one");
         let (mut reset, mut there) = (TcpStream::connect(address).expect("connect"), listener.accept().expect("accept").0);
-        let found = Sockets::connected_to(&[address]).since(&before);
+        let mut found = Sockets::connected_to(&[address]).since(&before);
         assert_eq!(numbers(&found), [reset.as_raw_fd()]);
         // More than both kernels' buffers hold. A copy of the descriptor, as in a child, does not keep the connection alive.
         reset.set_nonblocking(true).expect("nonblocking");
@@ -303,6 +310,7 @@ mod tests {
         kept.write_all(b"all of it").expect("write");
         let copy = reset.try_clone().expect("copy");
         found.reset();
+        found.leave();
         drop((reset, kept));
         let mut bytes = Vec::new();
         assert_eq!(there.read_to_end(&mut bytes).map_err(|e| e.kind()), Err(ErrorKind::ConnectionReset));
@@ -350,7 +358,7 @@ mod tests {
             let ends = [&socket, &second.1].map(|s| (s.peer_addr().expect("peer"), s.local_addr().expect("address")));
             let mut found = Sockets::at(&[here]);
             // The listening socket has the address too.
-            let listening = Sockets { found: vec![Found::look(listener.as_raw_fd()).expect("listener")], missing: 0 };
+            let listening = Sockets { found: vec![Found::look(listener.as_raw_fd()).expect("listener")], ..Sockets::default() };
             found = found.since(&listening);
             assert_eq!(found.found.len(), 2, "{address}");
             found.make_stand_ins(2);

@@ -404,7 +404,8 @@ fn sends_under_way(plugin: &Arc<Plugin>) {
             assert!(send.send(memory.at.cast(), memory.len, 0, mhandle).expect("send"));
         }
     }
-    drop(send);
+    send.close(());
+    wait("the close has ended", || send.is_closed().expect("closed"));
     // SAFETY: our own memory; only the kernel's late sends, which this test checks for, also read it.
     unsafe { memory.at.write_bytes(RELEASED, memory.len) };
     assert_eq!(data.into_iter().map(end).collect::<Vec<_>>(), [Err(std::io::ErrorKind::ConnectionReset); 2]);
