@@ -195,6 +195,8 @@ pub(super) struct Net {
     pub reports_moved: bool,
     /// Channels alternate over so many NICs, 1 to 8.
     pub nics: usize,
+    /// The NIC that moves nothing now, without a word, and over which no channel comes up.
+    pub silent: Option<usize>,
     /// Sides that have closed their channels.
     pub closed: [bool; 2],
     /// Described memory.
@@ -214,6 +216,7 @@ impl Net {
             out_of_memory: [None; 2],
             reports_moved,
             nics: 1,
+            silent: None,
             closed: [false; 2],
             positions: Arc::default(),
             start: Instant::now(),
@@ -254,6 +257,11 @@ impl Net {
         &mut self.wires[self.ends[channel][side].wire][side]
     }
 
+    /// Whether the NIC of a channel is silent.
+    pub(super) fn is_silent(&self, channel: usize) -> bool {
+        self.silent == Some(channel % self.nics)
+    }
+
     /// New wires, for a channel that is being restored.
     pub(super) fn string(&mut self) -> usize {
         self.wires.push(Default::default());
@@ -270,8 +278,9 @@ impl Net {
     /// The network takes the oldest posted message of a wire and reads its source.
     /// Returns whether there was one.
     pub(super) fn transmit(&mut self, channel: usize, side: usize) -> bool {
+        let silent = self.is_silent(channel);
         let wire = self.wire(channel, side);
-        if wire.stalled || wire.failed {
+        if silent || wire.stalled || wire.failed {
             return false;
         }
         wire.take()
@@ -280,9 +289,10 @@ impl Net {
     /// The oldest message of a wire reaches the receive that waits for it, and memory is written.
     /// Returns whether there was one.
     pub(super) fn deliver(&mut self, channel: usize, side: usize) -> bool {
+        let silent = self.is_silent(channel);
         let wire = self.wire(channel, side);
         let here = wire.flying.front().is_some_and(|message| wire.is_here(message));
-        if wire.stalled || wire.failed || wire.expected.is_empty() || !here {
+        if silent || wire.stalled || wire.failed || wire.expected.is_empty() || !here {
             return false;
         }
         let (Some(message), Some(arrival)) = (wire.flying.pop_front(), wire.expected.pop_front()) else { return false };

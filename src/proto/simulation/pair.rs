@@ -254,7 +254,7 @@ impl World {
         }
         match (a >> 1) % 16 {
             0 => self.each_channel(|net, channel| net.wire(channel, side).failed = true),
-            1 => self.busy(1),
+            1 => self.silence(a >> 5),
             2..=6 => self.net().wire(channel, side).failed = true,
             7..=11 => [0, 1].into_iter().for_each(|side| self.net().wire(channel, side).failed = true),
             _ => self.cluster.links[0].sides[side]
@@ -266,6 +266,14 @@ impl World {
     fn each_channel(&self, step: impl Fn(&mut Net, usize)) {
         let mut net = self.net();
         (0..DEVICE_CHANNELS + HOST_CHANNELS).for_each(|channel| step(&mut net, channel));
+    }
+
+    /// A NIC moves nothing any more, without a word, or one that was so works again: what it had taken arrives then, unless it was given up.
+    fn silence(&mut self, nic: u32) {
+        let mut net = self.net();
+        let nics = net.nics;
+        // With another NIC beside it.
+        net.silent = if nics > 1 && net.silent.is_none() { Some(nic as usize % nics) } else { None };
     }
 
     /// A step of a control connection that fails and is made again. The sides notice, and go on, one after the other; an attempt to make it
@@ -337,9 +345,10 @@ impl World {
         if left == [false; 2] {
             self.join = None;
         }
-        if (a >> 1) % 4 == 0 || self.cluster.links[0].sides[side].machine.dead().is_some() {
+        let dark = self.net().is_silent(channel.into());
+        if dark || (a >> 1) % 4 == 0 || self.cluster.links[0].sides[side].machine.dead().is_some() {
             // It ends without the channel. The other side may notice at once, or by the time alone.
-            let silent = (a >> 3) % 2 == 0;
+            let silent = dark || (a >> 3) % 2 == 0;
             self.net().wires[wire].iter_mut().for_each(|wire| (wire.failed, wire.stalled) = (!silent, true));
             return;
         }
