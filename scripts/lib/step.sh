@@ -103,8 +103,11 @@ fail() {
   failures+=("$1")
   echo "FAILED   $1 ($2)"
   tail -n 60 "$3"
-  # The error may be far above the end of the log.
-  while IFS= read -r line; do failures+=("  $line"); done < <(grep -aE -A 4 -m 3 '^ *(FAIL|failed:|error)|FAILED$|panicked at' "$3" | cut -c 1-300 | head -n 12)
+  # The error may be far above the end of the log, and the lines of a panic say more than a test's name.
+  while IFS= read -r line; do failures+=("  $line"); done < <(
+    grep -aE -m 6 '^ *(FAIL|failed:|error)|FAILED$' "$3" | cut -c 1-300
+    grep -aE -A 5 -m 3 'panicked at' "$3" | cut -c 1-1500
+  )
 }
 
 # The counts, and the exit status of the script.

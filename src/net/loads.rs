@@ -137,7 +137,7 @@ mod tests {
     use std::sync::atomic::{AtomicU32, Ordering};
     use std::sync::mpsc::channel;
 
-    const SHORT: Duration = Duration::from_millis(100);
+    const SHORT: Duration = Duration::from_secs(1);
     const LONG: Duration = Duration::from_secs(20);
 
     fn loads() -> &'static Loads<u32> {
@@ -158,11 +158,11 @@ mod tests {
         let error =
             loads.once(&name("one"), SHORT, || Ok(Work::Thread("One".into(), Box::new(work)))).expect_err("it stands still");
         assert_eq!(error.kind(), ErrorKind::PluginLoad);
-        assert!(error.to_string().contains("plugin One: init has not returned for 0.1 s"), "{error}");
+        assert!(error.to_string().contains("plugin One: init has not returned for 1.0 s"), "{error}");
         // From now on at once, without a second init.
         let before = Instant::now();
         assert!((0..100).all(|_| loads.once(&name("one"), SHORT, || panic!("a second init")).is_err()));
-        assert!(before.elapsed() < SHORT);
+        assert!(before.elapsed() < 10 * SHORT);
         assert_eq!(loads.once(&None, SHORT, || Ok(Work::Here(Box::new(|| Ok(1))))), Ok(1), "another plugin");
         // One with more time gets it.
         let waits = std::thread::spawn(move || loads.once(&name("one"), LONG, || panic!("a second init")));
