@@ -15,6 +15,8 @@ use uccl_p2p::engine::{Connection, Direction, Engine, LocalSegment};
 const CASE: &str = "UCCL_FOREIGN_TEST_CASE";
 /// What the receive manager does wrong.
 const HOW: &str = "UCCL_FOREIGN_TEST_HOW";
+/// The call of the plugin that then does not return.
+const CALL: &str = "UCCL_FOREIGN_CALL";
 /// A call may take so much longer than its deadline.
 const MARGIN: Duration = Duration::from_secs(1);
 /// Places of the plugin's counters, as its `rules::Counters` lists them.
@@ -156,8 +158,28 @@ fn a_dead_nic_leaves_fewer_channels() {
 
 #[test]
 fn where_no_nics_meet_the_software_plugin_carries() {
-    let log = run("no_nic_in_common", &[("STRICT_FOREIGN_DEVICES", "eth1@127.0.0.1")]);
-    assert!(log.contains("no NIC in common") && log.contains("[eth1] here, [eth2] at the peer"), "{log}");
+    for more in [None, Some(TCPXO)] {
+        let mut environment = vec![("STRICT_FOREIGN_DEVICES", "eth1@127.0.0.1")];
+        environment.extend(more);
+        let log = run("no_nic_in_common", &environment);
+        assert!(log.contains("no NIC in common") && log.contains("[eth1] here, [eth2] at the peer"), "{log}");
+    }
+}
+
+/// TCPXO connects over the NIC of the peer's number, whatever NIC it is asked for: only NICs of one number are asked for.
+#[test]
+fn channels_join_nics_of_one_rail() {
+    let two = ("STRICT_FOREIGN_DEVICES", "eth1@127.0.0.1,eth2@127.0.0.2");
+    let log = run("moves", &[TCPXO, two, ("UCCL_TCPX_NUM_CHANNELS", "4")]);
+    assert!(connected(&log).contains("4 channels over FasTrak (simulated) on eth1, eth2 for"), "{log}");
+}
+
+/// TCPXO does not report how fast its flows are, so that what waits on a slow NIC stays there: transfers take longer, and none fails.
+#[test]
+fn a_slow_nic_costs_no_channel_and_no_byte() {
+    let devices = ("STRICT_FOREIGN_DEVICES", "eth1@127.0.0.1,eth2@127.0.0.2@slow");
+    let log = run("slow_nic", &[TCPXO, devices, ("UCCL_TCPX_NUM_CHANNELS", "4")]);
+    assert!(!log.contains("is lost"), "{log}");
 }
 
 #[test]
@@ -259,6 +281,15 @@ fn a_frozen_receive_manager_keeps_no_connect() {
     run_frozen("frozen_rule", &[("UCCL_TCPX_CONNECT_TIMEOUT_MS", "1000")]);
     for timeout in ["1500", "8000"] {
         run_frozen("frozen_register", &[TCPXO, ("UCCL_TCPX_CONNECT_TIMEOUT_MS", timeout)]);
+    }
+}
+
+#[test]
+fn a_call_that_does_not_return_holds_up_no_other_plugin_and_no_open_connection() {
+    let short = ("UCCL_TCPX_CONNECT_TIMEOUT_MS", "1500");
+    run_frozen("stuck_call", &[short, (HOW, "import"), (CALL, "accept")]);
+    for call in ["listen", "regMr"] {
+        run_frozen("stuck_call", &[TCPXO, short, (HOW, call), (CALL, call)]);
     }
 }
 
@@ -406,6 +437,8 @@ fn child() {
         "frozen_init" => frozen_init(),
         "wrong_answers" => wrong_answers(),
         "slow_close" => slow_close(),
+        "slow_nic" => slow_nic(),
+        "stuck_call" => stuck_call(),
         "closes" => closes(false),
         "network_resets" => closes(true),
         "required" => required(),
@@ -640,6 +673,52 @@ fn frozen_close() {
     settles("registrations are dropped", REGISTRATIONS, 0);
 }
 
+/// A call of a set-up does not return, in the thread of its plugin. An open connection over that plugin goes on, another plugin sets up its
+/// connections, both ways, and an incoming connection to an engine of this plugin is answered within its deadline.
+fn stuck_call() {
+    let variable = |name| std::env::var(name).expect("variable");
+    let (how, call) = (variable(HOW), variable(CALL));
+    let ((a, b), (connect, close)) = ((engine(), engine()), deadlines());
+    // An engine of TCPX has its receive memory from its first connection on.
+    let before = (call != "accept").then(|| pair(&a, &b));
+    let mut memory = [pattern(), vec![0; LEN]];
+    let [from, to] = [0, 1].map(|i| memory[i].as_mut_ptr() as usize);
+    let (near, far) = (a.register(from, LEN).expect("register"), b.register(to, LEN).expect("register"));
+    let mut transfers = |what| {
+        let Some((out, _)) = &before else { return };
+        let [here, there] = &mut memory;
+        here.iter_mut().for_each(|byte| *byte = byte.wrapping_add(1));
+        let local = LocalSegment { mr: near, addr: from, len: LEN };
+        let item = b.fifo_item(far, to, LEN).expect("item");
+        let id = out.transfer(Direction::Write, std::iter::once((local, item))).expect("start");
+        in_time(what, 5 * MARGIN, || out.wait(id, None)).expect("written");
+        assert!(here == there, "wrong bytes");
+    };
+    transfers("a transfer");
+    let frozen = Frozen::new(&how);
+    // The first one comes up without the memory that chunks need.
+    let first = (call == "regMr").then(|| pair(&a, &b));
+    is_refused(&a, &b, &call);
+    transfers("a transfer beside the call");
+    let soft = || Config::from_env_with(&[("UCCL_TCPX_PLUGIN_PATH", ""), ("UCCL_TCPX_PLUGIN", "soft")]).expect("configuration");
+    let (c, d) = (Engine::new(soft()).expect("engine"), Engine::new(soft()).expect("engine"));
+    let both = in_time("connections over the software plugin", Duration::ZERO, || (pair(&c, &d), pair(&d, &c)));
+    let e = in_time("another engine of the plugin", Duration::ZERO, engine);
+    for (near, far) in [(&e, &b), (&a, &e)] {
+        let connected = in_time("a connect", connect, || near.connect("127.0.0.1", "", local::port(far)));
+        let error = connected.expect_err("the call has not returned").to_string();
+        assert!(error.contains(&format!("{call} has not returned for ")), "{error}");
+    }
+    drop(frozen);
+    let until = Instant::now() + Duration::from_secs(20);
+    while let Err(e) = e.connect("127.0.0.1", "", local::port(&b)) {
+        assert!(Instant::now() < until, "{e}");
+    }
+    transfers("a transfer after the call");
+    in_time("the end of the engines", 6 * close, || drop((both, before, first, a, b, c, d, e)));
+    settles("comms are closed", COMMS, 0);
+}
+
 fn frozen_set_up(call: &str) {
     let (a, b) = (engine(), engine());
     let (frozen, (connect, _)) = (Frozen::new(call), deadlines());
@@ -757,6 +836,30 @@ fn slow_close() {
     drop(pair(&a, &b));
     drop((a, b));
     assert!(counter(COMMS) > 0, "the close has waited for the receive manager");
+    settles("comms are closed", COMMS, 0);
+}
+
+fn slow_nic() {
+    let (a, b) = (engine(), engine());
+    let (out, inc) = pair(&a, &b);
+    let len = 16 << 20;
+    let (mut here, mut there) = (vec![1u8; len], vec![2u8; len]);
+    for (i, byte) in here.iter_mut().enumerate() {
+        *byte = (i * 31 + i / 1021) as u8;
+    }
+    let (near, far) =
+        (a.register(here.as_mut_ptr() as usize, len).expect("near"), b.register(there.as_mut_ptr() as usize, len).expect("far"));
+    both_ways(&out, (&mut here, near), &b, (&mut there, far));
+    both_ways(&inc, (&mut there, far), &a, (&mut here, near));
+    for connection in [&out, &inc] {
+        let channels = connection.stats().expect("statistics").channels;
+        assert!(channels.iter().all(|channel| !channel.lost), "{channels:?}");
+        let over =
+            |nic: &str| -> u64 { channels.iter().filter(|channel| channel.nic == nic).map(|channel| channel.sent_bytes).sum() };
+        let (fast, slow) = (over("eth1"), over("eth2"));
+        assert!(slow > 0 && fast > 4 * slow, "{fast} bytes over the fast NIC, {slow} over the slow one");
+    }
+    drop((out, inc, a, b));
     settles("comms are closed", COMMS, 0);
 }
 

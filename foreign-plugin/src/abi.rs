@@ -1,6 +1,7 @@
 //! The C entries: they pass their arguments to the other modules, which check them.
 
 use crate::comm::{live, request, Comm};
+use crate::gpu;
 use crate::logger::{self, warn};
 use crate::memory;
 use crate::rules::{refused, settings, violation, SetupCall};
@@ -26,6 +27,7 @@ unsafe fn give(out: *mut Opaque, result: Result<Opaque, ncclResult_t>) -> ncclRe
 
 pub unsafe extern "C" fn init(logger: ncclDebugLogger_t) -> ncclResult_t {
     logger::set(logger);
+    gpu::in_use("init");
     logger::log(NCCL_LOG_INFO, "initialised, devices", settings().devices.len() as i32);
     NCCL_SUCCESS
 }
@@ -58,6 +60,7 @@ pub unsafe extern "C" fn properties(dev: c_int, out: *mut ncclNetProperties_v7) 
 
 pub unsafe extern "C" fn listen(dev: c_int, handle: Opaque, out: *mut Opaque) -> ncclResult_t {
     let _call = SetupCall::enter("listen");
+    gpu::in_use("listen");
     // SAFETY: the caller's 128 bytes.
     let handle = unsafe { &mut *handle.cast::<[u8; NCCL_NET_HANDLE_MAXSIZE]>() };
     let Some(comm) = usize::try_from(dev).ok().and_then(|dev| ListenComm::new(dev, handle)) else { return NCCL_SYSTEM_ERROR };
@@ -73,6 +76,7 @@ pub unsafe extern "C" fn connect(
     _: *mut *mut ncclNetDeviceHandle_v7,
 ) -> ncclResult_t {
     let _call = SetupCall::enter("connect");
+    gpu::in_use("connect");
     // SAFETY: the caller's pointers.
     let handle = unsafe {
         *out = ptr::null_mut();

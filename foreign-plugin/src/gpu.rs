@@ -1,10 +1,10 @@
 //! Memory of real GPUs, with `STRICT_FOREIGN_CUDA=1`: registrations, receive memory and device handles are then as real as possible
 //! without the kernel's device memory sockets. Knows nothing of comms.
 
-use crate::rules::{lock, violation};
+use crate::rules::{lock, settings, violation};
 use cuda_driver::{current_name, memory_kind, Context, DeviceBuffer, MemoryKind, PinnedBuffer, Stream};
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
 /// Copies of one message that take longer have failed.
@@ -16,7 +16,7 @@ const STAGE: usize = 1 << 20;
 pub(crate) struct Gpu {
     pub context: Arc<Context>,
     pub ordinal: i32,
-    queue: Mutex<CopyQueue>,
+    queue: OnceLock<Mutex<CopyQueue>>,
 }
 
 struct CopyQueue {
@@ -37,13 +37,32 @@ pub(crate) fn current(call: &str) -> &'static Gpu {
     known.get_or_insert_default().entry(id).or_insert_with(|| {
         let context = must(call, Context::current());
         let Some(name) = current_name() else { violation!("{call}: the current GPU has no name") };
-        let queue =
-            CopyQueue { stream: must(call, Stream::new(&context)), stage: must(call, PinnedBuffer::new(&context, STAGE)) };
-        Box::leak(Box::new(Gpu { context, ordinal: name.ordinal, queue: Mutex::new(queue) }))
+        Box::leak(Box::new(Gpu { context, ordinal: name.ordinal, queue: OnceLock::new() }))
     })
 }
 
+/// As [`current`], where GPUs are real: a call of set-up follows the current GPU.
+pub(crate) fn in_use(call: &str) -> Option<&'static Gpu> {
+    settings().cuda.then(|| current(call))
+}
+
 impl Gpu {
+    /// Made at the first copy.
+    fn queue(&self) -> MutexGuard<'_, CopyQueue> {
+        lock(self.queue.get_or_init(|| {
+            let stream = must("a stream", Stream::new(&self.context));
+            Mutex::new(CopyQueue { stream, stage: must("staging memory", PinnedBuffer::new(&self.context, STAGE)) })
+        }))
+    }
+
+    /// Ends the process unless this GPU is current in the calling thread.
+    pub(crate) fn must_be_current(&self, call: &str) {
+        let now = current(call).ordinal;
+        if now != self.ordinal {
+            violation!("{call} with GPU {now} current: the comm was made with GPU {}", self.ordinal);
+        }
+    }
+
     /// Ends the process unless the whole range is memory of this GPU. The driver exports whole granules: the range may also reach past an
     /// allocation's end within its last granule.
     pub(crate) fn check(&self, call: &str, base: usize, size: usize) {
@@ -61,7 +80,7 @@ impl Gpu {
 
     /// The bytes at a device address.
     pub(crate) fn fetch(&self, at: usize, len: usize) -> Vec<u8> {
-        let queue = lock(&self.queue);
+        let queue = self.queue();
         let host = queue.stage.mapped().host;
         let mut bytes = Vec::with_capacity(len);
         for start in (0..len).step_by(STAGE) {
@@ -78,7 +97,7 @@ impl Gpu {
 
     /// Writes bytes to a device address.
     pub(crate) fn put(&self, at: usize, bytes: &[u8]) {
-        let queue = lock(&self.queue);
+        let queue = self.queue();
         let host = queue.stage.mapped().host;
         for (i, part) in bytes.chunks(STAGE).enumerate() {
             // SAFETY: registered memory of this GPU; the stage holds that many bytes and `finish` waits for the copy.
@@ -95,7 +114,7 @@ impl Gpu {
     /// # Safety
     /// Sources are pinned memory, destinations this GPU's memory, of those lengths and not otherwise used.
     pub(crate) unsafe fn store(&self, copies: impl Iterator<Item = (u64, *const u8, usize)>) {
-        let queue = lock(&self.queue);
+        let queue = self.queue();
         for (to, from, len) in copies {
             // SAFETY: by the contract.
             must("a receive", unsafe { queue.stream.host_to_device(to, from, len) });
@@ -108,7 +127,7 @@ impl Gpu {
     /// # Safety
     /// They are this GPU's and not otherwise used.
     pub(crate) unsafe fn fill(&self, at: impl Iterator<Item = u64>, value: u8, len: usize) {
-        let queue = lock(&self.queue);
+        let queue = self.queue();
         for at in at {
             // SAFETY: by the contract.
             must("a page", unsafe { queue.stream.fill(at, value, len) });

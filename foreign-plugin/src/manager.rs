@@ -1,6 +1,6 @@
 //! The receive manager, simulated by a file that `STRICT_FOREIGN_ANSWERS` names. While the file exists, it says what the manager does
 //! wrong: words `call` or `call=how`, separated by spaces. The calls are `import`, `rule` and `close` of TCPX, and `init`, `regMr` and `deregMr` of
-//! TCPXO. Without `how` there is no answer until the file has changed, for which both plugins wait without a limit. `hangup`, `refusal` and
+//! TCPXO, whose `listen` waits for the NIC's offload engine in the same way. Without `how` there is no answer until the file has changed, for which both plugins wait without a limit. `hangup`, `refusal` and
 //! `garbage` come at once.
 
 use crate::rules::settings;

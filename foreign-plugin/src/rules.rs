@@ -80,6 +80,8 @@ pub(crate) struct Device {
     pub address: Ipv4Addr,
     /// It drops everything sent through it.
     pub dead: bool,
+    /// It carries 4 MB a second for each comm that sends, with TCPXO.
+    pub slow: bool,
 }
 
 /// What the receive manager does wrong.
@@ -99,7 +101,7 @@ pub(crate) struct Settings {
     /// `STRICT_FOREIGN_CONNECT_MS` (300) and `STRICT_FOREIGN_ACCEPT_MS` (500).
     pub connect_time: Duration,
     pub accept_time: Duration,
-    /// `STRICT_FOREIGN_DEVICES`: `name@address[@pci path][@nopci][@dead],...`; default one device `lo`. TCPX registers memory for the
+    /// `STRICT_FOREIGN_DEVICES`: `name@address[@pci path][@nopci][@dead][@slow],...`; default one device `lo`. TCPX registers memory for the
     /// PCI device of a NIC, and crashes where there is none.
     pub devices: Vec<Device>,
     /// `STRICT_FOREIGN_LISTENS`: the number of listens that succeed.
@@ -140,7 +142,7 @@ fn devices(list: &str) -> Vec<Device> {
         let rest: Vec<&str> = fields.collect();
         let pci = rest.iter().find(|f| f.starts_with('/')).copied().unwrap_or("/sys/devices/pci0000:00/0000:00:04.0");
         let pci_path = (!rest.contains(&"nopci")).then(|| c(pci));
-        Some(Device { name: c(name), pci_path, address, dead: rest.contains(&"dead") })
+        Some(Device { name: c(name), pci_path, address, dead: rest.contains(&"dead"), slow: rest.contains(&"slow") })
     };
     list.split(',').filter_map(device).collect()
 }

@@ -1,5 +1,8 @@
 //! Breaks every rule of the strict foreign plugin once: each case runs in its own process, which must end as expected.
 
+mod gpus;
+
+use gpus::{on_gpu, Driver};
 use nccl_net_abi::*;
 use nccl_net_strict_foreign::flows::reset_connections;
 use nccl_net_strict_foreign::rules::counters;
@@ -26,12 +29,16 @@ fn run(case: &str, environment: &[(&str, &str)]) -> Output {
 }
 
 fn aborts(case: &str, why: &str) {
+    const TABLE: &str = include_str!("../src/lib.rs");
+    assert!(TABLE.contains(&format!("`{case}`")), "{case} is not in the table of rules");
     let environment: &[(&str, &str)] = match case {
         "too_long" => &[("NCCL_DYNAMIC_CHUNK_SIZE", "4096")],
         "no_pci_device" => &[("STRICT_FOREIGN_DEVICES", "eth1@127.0.0.1@nopci")],
         _ => &[],
     };
-    let out = run(case, environment);
+    let driver = case.ends_with("_gpu").then(Driver::build);
+    let of_gpus = driver.as_ref().map(Driver::environment);
+    let out = run(case, of_gpus.as_ref().map_or(environment, |all| &all[..]));
     let text = String::from_utf8_lossy(&out.stderr);
     assert_eq!(out.status.signal(), Some(libc::SIGABRT), "{case}: {} {text}", out.status);
     assert!(text.contains("strict-foreign: VIOLATION") && text.contains(why), "{case}: {text}");
@@ -55,6 +62,10 @@ fn a_contract_violation_ends_the_process() {
         ("wrong_socket_count", "no fresh handle reached connect"),
         ("wrong_thread_count", "no fresh handle reached connect"),
         ("moved_handle", "was moved"),
+        ("init_without_a_gpu", "init without a current GPU"),
+        ("listen_without_a_gpu", "listen without a current GPU"),
+        ("connect_without_a_gpu", "connect without a current GPU"),
+        ("no_descriptors", "regMr without a free descriptor"),
         ("no_pci_device", "has no PCI path"),
         ("misaligned_base", "not whole pages"),
         ("misaligned_size", "not whole pages"),
@@ -145,6 +156,22 @@ fn child() {
         "wrong_socket_count" => connect_to(&mut altered(36, 7)),
         "wrong_thread_count" => connect_to(&mut altered(40, 17)),
         "moved_handle" => moved_handle(),
+        "init_without_a_gpu" => init(),
+        "listen_without_a_gpu" => {
+            on_gpu(0, init);
+            listen(&mut [0; 128]);
+        }
+        "connect_without_a_gpu" => {
+            on_gpu(0, init);
+            let mut handle = [0; 128];
+            on_gpu(0, || listen(&mut handle));
+            connect(&mut handle);
+        }
+        "no_descriptors" => {
+            let (pair, memory) = (Pair::new(), Memory::new());
+            while std::fs::File::open("/dev/null").map(std::mem::forget).is_ok() {}
+            pair.register(&memory);
+        }
         "no_pci_device" => register_at(0, LEN),
         "misaligned_base" => register_at(52, LEN),
         "misaligned_size" => register_at(0, 1000),

@@ -1,5 +1,8 @@
 //! Breaks every rule of the simulated GPUDirect-TCPXO once: each case runs in its own process, which must end as expected.
 
+mod gpus;
+
+use gpus::{on_gpu, Driver};
 use nccl_net_abi::*;
 use nccl_net_strict_foreign::rules::counters;
 use nccl_net_strict_foreign::tcpxo::TABLE as NET;
@@ -25,7 +28,11 @@ fn run(case: &str, environment: &[(&str, &str)]) -> Output {
 }
 
 fn aborts(case: &str, why: &str) {
-    let out = run(case, &[]);
+    const TABLE: &str = include_str!("../src/tcpxo/mod.rs");
+    assert!(TABLE.contains(&format!("`{case}`")), "{case} is not in the table of rules");
+    let driver = case.ends_with("_gpu").then(Driver::build);
+    let environment = driver.as_ref().map(Driver::environment);
+    let out = run(case, environment.as_ref().map_or(&[], |all| &all[..]));
     let text = String::from_utf8_lossy(&out.stderr);
     assert_eq!(out.status.signal(), Some(libc::SIGABRT), "{case}: {} {text}", out.status);
     assert!(text.contains("strict-foreign: VIOLATION") && text.contains(why), "{case}: {text}");
@@ -48,6 +55,13 @@ fn a_contract_violation_ends_the_process() {
         ("null_device_handle_of_accept", "accept with a null pointer for the device handle"),
         ("forged_state", "which it never put there"),
         ("connect_after_its_end", "connect with a handle in state 3"),
+        ("another_rail", "rail alignment takes another NIC"),
+        ("init_without_a_gpu", "init without a current GPU"),
+        ("properties_without_a_gpu", "getProperties without a current GPU"),
+        ("listen_without_a_gpu", "listen without a current GPU"),
+        ("connect_with_another_gpu", "connect with GPU 1 current: the comm was made with GPU 0"),
+        ("accept_with_another_gpu", "accept with GPU 1 current: the comm was made with GPU 0"),
+        ("close_listen_with_another_gpu", "closeListen with GPU 1 current: the comm was made with GPU 0"),
         ("misaligned_base", "not whole pages"),
         ("misaligned_size", "not whole pages"),
         ("beyond_the_end", "reaches beyond"),
@@ -87,6 +101,7 @@ fn other_behaviour_matches_tcpxo() {
     passes("writes_after_the_close", &[]);
     passes("sends_after_the_close", &[]);
     passes("answers_that_are_none", &[]);
+    passes("a_listen_waits_for_the_offload", &[]);
 }
 
 // ---- the cases ----
@@ -135,6 +150,34 @@ fn child() {
         "connect_after_its_end" => {
             let mut pair = Pair::new();
             connect(0, &mut pair.handle);
+        }
+        "another_rail" => {
+            std::env::set_var("STRICT_FOREIGN_DEVICES", "eth1@127.0.0.1,eth2@127.0.0.2");
+            init();
+            let mut handle = [0; 128];
+            listen(1, &mut handle);
+            connect(0, &mut handle);
+        }
+        "init_without_a_gpu" => init(),
+        "properties_without_a_gpu" | "listen_without_a_gpu" => {
+            on_gpu(0, init);
+            if case == "listen_without_a_gpu" {
+                listen(0, &mut [0; 128]);
+            }
+            // SAFETY: as the case breaks the contract.
+            unsafe { NET.getProperties.expect("getProperties")(0, &mut std::mem::zeroed()) };
+        }
+        "connect_with_another_gpu" | "accept_with_another_gpu" | "close_listen_with_another_gpu" => {
+            on_gpu(0, init);
+            let mut handle = [0; 128];
+            let listen = on_gpu(0, || listen(0, &mut handle));
+            on_gpu(0, || assert!(connect(0, &mut handle).is_null()));
+            match case.as_str() {
+                "connect_with_another_gpu" => drop(on_gpu(1, || connect(0, &mut handle))),
+                "accept_with_another_gpu" => drop(on_gpu(1, || accept(listen))),
+                // SAFETY: as the case breaks the contract.
+                _ => drop(on_gpu(1, || unsafe { NET.closeListen.expect("closeListen")(listen) })),
+            }
         }
         "misaligned_base" => register_at(52, LEN),
         "misaligned_size" => register_at(0, 1000),
@@ -252,6 +295,18 @@ fn child() {
             init();
         }
         "answers_that_are_none" => answers_that_are_none(),
+        "a_listen_waits_for_the_offload" => {
+            let answers = Answers::set();
+            init();
+            answers.are("listen=refusal");
+            let mut comm = null_mut();
+            // SAFETY: as the contract says.
+            let code = unsafe { NET.listen.expect("listen")(0, [0u8; 128].as_mut_ptr().cast(), &mut comm) };
+            assert!(code != NCCL_SUCCESS && comm.is_null());
+            let before = answers.go_on_after("listen", Duration::from_millis(50));
+            listen(0, &mut [0; 128]);
+            assert!(before.elapsed() >= Duration::from_millis(50), "listen had an answer");
+        }
         "a_dead_peer_is_an_error_of_test" => {
             dead_peer();
         }
@@ -383,6 +438,17 @@ impl Answers {
     fn are(&self, words: &str) {
         std::fs::write(&self.0, words).expect("file");
     }
+
+    /// A call has no answer until the file changes; gives when that began.
+    fn go_on_after(self, call: &str, time: Duration) -> Instant {
+        self.are(call);
+        std::thread::spawn(move || {
+            std::thread::sleep(time);
+            self.are(" ");
+            std::mem::forget(self);
+        });
+        Instant::now()
+    }
 }
 
 impl Drop for Answers {
@@ -409,14 +475,7 @@ fn answers_that_are_none() {
         answers.are(&format!("deregMr={how}"));
         assert_ne!(pair.try_deregister(pair.send, mr), NCCL_SUCCESS, "{how}");
     }
-    // No answer, until the file changes.
-    answers.are("regMr");
-    let before = Instant::now();
-    std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(50));
-        answers.are(" ");
-        std::mem::forget(answers);
-    });
+    let before = answers.go_on_after("regMr", Duration::from_millis(50));
     pair.register_at(pair.send, memory.0, LEN, NCCL_PTR_CUDA);
     assert!(before.elapsed() >= Duration::from_millis(50), "regMr had an answer");
 }

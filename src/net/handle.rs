@@ -96,8 +96,9 @@ fn admit_tcpx(own: &Handle, peer: &Handle) -> Result<Handle> {
     Ok(admitted)
 }
 
-/// Takes the GPU's number, the address and the ports from the peer and everything else from `own`. The state is that of a new handle:
-/// in any other the plugin follows the pointer behind it. What no value was written to is uninitialised memory.
+/// Takes the address and the ports from the peer and everything else from `own`. The number of the peer's GPU must be ours: for another the
+/// plugin takes the NIC of that GPU here, while memory is registered for the NIC that it was asked for. The state is that of a new handle: in
+/// any other the plugin follows the pointer behind it. What no value was written to is uninitialised memory.
 fn admit_tcpxo(own: &Handle, peer: &Handle) -> Result<Handle> {
     if own[tcpxo::VERSION] != peer[tcpxo::VERSION] {
         let [ours, theirs] = [own, peer].map(|handle| handle[tcpxo::VERSION]);
@@ -106,9 +107,16 @@ fn admit_tcpxo(own: &Handle, peer: &Handle) -> Result<Handle> {
     if own[tcpxo::STATE] != 0 || peer[tcpxo::STATE] != 0 {
         bail!(Protocol, "the peer's handle is not a new one: its state is {}", peer[tcpxo::STATE]);
     }
+    if own[tcpxo::GPU] != peer[tcpxo::GPU] {
+        bail!(
+            Protocol,
+            "the peer's GPU has number {} on its machine, ours number {}: GPUDirect-TCPXO would use the NIC of another GPU (are both machines A3 Mega?)",
+            peer[tcpxo::GPU],
+            own[tcpxo::GPU]
+        );
+    }
     let Some(ip) = text_address(peer) else { bail!(Protocol, "the peer's handle has no address") };
     let mut admitted = *own;
-    admitted[tcpxo::GPU] = peer[tcpxo::GPU];
     admitted[tcpxo::PORTS].copy_from_slice(&peer[tcpxo::PORTS]);
     admitted[tcpxo::ADDRESS].fill(0);
     let text = ip.to_string();
@@ -234,15 +242,15 @@ mod tests {
     #[test]
     fn of_tcpxo_no_pointer_and_no_litter_come_from_the_peer() {
         let own = fresh_tcpxo("10.0.0.5", 3, 0xAA);
-        let peer = fresh_tcpxo("10.128.3.10", 5, 0xBB);
+        let peer = fresh_tcpxo("10.128.3.10", 3, 0xBB);
         let admitted = admit(HandleCheck::Tcpxo, &own, &peer).unwrap();
-        assert_eq!((admitted[0], admitted[1], &admitted[4..32]), (1, 5, &own[4..32]));
+        assert_eq!((admitted[0], admitted[1], &admitted[4..32]), (1, 3, &own[4..32]));
         assert_eq!((&admitted[32..44], &admitted[43..72]), (&b"10.128.3.10\0"[..], &[0; 29][..]));
         assert_eq!((&admitted[72..88], &admitted[88..]), (&peer[72..88], &[0; 40][..]));
         let port = u16::from_ne_bytes([0x34, 0x12]);
         assert_eq!(address(HandleCheck::Tcpxo, &peer), Some(SocketAddr::new([10, 128, 3, 10].into(), port)));
         // Bytes that decide what the plugin follows are refused.
-        for (at, byte) in [(0, 2), (88, 1), (88, 3), (32, b'x'), (32, 0)] {
+        for (at, byte) in [(0, 2), (1, 4), (88, 1), (88, 3), (32, b'x'), (32, 0)] {
             let mut bad = peer;
             bad[at] = byte;
             assert!(admit(HandleCheck::Tcpxo, &own, &bad).is_err(), "byte {at}");

@@ -14,17 +14,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 type Opaque = *mut c_void;
 
-/// Calls that take the current GPU's part of the plugin fail without one.
-fn current_gpu(call: &str) -> Option<&'static gpu::Gpu> {
-    settings().cuda.then(|| gpu::current(call))
-}
-
 pub unsafe extern "C" fn init(logger: ncclDebugLogger_t) -> ncclResult_t {
     logger::set(logger);
     if settings().manager.missing {
         violation!("init without the receive manager: the plugin ends the process");
     }
-    current_gpu("init");
+    gpu::in_use("init");
     if let Err(fault) = manager::answer("init") {
         violation!("init: {fault}: the plugin ends the process");
     }
@@ -33,7 +28,7 @@ pub unsafe extern "C" fn init(logger: ncclDebugLogger_t) -> ncclResult_t {
 }
 
 pub unsafe extern "C" fn properties(dev: c_int, out: *mut ncclNetProperties_v7) -> ncclResult_t {
-    current_gpu("getProperties");
+    gpu::in_use("getProperties");
     // SAFETY: passed on.
     let result = unsafe { crate::abi::properties(dev, out) };
     if result == NCCL_SUCCESS {
@@ -45,7 +40,11 @@ pub unsafe extern "C" fn properties(dev: c_int, out: *mut ncclNetProperties_v7) 
 
 pub unsafe extern "C" fn listen(dev: c_int, handle: Opaque, out: *mut Opaque) -> ncclResult_t {
     let _call = SetupCall::enter("listen");
-    let gpu = current_gpu("listen");
+    let gpu = gpu::in_use("listen");
+    if let Err(fault) = manager::answer("listen") {
+        warn(&format!("listen failed: {fault}"), dev);
+        return NCCL_SYSTEM_ERROR;
+    }
     // SAFETY: the caller's 128 bytes.
     let handle = unsafe { &mut *handle.cast::<[u8; NCCL_NET_HANDLE_MAXSIZE]>() };
     let listening = usize::try_from(dev).ok().and_then(|dev| ListenComm::new(dev, gpu, handle));
@@ -75,7 +74,7 @@ pub unsafe extern "C" fn connect(
     dev_handle: *mut *mut ncclNetDeviceHandle_v7,
 ) -> ncclResult_t {
     let _call = SetupCall::enter("connect");
-    let gpu = current_gpu("connect");
+    let gpu = gpu::in_use("connect");
     if dev_handle.is_null() {
         violation!("connect with a null pointer for the device handle");
     }
@@ -84,7 +83,7 @@ pub unsafe extern "C" fn connect(
         *out = ptr::null_mut();
         (&mut *handle.cast::<[u8; NCCL_NET_HANDLE_MAXSIZE]>(), (*dev_handle).as_mut())
     };
-    match setup::connect(dev as usize, handle) {
+    match setup::connect(dev as usize, gpu, handle) {
         Ok(None) => NCCL_SUCCESS,
         Ok(Some(flows)) => {
             fill(target);
@@ -101,7 +100,6 @@ pub unsafe extern "C" fn connect(
 
 pub unsafe extern "C" fn accept(listen: Opaque, out: *mut Opaque, dev_handle: *mut *mut ncclNetDeviceHandle_v7) -> ncclResult_t {
     let _call = SetupCall::enter("accept");
-    current_gpu("accept");
     if dev_handle.is_null() {
         violation!("accept with a null pointer for the device handle");
     }
@@ -110,6 +108,7 @@ pub unsafe extern "C" fn accept(listen: Opaque, out: *mut Opaque, dev_handle: *m
         *out = ptr::null_mut();
         (&mut *listen.cast::<ListenComm>(), (*dev_handle).as_mut())
     };
+    comm.gpu.into_iter().for_each(|gpu| gpu.must_be_current("accept"));
     match comm.accept() {
         Ok(None) => NCCL_SUCCESS,
         Ok(Some(flows)) => {
@@ -258,10 +257,7 @@ pub unsafe extern "C" fn close_listen(comm: Opaque) -> ncclResult_t {
     let _call = SetupCall::enter("closeListen");
     // SAFETY: the box that `listen` gave.
     let comm = unsafe { Box::from_raw(comm.cast::<ListenComm>()) };
-    let here = current_gpu("closeListen").map(|gpu| gpu.ordinal);
-    if here != comm.gpu.map(|gpu| gpu.ordinal) {
-        violation!("closeListen with GPU {here:?} current: the comm was made with another");
-    }
+    comm.gpu.into_iter().for_each(|gpu| gpu.must_be_current("closeListen"));
     if comm.is_pending() {
         violation!("closeListen while an accept is pending: its comm is leaked, and never closed");
     }

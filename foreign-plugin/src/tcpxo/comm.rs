@@ -4,13 +4,14 @@
 use super::memory;
 use super::setup::FLOWS;
 use crate::gpu::Gpu;
-use crate::rules::{counters, down, lock, up, violation};
+use crate::rules::{counters, down, lock, settings, up, violation};
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::ffi::{c_int, c_void};
 use std::net::TcpStream;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Mutex;
+use std::time::Instant;
 
 /// Before each message: its length, its tag, and its number on the comm.
 const HEADER: usize = 16;
@@ -26,6 +27,24 @@ pub(super) struct Comm {
 struct Inner {
     flows: Vec<Flow>,
     posted: u64,
+    /// Of a comm that sends over a slow NIC.
+    shaper: Option<Shaper>,
+}
+
+/// How much a slow NIC has let through since when.
+struct Shaper {
+    since: Instant,
+    passed: usize,
+}
+
+/// What a slow NIC carries in a millisecond.
+const SLOW: usize = 4000;
+
+impl Shaper {
+    /// The bytes that may go now.
+    fn room(&self) -> usize {
+        (self.since.elapsed().as_millis() as usize * SLOW).saturating_sub(self.passed)
+    }
 }
 
 struct Flow {
@@ -84,7 +103,9 @@ impl Comm {
 
     fn build(dev: usize, gpu: Option<&'static Gpu>, flows: Vec<TcpStream>, receives: bool) -> *mut Comm {
         let flow = |stream| Flow { stream, requests: VecDeque::new(), dead: false };
-        let inner = Mutex::new(Inner { flows: flows.into_iter().map(flow).collect(), posted: 0 });
+        let slow = !receives && settings().devices.get(dev).is_some_and(|device| device.slow);
+        let shaper = slow.then(|| Shaper { since: Instant::now(), passed: 0 });
+        let inner = Mutex::new(Inner { flows: flows.into_iter().map(flow).collect(), posted: 0, shaper });
         let comm = Box::into_raw(Box::new(Comm { dev, gpu, receives, inner }));
         lock(&LIVE).get_or_insert_default().insert(comm as usize);
         up(&counters().comms, None, 1);
@@ -207,12 +228,15 @@ impl Request {
 
 impl Inner {
     fn progress(&mut self, receives: bool) {
-        self.flows.iter_mut().for_each(|flow| flow.progress(receives));
+        let most = self.shaper.as_ref().map_or(usize::MAX, Shaper::room);
+        let passed: usize = self.flows.iter_mut().fold(0, |passed, flow| passed + flow.progress(receives, most - passed));
+        self.shaper.iter_mut().for_each(|shaper| shaper.passed += passed);
     }
 }
 
 impl Flow {
-    fn progress(&mut self, receives: bool) {
+    /// Moves at most so many bytes, and returns how many.
+    fn progress(&mut self, receives: bool, most: usize) -> usize {
         // A peer that closes its end ends the flow of a sender, too.
         let mut byte = 0u8;
         let peek = libc::MSG_PEEK | libc::MSG_DONTWAIT;
@@ -220,12 +244,16 @@ impl Flow {
         if !receives && !self.dead && unsafe { libc::recv(self.stream.as_raw_fd(), (&raw mut byte).cast(), 1, peek) } == 0 {
             self.dead = true;
         }
+        let mut passed = 0;
         for request in &mut self.requests {
             while !self.dead && !request.complete() {
                 let (at, len) = request.next();
-                match transfer(&self.stream, receives, at, len) {
-                    Ok(0) => return,
-                    Ok(n) => request.moved += n,
+                match transfer(&self.stream, receives, at, len.min(most - passed)) {
+                    Ok(0) => return passed,
+                    Ok(n) => {
+                        request.moved += n;
+                        passed += n;
+                    }
                     Err(()) => self.dead = true,
                 }
                 if receives && request.moved == HEADER && request.size.is_none() {
@@ -233,11 +261,15 @@ impl Flow {
                 }
             }
         }
+        passed
     }
 }
 
 /// Moves bytes between a flow and memory; 0 when none can be moved now.
 fn transfer(stream: &TcpStream, receives: bool, at: usize, len: usize) -> Result<usize, ()> {
+    if len == 0 {
+        return Ok(0);
+    }
     let (fd, flags) = (stream.as_raw_fd(), libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL);
     // SAFETY: registered memory, a copy of it, or a header, of that length.
     let n = unsafe {
@@ -268,7 +300,9 @@ impl Unfinished {
         let receives = self.receives;
         for flow in &mut self.inner.flows {
             let used: Vec<usize> = flow.requests.iter().map(|request| request.mr).collect();
-            memory::while_registered(&used, || flow.progress(receives));
+            memory::while_registered(&used, || {
+                flow.progress(receives, usize::MAX);
+            });
         }
     }
 

@@ -2,7 +2,7 @@
 //! its state and a pointer in the handle, and follows the pointer in any state but that of a new handle.
 
 use crate::gpu::Gpu;
-use crate::rules::{counters, lock, settings, up, violation};
+use crate::rules::{counters, lock, settings, up, violation, Device};
 use nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE;
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 pub(super) const FLOWS: usize = 2;
 
 const VERSION: u8 = 1;
+/// The number of the GPU whose NIC listens.
+const INDEX: usize = 1;
 const ADDRESS: std::ops::Range<usize> = 32..72;
 const PORTS: usize = 72;
 const STATE: usize = 88;
@@ -48,7 +50,7 @@ impl ListenComm {
         // The plugin's structure lies on the stack: what it does not write to is litter.
         handle[..POINTER].fill(std::process::id() as u8 | 1);
         handle[POINTER..].fill(0);
-        (handle[0], handle[1], handle[STATE]) = (VERSION, gpu.map_or(0, |gpu| gpu.ordinal as u8), NEW);
+        (handle[0], handle[INDEX], handle[STATE]) = (VERSION, rail(device), NEW);
         let text = device.address.to_string();
         handle[ADDRESS][..text.len()].copy_from_slice(text.as_bytes());
         handle[ADDRESS.start + text.len()] = 0;
@@ -112,11 +114,23 @@ fn ready(stream: TcpStream) -> Result<TcpStream, String> {
     Ok(stream)
 }
 
+/// The rail of a NIC: the number at the end of its name.
+fn rail(device: &Device) -> u8 {
+    let name = device.name.to_str().unwrap_or_default();
+    name[name.trim_end_matches(|c: char| c.is_ascii_digit()).len()..].parse().unwrap_or(0)
+}
+
+/// A pending connect, and the GPU that was current at its first call.
+struct Connect {
+    outcome: Outcome,
+    gpu: Option<&'static Gpu>,
+}
+
 /// Pending connects, by the pointer in the handle.
-static CONNECTS: Mutex<Option<HashMap<u64, Outcome>>> = Mutex::new(None);
+static CONNECTS: Mutex<Option<HashMap<u64, Connect>>> = Mutex::new(None);
 
 /// One step of a connect.
-pub(super) fn connect(dev: usize, handle: &mut Handle) -> Result<Option<Vec<TcpStream>>, String> {
+pub(super) fn connect(dev: usize, gpu: Option<&'static Gpu>, handle: &mut Handle) -> Result<Option<Vec<TcpStream>>, String> {
     if handle[0] != VERSION {
         return Err(format!("a handle of version {}", handle[0]));
     }
@@ -126,12 +140,19 @@ pub(super) fn connect(dev: usize, handle: &mut Handle) -> Result<Option<Vec<TcpS
     match handle[STATE] {
         NEW => {
             let targets = addresses(handle).ok_or("the handle has no address")?;
+            if let Some(device) = settings().devices.get(dev).filter(|device| rail(device) != handle[INDEX]) {
+                violation!(
+                    "connect on NIC {:?} with a handle of rail {}: rail alignment takes another NIC than the caller registers memory for",
+                    device.name,
+                    handle[INDEX]
+                );
+            }
             static NEXT: AtomicU64 = AtomicU64::new(1);
             let (pointer, outcome) = (NEXT.fetch_add(1, Ordering::Relaxed) << 12, Outcome::default());
             handle[STATE] = CONNECTING;
             handle[POINTER..POINTER + 8].copy_from_slice(&pointer.to_ne_bytes());
             up(&counters().connects_begun, None, 1);
-            connects.insert(pointer, outcome.clone());
+            connects.insert(pointer, Connect { outcome: outcome.clone(), gpu });
             let dead = settings().devices.get(dev).is_none_or(|device| device.dead);
             std::thread::spawn(move || {
                 std::thread::sleep(settings().connect_time);
@@ -142,9 +163,10 @@ pub(super) fn connect(dev: usize, handle: &mut Handle) -> Result<Option<Vec<TcpS
             Ok(None)
         }
         CONNECTING => {
-            let Some(outcome) = connects.get(&pointer) else {
+            let Some(Connect { outcome, gpu }) = connects.get(&pointer) else {
                 violation!("connect follows the pointer {pointer:#x} in the handle, which it never put there");
             };
+            gpu.iter().for_each(|gpu| gpu.must_be_current("connect"));
             let Some(result) = lock(outcome).take() else { return Ok(None) };
             connects.remove(&pointer);
             handle[STATE] = DONE;
