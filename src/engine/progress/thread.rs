@@ -91,9 +91,9 @@ impl Active {
 struct Known {
     /// The doorbell slot of its channels.
     slot: Arc<DoorbellSlot>,
-    /// It has an entry in the timers.
-    timed: bool,
-    /// When its timer is due; the entry in the timers may be earlier.
+    /// Its entry in the timers; others are left over.
+    timed: Option<Instant>,
+    /// When its timer is due; the entry may be earlier.
     next: Instant,
 }
 
@@ -104,7 +104,7 @@ struct Driving<'a> {
     /// Connections by the group whose descriptor they share.
     groups: Map<usize, Vec<u64>>,
     active: Map<u64, Active>,
-    /// When connections next need a check, earliest first; at most one entry per connection.
+    /// When connections next need a check, earliest first. Entries that are no connection's are passed over.
     timers: BinaryHeap<Reverse<(Instant, u64)>>,
     start: Instant,
     /// How long the thread spins.
@@ -151,7 +151,7 @@ impl<'a> Driving<'a> {
                 if let Entry::Vacant(unknown) = self.known.entry(id) {
                     let slot = connection.slot().clone();
                     self.groups.entry(slot.group).or_default().push(id);
-                    unknown.insert(Known { slot, timed: false, next: self.start });
+                    unknown.insert(Known { slot, timed: None, next: self.start });
                 }
                 let sockets = connection.sockets();
                 let interest = Interest::READ;
@@ -215,13 +215,13 @@ impl<'a> Driving<'a> {
                 return;
             }
             self.timers.pop();
-            let Some(known) = self.known.get_mut(&id) else { continue };
-            known.timed = false;
+            let Some(known) = self.known.get_mut(&id).filter(|known| known.timed == Some(at)) else { continue };
+            known.timed = None;
             if self.active.contains_key(&id) {
                 continue;
             }
             if known.next > now {
-                known.timed = true;
+                known.timed = Some(known.next);
                 self.timers.push(Reverse((known.next, id)));
                 continue;
             }
@@ -234,12 +234,13 @@ impl<'a> Driving<'a> {
         }
     }
 
-    /// Sets the timer of an idle connection. An entry that exists already is earlier and is moved when it expires.
+    /// Sets the timer of an idle connection. An earlier entry is moved when it expires.
     fn set_timer(&mut self, id: u64, next: Instant) {
         let at = self.on_grid(next);
         let Some(known) = self.known.get_mut(&id) else { return };
         known.next = at;
-        if !std::mem::replace(&mut known.timed, true) {
+        if known.timed.is_none_or(|entry| at < entry) {
+            known.timed = Some(at);
             self.timers.push(Reverse((at, id)));
         }
     }
