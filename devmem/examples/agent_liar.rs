@@ -34,6 +34,9 @@ fn main() -> std::io::Result<()> {
     let mut agent = Agent::connect(Path::new(socket))?;
     let file: OwnedFd = std::fs::File::open("/dev/null")?.into();
     println!("no dma-buf: {}", agent.bind(nic, file.as_fd()).expect_err("bound what is no dma-buf"));
+    // A refused binding ends its client, and the kernel is asked for this user's next one a second later.
+    std::thread::sleep(std::time::Duration::from_millis(1100));
+    let mut agent = Agent::connect(Path::new(socket))?;
     agent.bind(nic, dmabuf(4 << 20)?.as_fd()).expect("binds a dma-buf");
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let connection = TcpStream::connect(listener.local_addr()?)?;

@@ -33,6 +33,11 @@ impl Request {
         self.attribute(kind, &value.to_ne_bytes())
     }
 
+    /// With a number of one byte.
+    pub fn byte(self, kind: u16, value: u8) -> Request {
+        self.attribute(kind, &[value])
+    }
+
     /// With a name, which ends in a zero byte.
     pub fn text(self, kind: u16, value: &str) -> Request {
         let mut bytes = value.as_bytes().to_vec();

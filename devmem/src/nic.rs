@@ -1,6 +1,7 @@
 //! A NIC as ethtool sees it: rings, queues, the table that spreads connections, and rules that steer one connection.
 
 use crate::binding::{is_taken, Binding, Family, Refused};
+use crate::netlink::Request;
 use crate::rules::{self, Flow, RULE_BYTES};
 use crate::socket::returned;
 use std::ffi::CString;
@@ -10,6 +11,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 const HEADER: u16 = 1;
 const HEADER_INTERFACE: u16 = 1;
 const RINGS_GET: u8 = 15;
+const RINGS_SET: u8 = 16;
 const RINGS_RX: u16 = 6;
 const RINGS_SPLIT: u16 = 11;
 const RINGS_THRESHOLD: u16 = 17;
@@ -80,6 +82,27 @@ impl Nic {
             threshold: answer.number(RINGS_THRESHOLD).unwrap_or(0),
             entries: answer.number(RINGS_RX).unwrap_or(0),
         })
+    }
+
+    /// Has the NIC split every packet's headers from its payload. Needs CAP_NET_ADMIN.
+    ///
+    /// # Errors
+    /// The driver cannot.
+    pub fn split_headers(&self) -> Result<(), Refused> {
+        let now = self.rings()?;
+        if now.split == Some(true) && now.threshold == 0 {
+            return Ok(());
+        }
+        let set = |request: Request| {
+            let request = request.nested(HEADER, &[(HEADER_INTERFACE, self.interface)]).byte(RINGS_SPLIT, SPLIT_ON as u8);
+            // Drivers without a threshold, which split every packet, refuse to have one set.
+            if now.threshold == 0 {
+                request
+            } else {
+                request.number(RINGS_THRESHOLD, 0)
+            }
+        };
+        Family::open("ethtool")?.ask(RINGS_SET, 1, set).map(drop)
     }
 
     /// How many receive queues it has.

@@ -36,7 +36,7 @@ as_package --install "$deb"
 (cd "$system" && md5sum --quiet -c "$system/var/lib/dpkg/info/uccl-tcpx.md5sums")
 [ -s "$system/usr/share/doc/uccl-tcpx/copyright" ] && [ -s "$system/usr/share/doc/uccl-tcpx/THIRD-PARTY-NOTICES.txt" ] || fail "no licences"
 # A page for each function, tool and for the library, and each can be shown without a warning.
-for page in $(sed 's/$/.3/' "$root/cmake/exported-symbols.txt") tcpx-info.1 tcpx-perf.1 tcpx-top.1 uccl_p2p.7; do
+for page in $(sed 's/$/.3/' "$root/cmake/exported-symbols.txt") tcpx-info.1 tcpx-perf.1 tcpx-top.1 uccl-devmem-agent.1 uccl_p2p.7; do
     [ -s "$system/usr/share/man/man${page##*.}/$page.gz" ] || fail "no manual page $page"
 done
 if command -v man >/dev/null; then
@@ -55,6 +55,13 @@ read -ra flags < <(pkg-config --cflags --libs uccl_p2p)
 gcc -Wall -Wextra -Werror -o "$work/consumer" "$here/consumer.c" "${flags[@]}" -Wl,-rpath,"$lib"
 timeout 120 "$work/consumer" "$version"
 timeout 120 "$system/usr/bin/tcpx-info" --no-probe >"$work/info" || { cat "$work/info"; fail "tcpx-info"; }
+
+# The agent of device memory TCP, where its unit looks for it.
+for program in $(sed -nE 's|^Exec[A-Za-z]*=\+?(/[^ ]+).*|\1|p' "$system/usr/lib/systemd/system/uccl-devmem-agent.service"); do
+    [ -x "$system$program" ] || fail "no program $program of uccl-devmem-agent.service"
+done
+"$system/usr/bin/uccl-devmem-agent" 2>"$work/usage" && fail "uccl-devmem-agent without a NIC"
+grep -q '^usage: uccl-devmem-agent' "$work/usage" || { cat "$work/usage"; fail "uccl-devmem-agent"; }
 
 as_package --purge uccl-tcpx
 [ -z "$(files)" ] || { files; fail "files stay after the removal"; }

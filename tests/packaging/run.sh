@@ -59,7 +59,7 @@ files_present() {
     for file in "lib/libuccl_p2p.so.$version" lib/libuccl_p2p.a lib/uccl/libnccl-net-tcpx-soft.so include/uccl_engine.h \
         include/uccl_engine.hpp include/uccl_tcpx_endpoint.hpp lib/cmake/uccl_p2p/uccl_p2pConfig.cmake \
         lib/cmake/uccl_p2p/uccl_p2pConfigVersion.cmake lib/pkgconfig/uccl_p2p.pc bin/tcpx-info bin/tcpx-perf \
-        bin/tcpx-top share/man/man1/tcpx-info.1 share/man/man1/tcpx-perf.1 share/man/man1/tcpx-top.1 \
+        bin/tcpx-top bin/uccl-devmem-agent share/man/man1/uccl-devmem-agent.1 share/man/man1/tcpx-info.1 share/man/man1/tcpx-perf.1 share/man/man1/tcpx-top.1 \
         share/man/man3/uccl_engine.3 share/man/man3/uccl_engine_write.3 share/man/man7/uccl_p2p.7 \
         share/doc/uccl_p2p/LICENSE share/doc/uccl_p2p/THIRD-PARTY-NOTICES.txt share/doc/uccl_p2p/docs/README.md \
         share/doc/uccl_p2p/examples/two_processes.c share/doc/uccl_p2p/deploy/grafana/uccl.json; do
@@ -67,7 +67,7 @@ files_present() {
     done
     [ "$(readlink "$prefix/lib/libuccl_p2p.so.0")" = "libuccl_p2p.so.$version" ] || { echo "lib/libuccl_p2p.so.0 is no link to it"; missing=1; }
     [ "$(readlink "$prefix/lib/libuccl_p2p.so")" = libuccl_p2p.so.0 ] || { echo "lib/libuccl_p2p.so is no link to .so.0"; missing=1; }
-    [ -x "$prefix/bin/tcpx-info" ] && [ -x "$prefix/bin/tcpx-perf" ] && [ -x "$prefix/bin/tcpx-top" ] || { echo "tools cannot be executed"; missing=1; }
+    [ -x "$prefix/bin/tcpx-info" ] && [ -x "$prefix/bin/tcpx-perf" ] && [ -x "$prefix/bin/tcpx-top" ] && [ -x "$prefix/bin/uccl-devmem-agent" ] || { echo "tools cannot be executed"; missing=1; }
     return $missing
 }
 exports() { nm -D --defined-only "$1" | awk '{print $3}' | LC_ALL=C sort; }
@@ -98,7 +98,7 @@ licences() {
 }
 stripped() {
     local file sections rc=0
-    for file in "$so" "$plugin" "$prefix/bin/tcpx-info" "$prefix/bin/tcpx-perf" "$prefix/bin/tcpx-top" "$prefix/lib/libuccl_p2p.a"; do
+    for file in "$so" "$plugin" "$prefix/bin/tcpx-info" "$prefix/bin/tcpx-perf" "$prefix/bin/tcpx-top" "$prefix/bin/uccl-devmem-agent" "$prefix/lib/libuccl_p2p.a"; do
         sections=$(readelf -SW "$file") || return 1
         if grep -E '\.debug_(info|line)' <<<"$sections"; then echo "$file has debug information"; rc=1; fi
         # The symbols of an archive are what a linker reads.

@@ -6,10 +6,12 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 const USAGE: &str = "usage: uccl-devmem-agent [--socket PATH] [--group GID] [--queues-of-one N] NIC[=QUEUE,QUEUE...]...
+       uccl-devmem-agent --split-headers NIC
 
 Binds queues of these NICs to GPU memory, and steers connections to them, for processes that may use its socket
 (default: /run/uccl-devmem/agent.sock, mode 660). Without queues: those that ordinary connections do not use
-(ethtool -X NIC equal N). With --queues-of-one a user gets at most N queues of each NIC; otherwise as many as there are. Needs CAP_NET_ADMIN and nothing else; touches no data. Experimental: see docs/devmem.md.";
+(ethtool -X NIC equal N). With --queues-of-one a user gets at most N queues of each NIC; otherwise as many as there are. Needs CAP_NET_ADMIN and nothing else; touches no data.
+With --split-headers it only sets header split on, for packets of every size, and ends. Experimental: see docs/devmem.md.";
 
 struct Options {
     socket: PathBuf,
@@ -32,8 +34,24 @@ fn options(mut words: impl Iterator<Item = String>) -> Option<Options> {
     (!options.nics.is_empty()).then_some(options)
 }
 
+fn split_headers(nic: &str) -> ExitCode {
+    match devmem::Nic::named(nic).map_err(devmem::Refused::from).and_then(|nic| nic.split_headers()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(refused) => {
+            eprintln!("uccl-devmem-agent: header split of {nic} cannot be set on: {refused}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
 fn main() -> ExitCode {
-    let Some(options) = options(std::env::args().skip(1)) else {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    if let [word, nic] = &words[..] {
+        if word == "--split-headers" {
+            return split_headers(nic);
+        }
+    }
+    let Some(options) = options(words.into_iter()) else {
         eprintln!("{USAGE}");
         return ExitCode::from(2);
     };
