@@ -54,6 +54,17 @@ fn foreign_counts() -> [u64; 2] {
     [5, 14].map(|i: usize| bytes[i * 8..].first_chunk().map_or(0, |b| u64::from_ne_bytes(*b)))
 }
 
+/// Of device memory TCP what needs no NIC: dma-bufs over the bounce area, and a pattern that the GPU writes there and reads.
+#[test]
+fn the_area_of_device_memory_tcp_is_exported_and_carries_a_pattern() {
+    if !gpu("the export of GPU memory to NICs") {
+        return;
+    }
+    memory::enter(0);
+    let config = Config { plugin: PluginChoice::Soft, ..Config::from_env().expect("configuration") };
+    uccl_p2p::engine::try_device_memory_export(&config).expect("dma-bufs over GPU memory, and the pattern");
+}
+
 struct Buffer {
     memory: Memory,
     mr: u64,

@@ -40,7 +40,7 @@ mod state;
 mod tcp;
 mod unsent;
 
-pub use abi::device_memory::prepare as prepare_device_memory;
+pub use abi::device_memory::{prepare as prepare_device_memory, try_export as try_device_memory_export};
 pub use config::{default_number, Kind, Variable, VARIABLES};
 pub use emulated::Block as EmulatedMemory;
 
@@ -116,7 +116,8 @@ macro_rules! net_table {
 
 /// The v7 table, as a value for a data symbol.
 pub const TABLE_V7: ncclNet_v7 = net_table!(ncclNet_v7, properties_v7, reg_mr_v7);
-const DEVICE_TABLE: ncclNet_v7 = ncclNet_v7 {
+/// The table for device memory TCP, as a value for a data symbol.
+pub const DEVICE_TABLE: ncclNet_v7 = ncclNet_v7 {
     name: c"TCP-devmem".as_ptr(),
     init: Some(device_memory::init),
     devices: Some(device_memory::devices),

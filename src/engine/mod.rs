@@ -53,6 +53,15 @@ const DEVICE_GRACE: Duration = Duration::from_secs(1);
 /// The minimum time that a shutdown waits for each connection whose lock is held.
 const TURN: Duration = Duration::from_millis(10);
 
+/// Exports memory of the current GPU to NICs as device memory TCP does, and has the GPU write and read it. Binds no queue.
+///
+/// # Errors
+/// `Unsupported`: what is missing, in the driver's words where it has some, or what came out wrong.
+pub fn try_device_memory_export(config: &Config) -> Result<()> {
+    let gpus = gpus::Gpus::new(config.emulate_device.then_some(config.emulate_devices));
+    crate::net::within(&gpus.own()?, || soft_plugin::try_device_memory_export().map_err(|why| err!(Unsupported, "{why}")))
+}
+
 /// Device memory TCP in place of the software plugin, if it is asked for and the host can; the software plugin stays beside it.
 ///
 /// # Errors

@@ -37,6 +37,16 @@ pub fn prepare() -> Result<Vec<String>, String> {
     Ok(names)
 }
 
+/// Exports an area of the current GPU, as [`prepare`] does for each NIC, and has the GPU write and read it. Binds no queue.
+///
+/// # Errors
+/// What is missing, or what came out wrong.
+pub fn try_export() -> Result<(), String> {
+    let global = state::get().map_err(|_| "the settings of the software plugin are wrong".to_owned())?;
+    let Some(device) = global.device.as_deref() else { return Err("there is no GPU".to_owned()) };
+    crate::devmem::try_export(device, global.config.devmem_bytes, crate::devmem::limit(&global.config))
+}
+
 /// The number that the software plugin has for a device of this table.
 fn device(global: &Global, dev: c_int) -> Result<c_int, ncclResult_t> {
     let dev = usize::try_from(dev).map_err(|_| NCCL_INVALID_ARGUMENT)?;

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -12,6 +12,7 @@ use process::Mutex;
 use super::ends::reset;
 use super::host::{Bound, Host, Steered};
 use super::layout::{Layout, BLOCKS, PATTERN, REGIONS};
+use super::pattern;
 use super::seats::{Refusal, Seats, Taken};
 use crate::device::{AreaMemory, DeviceMemory};
 
@@ -106,10 +107,7 @@ impl Area {
         let rings = nic.rings().map_err(|e| format!("the driver does not describe its rings: {e}"))?;
         let layout = Layout::new(len, limit, rings.entries as usize)
             .map_err(|needed| format!("an area of {len} bytes admits no connection: {needed} are needed"))?;
-        let memory = device.area(layout.len).map_err(|e| format!("no memory: {e}"))?;
-        let at = memory.base() as usize;
-        let export = |at, len| device.export(at, len).map_err(|e| format!("no dma-buf over device memory: {e}"));
-        let (front, blocks) = (export(at, layout.front)?, export(at + layout.blocks_at(), BLOCKS * PATTERN)?);
+        let Exported { memory, front, blocks } = exported(device, &layout)?;
         let bound = host.bind(&nic, front.as_fd())?;
         let sends = Binding::sending(nic.interface(), blocks.as_fd()).map_err(|e| format!("sending from device memory: {e}"))?;
         let (seats, blocks) = (Seats::new(layout.connections), Blocks { free: (0..BLOCKS).rev().collect(), late: Vec::new() });
@@ -195,6 +193,46 @@ impl Area {
     pub fn check(&self, fragment: &Fragment) -> Result<(), String> {
         check(fragment, self.bound.id, self.layout.front as u64)
     }
+}
+
+/// The memory of an area, and dma-bufs over what a NIC writes and over the blocks for patterns.
+struct Exported {
+    memory: Box<dyn AreaMemory>,
+    front: OwnedFd,
+    blocks: OwnedFd,
+}
+
+fn exported(device: &dyn DeviceMemory, layout: &Layout) -> Result<Exported, String> {
+    let memory = device.area(layout.len).map_err(|e| format!("no memory: {e}"))?;
+    let at = memory.base() as usize;
+    let export = |at, len| device.export(at, len).map_err(|e| format!("no dma-buf over device memory: {e}"));
+    let (front, blocks) = (export(at, layout.front)?, export(at + layout.blocks_at(), BLOCKS * PATTERN)?);
+    Ok(Exported { memory, front, blocks })
+}
+
+/// Exports an area of the current GPU as for a NIC, has the GPU write a pattern where a NIC reads it and where a NIC writes, and read both back.
+///
+/// # Errors
+/// What is missing, or what came out wrong.
+pub fn try_export(device: &dyn DeviceMemory, len: usize, limit: usize) -> Result<(), String> {
+    let layout = Layout::new(len, limit, 0)
+        .map_err(|needed| format!("an area of {len} bytes admits no connection: {needed} are needed"))?;
+    let Exported { memory, front, blocks } = exported(device, &layout)?;
+    for (name, dmabuf, at, len) in [("front", front, 0, layout.front), ("blocks", blocks, layout.blocks_at(), BLOCKS * PATTERN)] {
+        // SAFETY: a descriptor of ours. The end of a dma-buf is its size.
+        let size = unsafe { libc::lseek(dmabuf.as_raw_fd(), 0, libc::SEEK_END) };
+        if size != len as i64 {
+            return Err(format!("the dma-buf over the {name} of an area of {len} bytes has {size}"));
+        }
+        let (mut sent, mut found) = (vec![0; PATTERN], vec![0; PATTERN]);
+        pattern::fill(name.as_bytes(), &mut sent);
+        let io = memory.write(at, &sent).and_then(|()| memory.read(at, &mut found));
+        io.map_err(|e| format!("the GPU does not write and read the {name} of an area: {e}"))?;
+        if let Some(place) = pattern::difference(&sent, 0, &found) {
+            return Err(format!("a pattern that the GPU wrote to the {name} of an area came out wrong at byte {place}"));
+        }
+    }
+    Ok(())
 }
 
 fn check(fragment: &Fragment, binding: u32, front: u64) -> Result<(), String> {

@@ -27,7 +27,7 @@ mod recv;
 mod seats;
 mod send;
 
-pub use area::Area;
+pub use area::{try_export, Area};
 pub use areas::{agent, limit, Areas};
 pub use layout::RECEIVE_BUFFER;
 pub use proof::{Payload, Proof};

@@ -5,7 +5,7 @@ use super::host::{advice, missing, ok, Check, Status};
 use devmem::{Nic, Rings};
 use std::path::Path;
 use uccl_p2p::config::{Config, DeviceMemoryTcp, PluginChoice};
-use uccl_p2p::engine::Engine;
+use uccl_p2p::engine::{try_device_memory_export, Engine};
 use uccl_p2p::net::plugin::device_memory_agent;
 
 /// Kernels with both directions.
@@ -50,13 +50,16 @@ pub struct Found {
     pub receive_limit: Option<u64>,
     /// NICs with hardware queues.
     pub nics: Vec<Facts>,
+    /// GPU memory can be exported as a dma-buf, or why not; `None`: not tried.
+    pub export: Option<Result<(), String>>,
     /// The NICs that an engine uses, or why it uses none; `None`: not tried.
     pub trial: Option<Result<Vec<String>, String>>,
 }
 
 /// Looks at this host, and tries an engine.
 pub fn find() -> Found {
-    Found { trial: Some(trial()), ..look() }
+    let export = Config::from_env().and_then(|config| try_device_memory_export(&config)).map_err(|e| e.to_string());
+    Found { export: Some(export), trial: Some(trial()), ..look() }
 }
 
 /// Looks at this host. Binds no queue: a running engine keeps what it has.
@@ -78,6 +81,7 @@ pub fn look() -> Found {
         agent: device_memory_agent(),
         receive_limit: read("/proc/sys/net/core/rmem_max").and_then(|text| text.parse().ok()),
         nics: nics.into_iter().map(facts).collect(),
+        export: None,
         trial: None,
     }
 }
@@ -129,6 +133,7 @@ pub fn examine(found: &Found) -> Vec<Check> {
         all.extend(mtu(nic));
     }
     all.extend(buffers(found.receive_limit));
+    all.extend(found.export.as_ref().map(export));
     all.extend(found.trial.as_ref().map(|trial| match trial {
         Ok(nics) => ok("trial", format!("an engine receives into device memory on {}", nics.join(", "))),
         Err(why) => missing("trial", why, "the text is the kernel's, or the driver's: docs/devmem.md says what follows from it"),
@@ -201,9 +206,11 @@ fn split(nic: &Facts) -> Check {
     let name = &nic.name;
     match &nic.rings {
         Ok(Rings { split: Some(true), threshold: 0, .. }) => ok(NAME, format!("{name}: on")),
-        Ok(Rings { split: Some(true), threshold, .. }) => {
-            missing(NAME, format!("{name}: from {threshold} bytes on"), format!("ethtool -G {name} hds-thresh 0"))
-        }
+        Ok(Rings { split: Some(true), threshold, .. }) => missing(
+            NAME,
+            format!("{name}: from {threshold} bytes on"),
+            format!("uccl-devmem-agent --split-headers {name}, or ethtool -G {name} hds-thresh 0"),
+        ),
         Ok(Rings { split: Some(false), .. }) => {
             missing(NAME, format!("{name}: off"), format!("ethtool -G {name} tcp-data-split on"))
         }
@@ -262,6 +269,14 @@ fn mtu(nic: &Facts) -> Option<Check> {
     })
 }
 
+fn export(tried: &Result<(), String>) -> Check {
+    const NAME: &str = "dma-buf export";
+    match tried {
+        Ok(()) => ok(NAME, "the GPU's driver exports memory, which the GPU writes and reads"),
+        Err(why) => missing(NAME, why, "a GPU whose driver exports DMA-BUFs: with NVIDIA's, its open kernel modules"),
+    }
+}
+
 fn buffers(limit: Option<u64>) -> Option<Check> {
     let limit = limit?;
     Some(match limit >= RECEIVE_BUFFER {
@@ -296,6 +311,7 @@ mod tests {
             agent: None,
             receive_limit: Some(4 << 20),
             nics: vec![nic],
+            export: Some(Ok(())),
             trial: Some(Ok(vec!["eth1".into()])),
         }
     }
@@ -312,7 +328,7 @@ mod tests {
     #[test]
     fn each_fault_is_named() {
         type Break = (&'static str, Status, fn(&mut Found));
-        let broken: [Break; 13] = [
+        let broken: [Break; 14] = [
             ("kernel", Status::Missing, |it| it.kernel = "6.12.0".into()),
             ("kernel", Status::Missing, |it| it.kernel = "weird".into()),
             ("privileges", Status::Missing, |it| it.privileged = false),
@@ -325,6 +341,7 @@ mod tests {
             ("steering rules", Status::Missing, |it| it.nics[0].rules = Ok((8, 8))),
             ("IOMMU", Status::Advice, |it| it.nics[0].iommu = Some("DMA-FQ".into())),
             ("MTU", Status::Advice, |it| it.nics[0].mtu = Some(1500)),
+            ("dma-buf export", Status::Missing, |it| it.export = Some(Err("there is no GPU".into()))),
             ("trial", Status::Missing, |it| it.trial = Some(Err("tcp-data-split is disabled".into()))),
         ];
         for (name, status, harm) in broken {
