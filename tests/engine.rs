@@ -16,8 +16,9 @@ use uccl_p2p::status::ErrorKind;
 fn environment() {
     static ONCE: std::sync::Once = std::sync::Once::new();
     ONCE.call_once(|| {
+        let nic = std::env::var(local::NIC).unwrap_or_else(|_| "lo".to_owned());
         for (name, value) in
-            [("UCCL_TCPX_SOFT_STRICT", "1"), ("NCCL_SOCKET_IFNAME", "lo"), ("NCCL_GPUDIRECTTCPX_SOCKET_IFNAME", "lo")]
+            [("UCCL_TCPX_SOFT_STRICT", "1"), ("NCCL_SOCKET_IFNAME", &nic), ("NCCL_GPUDIRECTTCPX_SOCKET_IFNAME", &nic)]
         {
             // SAFETY: before any engine exists; tests wait for this Once.
             unsafe { std::env::set_var(name, value) };

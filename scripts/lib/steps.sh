@@ -150,6 +150,17 @@ device_memory_path() {
   tests/vm/run.sh --seconds 900 "${programs[@]}" path "${@:2}"
 }
 
+# device_memory_suite OPTION...: the engine suite and the contract probe over device memory TCP, in a virtual machine
+device_memory_suite() {
+  local folder=$work/device_memory suite
+  mkdir -p "$folder"
+  cargo build --release --locked -p soft-plugin --example devmem_plugin &&
+    gcc -O2 -o "$folder/contract_probe" tests/gpu/contract_probe/*.c -ldl -lpthread || return
+  suite=$(cargo test --release --locked --no-run --message-format=json --test engine | sed -nE 's/.*"executable":"([^"]*\/engine-[^"]*)".*/\1/p' | tail -1)
+  strip -g -o "$folder/engine_suite" "$suite" &&
+    tests/vm/run.sh "$@" --program "$folder/engine_suite" --program "$folder/contract_probe" --program "$release/examples/libdevmem_plugin.so" suite
+}
+
 # The functions behind the targets in fuzz/; the targets themselves need cargo-fuzz.
 fuzzing() { CARGO_TARGET_DIR=$work/check cargo rustc --locked -p uccl-tcpx --lib --profile check -- --cfg fuzzing; }
 

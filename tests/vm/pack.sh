@@ -53,6 +53,7 @@ pack_test() {
   cp "$here/guest/init" "$tree/init"
   chmod +x "$tree/init"
   cp -r "$here/guest/." "$tree/vm/"
+  cp "$here/../../deploy/devmem/uccl-devmem-prepare" "$tree/vm/bin/"
   for program in "${programs[@]}"; do
     [ -x "$program" ] || { echo "no program $program" >&2; exit 2; }
     name=${program##*/}

@@ -33,7 +33,7 @@ flock 9
 fetch_tools
 fetch_kernel "$series"
 
-case $1 in devmem | path) false ;; esac || [ "${kernel%%.*}" -ge 7 ] || skip "the test NIC is written for kernels from 7.0 on, not for $kernel"
+case $1 in devmem | path | suite) false ;; esac || [ "${kernel%%.*}" -ge 7 ] || skip "the test NIC is written for kernels from 7.0 on, not for $kernel"
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

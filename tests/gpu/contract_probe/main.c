@@ -5,7 +5,8 @@
  *   gcc -O2 -o contract_probe *.c -ldl -lpthread
  *   contract_probe [SCENARIO...] PLUGIN.so
  *
- * The plugin's log goes to $PROBE_LOG.SCENARIO.ROLE when PROBE_LOG is set. Check g3 makes GPUDirect-TCPX close descriptor 0. */
+ * $PROBE_MESSAGES: how many messages stress moves, 600 by default. The plugin's log goes to $PROBE_LOG.SCENARIO.ROLE when PROBE_LOG is
+ * set. Check g3 makes GPUDirect-TCPX close descriptor 0. */
 #include "probe.h"
 
 static void describe(void) {

@@ -7,7 +7,7 @@ CUFUNCS(X)
 
 net_t *P;
 const char *plugin_path, *scenario;
-int fails, nnics;
+int fails, nnics, takes_host, largest = 1 << 20;
 char last_warn[300];
 static FILE *plog;
 
@@ -67,10 +67,16 @@ void load(const char *role) {
   rc = P->devices(&n);
   if (rc || n < 1) die("devices: %d, %d", rc, n);
   nnics = n;
+  props_t p;
+  memset(&p, 0, sizeof p);
+  if ((rc = P->getProperties(0, &p))) die("getProperties: %d", rc);
+  takes_host = (p.ptrSupport & 1) != 0;
+  /* Device memory TCP takes no longer messages. */
+  if (!takes_host) largest = PIECE;
 }
 uint32_t word(uint32_t m, uint32_t j) { uint32_t x = (m * 0x9e3779b1u + j) * 0x85ebca6bu; x ^= x >> 15; return x * 0xc2b2ae35u + m; }
 void fill(char *b, uint32_t m, uint32_t n) { for (uint32_t j = 0; j * 4 < n; j++) { uint32_t w = word(m, j); memcpy(b + j * 4, &w, n - j * 4 < 4 ? n - j * 4 : 4); } }
 
 uint32_t size_of(uint32_t m) { uint32_t w = word(m, 12345); return 1 + w % (w & 0x10000 ? 524288 : 3000); }
 
-int is_soft(void) { return strstr(P->name, "soft") != NULL; }
+int is_soft(void) { return strstr(P->name, "soft") || strstr(P->name, "devmem"); }

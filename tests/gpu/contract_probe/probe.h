@@ -63,6 +63,8 @@ struct meta { uint32_t src_off, len; uint64_t dst_off; };
 extern net_t *P;
 extern const char *plugin_path, *scenario;
 extern int fails, nnics;
+extern int takes_host;        /* the plugin moves host memory too */
+extern int largest;           /* bytes of the largest message */
 extern char last_warn[300];   /* the last warning of the plugin */
 void report(int ok, const char *fmt, ...) __attribute__((format(printf, 2, 3)));   /* ok < 0: information */
 void die(const char *fmt, ...) __attribute__((format(printf, 1, 2), noreturn));
@@ -72,7 +74,7 @@ void load(const char *role);
 /* Each message m has distinct words, and a distinct size if sizes are random. */
 void fill(char *b, uint32_t m, uint32_t n);
 uint32_t size_of(uint32_t m);
-/* The software plugin. Where it is deliberately stricter than Google's, the checks say so. */
+/* The software plugin, or its table for device memory TCP. Where it is deliberately stricter than Google's, the checks say so. */
 int is_soft(void);
 
 /* ---- sender.c: a process that takes commands over a socket pair ---- */

@@ -27,7 +27,7 @@ static void do_connect(struct command *c, struct reply *r) {
   r->t = now() - t0;
   if (!tx.comm && !r->rc) r->rc = -1;
   if (!r->rc && !tx.mhandle) r->rc = P->regMr(tx.comm, (void *)tx.device, REGION, 2, &tx.mhandle);
-  if (!r->rc && !tx.host_mhandle) r->rc = P->regMr(tx.comm, tx.host, REGION, 1, &tx.host_mhandle);
+  if (!r->rc && takes_host && !tx.host_mhandle) r->rc = P->regMr(tx.comm, tx.host, REGION, 1, &tx.host_mhandle);
   tx.posted = tx.done = 0;
   snprintf(r->text, sizeof r->text, "%d calls; %.280s", calls, last_warn);
 }

@@ -23,7 +23,7 @@ void sc_bench(void) {
 }
 
 void sc_stress(void) { /* 16 in flight on each side, random sizes up to one chunk, every byte checked */
-  int n = 600, posted = 0, tested = 0, consumed = 0, rc = 0;
+  int n = getenv("PROBE_MESSAGES") ? atoi(getenv("PROBE_MESSAGES")) : 600, posted = 0, tested = 0, consumed = 0, rc = 0;
   open_conn(0);
   tell(OP_PATTERNS, n, 0, NULL);
   void *w[16];

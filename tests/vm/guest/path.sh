@@ -141,6 +141,16 @@ switched_off() { prepare && UCCL_TCPX_DEVMEM=off over_tcp --op write && [ "$(wri
 peer_without() { prepare && start_server UCCL_TCPX_DEVMEM=off && client --op write --require tcp && stop_server; }
 protected() { prepare && UCCL_TCPX_PROTECT=encrypt over_tcp --op write && [ "$(taken $a vmnic0)" = 0 ]; }
 no_header_split() { prepare && on $b ethtool -G vmnic1 tcp-data-split off && over_tcp --op write && says 'tcp-data-split is disabled'; }
+# A NIC that splits only packets from some size on is refused, and uccl-devmem-prepare sets it right. A NIC that cannot be prepared is said to be so.
+split_threshold() { prepare split_threshold=1024 && over_tcp --op write && says 'hds-thresh'; }
+prepared() {
+  chmod 600 /dev/udmabuf
+  as=() agents=()
+  pair split_threshold=1024 && on $a sh /vm/bin/uccl-devmem-prepare vmnic0 1 && on $b sh /vm/bin/uccl-devmem-prepare vmnic1 1 && over_devmem --op write
+}
+not_prepared() {
+  veth && ! on $b sh /vm/bin/uccl-devmem-prepare eth1 0 2>$out/refusal && sed 's/^/note: /' $out/refusal && grep -q 'header split of eth1 cannot be set on' $out/refusal
+}
 no_spare_queue() { prepare && on $b ethtool -X vmnic1 default && over_tcp --op write && says 'ordinary connections use every queue'; }
 no_privileges() {
   prepare && chmod 666 /dev/udmabuf || return 1
@@ -209,6 +219,34 @@ server_killed() {
   # What it has left behind does not harm its successor.
   echo "note: $(rules $b vmnic1) rules are left behind"
   over_devmem --op write && [ "$(rules $b vmnic1)" -le 4 ]
+}
+
+# A sender that is killed takes nothing with it: its rules and its places in the area come back.
+sender_killed() {
+  prepare && start_server || return 1
+  long 1000
+  until_true flowing || return 1
+  # The program below timeout.
+  kill -9 "$(tr -d ' ' </proc/$client/task/$client/children)"
+  wait $client && return 1
+  until_true no_rules && client --op write --require devmem && stop_server
+}
+# Both processes end and start again.
+restarted() { prepare && over_devmem --op write && until_true no_rules && over_devmem --op read && until_true no_rules; }
+seated() { [ "$(rules $b vmnic1)" = "$1" ]; }
+# As many connections as the area says, one more over ordinary TCP, and places that come back.
+admission_limit() {
+  local -x UCCL_TCPX_SOFT_DEVMEM_BYTES=30M UCCL_TCPX_NUM_CHANNELS=1
+  local number clients=() status=0
+  prepare && on $a ethtool -X vmnic0 equal 1 && start_server && says 'for 2 receiving connections' || return 1
+  for number in 1 2; do
+    of $a timeout 110 tcpx-perf client "$address" --verify --total $total --iters 40 --warmup 1 --op write --require devmem
+    "${command[@]}" >"$out/client$number" 2>&1 &
+    clients+=($!)
+  done
+  until_true seated 2 && client --op write --require tcp && says 'all 2 connections that the area admits are there' && seated 2 || status=1
+  for number in "${clients[@]}"; do wait "$number" || status=1; done
+  [ $status = 0 ] && client --op write --require devmem && stop_server
 }
 
 # Two processes that receive on one NIC, each on a queue of its own.
@@ -330,11 +368,12 @@ doctor_names_faults() {
 }
 
 declare -A groups=(
-  [transfers]="write read_back messages both_ways scattered many_at_once fragments_of_a_packet odd_offsets unsplit unsplit_fragments large paced"
+  [transfers]="write read_back messages both_ways scattered many_at_once fragments_of_a_packet odd_offsets unsplit unsplit_fragments"
+  [slow]="large paced"
   [links]="lost_packets delay netem_loss netem_reorder netem_duplicate netem_corrupt sender_down receiver_down"
-  [fallback]="switched_off peer_without protected no_header_split no_spare_queue no_privileges no_export area_too_small not_steered lost_writes
+  [fallback]="switched_off peer_without protected no_header_split split_threshold prepared not_prepared no_spare_queue no_privileges no_export area_too_small not_steered lost_writes
     required required_of_the_peer"
-  [faults]="area_is_full rules_deleted server_killed two_processes foreign_binding"
+  [faults]="area_is_full rules_deleted server_killed sender_killed restarted admission_limit two_processes foreign_binding"
   [agent]="unprivileged unprivileged_both_ways agent_killed agent_restarted agent_frozen agent_refuses client_of_agent_killed agent_is_asked_for_too_much"
   [others]="unread_neighbour held_neighbour doctor_content doctor_names_faults"
 )
@@ -342,13 +381,14 @@ declare -A groups=(
 can() {
   case " ${groups[agent]} " in *" $1 "*) [ -e /vm/bin/uccl-devmem-agent ] || return ;; esac
   case $1 in
+    prepared | not_prepared) [ -e /vm/bin/uccl-devmem-agent ] ;;
     agent_is_asked_for_too_much) [ -e /vm/bin/agent_liar ] ;;
     *_neighbour) [ -e /vm/bin/devmem_neighbour ] ;;
     doctor*) [ -e /vm/bin/tcpx-info ] ;;
   esac
 }
 rows=()
-[ $# -gt 0 ] || set -- transfers links fallback faults agent others
+[ $# -gt 0 ] || set -- transfers slow links fallback faults agent others
 for group in "$@"; do
   read -rd '' -a names <<<"${groups[$group]:-$group}"
   for name in "${names[@]}"; do can "$name" && rows+=("$name"); done

@@ -56,6 +56,13 @@ static unsigned int unwritten_every;
 module_param(unwritten_every, uint, 0644);
 MODULE_PARM_DESC(unwritten_every, "each so manieth fragment of device memory is announced though nothing was written: a platform that loses DMA silently; 0: none");
 
+static unsigned int split_threshold;
+module_param(split_threshold, uint, 0444);
+MODULE_PARM_DESC(split_threshold, "hds-thresh of a new NIC: smaller payload is not split from its headers");
+static bool loop;
+module_param(loop, bool, 0444);
+MODULE_PARM_DESC(loop, "a NIC receives what it sends itself, so that both ends of a connection may be in one process");
+
 enum counter { STARVED, LOST, UNSPLIT, BAD_CHECKSUM, OVERRUN, DEVICE_BYTES, COUNTERS };
 
 static const char counter_names[COUNTERS][ETH_GSTRING_LEN] = {
@@ -82,7 +89,7 @@ struct nic {
 	struct nic *peer;
 	struct platform_device *parent;
 	bool split;
-	unsigned int split_threshold;
+	unsigned int threshold;
 	u32 table[TABLE];
 	struct ethtool_rx_flow_spec rules[RULES];
 	bool rule_set[RULES];
@@ -219,7 +226,7 @@ static bool deliver(struct nic *nic, struct queue *queue, struct sk_buff *sent)
 	if (headers.length && !good)
 		atomic64_inc(&nic->counters[BAD_CHECKSUM]);
 	/* A packet whose checksum is wrong is not split: the CPU is to see it. */
-	if (headers.length && nic->split && good) {
+	if (headers.length && nic->split && payload >= nic->threshold && good) {
 		linear = headers.length;
 		number = payload ? atomic_inc_return(&nic->packets) : 0;
 		every = READ_ONCE(drop_every);
@@ -499,7 +506,7 @@ static void get_rings(struct net_device *dev, struct ethtool_ringparam *ring, st
 	ring->rx_max_pending = ring->rx_pending = BACKLOG;
 	ring->tx_max_pending = ring->tx_pending = BACKLOG;
 	more->tcp_data_split = nic->split ? ETHTOOL_TCP_DATA_SPLIT_ENABLED : ETHTOOL_TCP_DATA_SPLIT_DISABLED;
-	more->hds_thresh = nic->split_threshold;
+	more->hds_thresh = nic->threshold;
 	more->hds_thresh_max = 1024;
 }
 
@@ -508,7 +515,7 @@ static int set_rings(struct net_device *dev, struct ethtool_ringparam *ring, str
 	struct nic *nic = netdev_priv(dev);
 
 	nic->split = more->tcp_data_split == ETHTOOL_TCP_DATA_SPLIT_ENABLED;
-	nic->split_threshold = more->hds_thresh;
+	nic->threshold = more->hds_thresh;
 	return 0;
 }
 
@@ -697,6 +704,7 @@ static struct nic *create(int number)
 	nic = netdev_priv(dev);
 	nic->dev = dev;
 	nic->parent = parent;
+	nic->threshold = split_threshold;
 	for (i = 0; i < TABLE; i++)
 		nic->table[i] = ethtool_rxfh_indir_default(i, QUEUES);
 	for (i = 0; i < QUEUES; i++) {
@@ -713,6 +721,7 @@ static struct nic *create(int number)
 #else
 	dev->netmem_tx = true;
 #endif
+	dev->cfg->hds_thresh = split_threshold;
 	dev->max_mtu = 9000;
 	dev->hw_features = NETIF_F_SG | NETIF_F_HW_CSUM | NETIF_F_TSO | NETIF_F_TSO6 | NETIF_F_RXCSUM | NETIF_F_NTUPLE | NETIF_F_HIGHDMA;
 	dev->features = dev->hw_features & ~NETIF_F_NTUPLE;
@@ -733,8 +742,8 @@ static int __init load(void)
 		error = -ENOMEM;
 		goto failed;
 	}
-	nics[0]->peer = nics[1];
-	nics[1]->peer = nics[0];
+	nics[0]->peer = nics[!loop];
+	nics[1]->peer = nics[loop];
 	netif_carrier_off(nics[0]->dev);
 	netif_carrier_off(nics[1]->dev);
 	error = register_netdev(nics[0]->dev);
