@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# LMCache's disaggregated prefill over TCPX between two processes on CPUs. Outside scripts/test: LMCache brings torch, 7 GB. Exit status 77:
+# LMCache's disaggregated prefill over TCPX between two processes on CPUs. In the long tier: LMCache brings torch, 7 GB. Exit status 77:
 # skipped.
 #   run.sh [PAIR-OPTIONS]       see pair.py
 #   LMCACHE_VERSION=0.5.6       and the variables of tests/clients/environment.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SGLang's disaggregated prefill over TCPX between two processes on CPUs, the model left out. Outside scripts/test: SGLang brings torch and
+# SGLang's disaggregated prefill over TCPX between two processes on CPUs, the model left out. In the long tier: SGLang brings torch and
 # more, 10 GB. Exit status 77: skipped.
 #   run.sh [PAIR-OPTIONS]       see pair.py
 #   SGLANG_VERSION=0.5.23       and the variables of tests/clients/environment.sh

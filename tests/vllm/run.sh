@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# vLLM's NixlConnector and NixlPushConnector over TCPX between two processes on CPUs, the model replaced. Outside scripts/test: vLLM and torch are 10 GB.
+# vLLM's NixlConnector and NixlPushConnector over TCPX between two processes on CPUs, the model replaced. In the long tier: vLLM and torch are 10 GB.
 # Exit status 77: skipped.
 #   run.sh [PAIR-OPTIONS]       see pair.py
 #   VLLM_VERSION=0.33.0         and the variables of tests/clients/environment.sh
