@@ -40,6 +40,10 @@ struct World {
     mine: Vec<Mine>,
     /// The next id of a transfer that the liar starts, and lengths that it has announced.
     next: u64,
+    /// A set-up of a lost channel that has begun at the victim: the channel, and its generation.
+    begun: Option<(u16, u32)>,
+    /// How many have brought one up there.
+    joins: u64,
     /// Offset of each stream as far as the liar knows, so that its tags can fit.
     offsets: Vec<(Key, u64)>,
 }
@@ -60,6 +64,14 @@ pub(super) fn lies(seed: u64, script: &[Action]) -> Lies {
     script.iter().for_each(|&action| world.step(action));
     let lies = world.net.lock().direct.lies;
     lies
+}
+
+/// How often a lost channel of the victim of a run came up again.
+#[cfg(test)]
+pub(super) fn joins(seed: u64, script: &[Action]) -> u64 {
+    let mut world = World::new(seed);
+    script.iter().for_each(|&action| world.step(action));
+    world.joins
 }
 
 /// The victim starts transfers of every kind and then receives these bytes on its control connection.
@@ -87,7 +99,18 @@ impl World {
         let engine = Engine::new(0, Pool::endless());
         let shape = Shape::of(CHUNK, if seed % 3 == 0 { 0 } else { 2000 });
         let victim = Side::new(&engine, 1, &net, 0, &shape, now);
-        World { rng: Rng::new(seed), net, engine, victim, now, mine: Vec::new(), next: 1, offsets: Vec::new() }
+        World {
+            rng: Rng::new(seed),
+            net,
+            engine,
+            victim,
+            now,
+            mine: Vec::new(),
+            next: 1,
+            begun: None,
+            joins: 0,
+            offsets: Vec::new(),
+        }
     }
 
     fn step(&mut self, Action { kind, a, b }: Action) {
@@ -122,10 +145,47 @@ impl World {
                     self.engine.deregister(b as usize % count);
                 }
             }
+            28 => self.join(channel, a),
             27 => self.now += Duration::from_millis(u64::from(b % 900)),
             _ => self.victim.poll(self.now),
         }
         self.engine.reclaim();
+    }
+
+    /// A set-up that brings a lost channel up again, or a part of it: the liar loses the channel, the victim begins and then has the channel, and
+    /// the liar says that it has it too, mostly.
+    fn join(&mut self, channel: usize, a: u32) {
+        let (now, number) = (self.now, channel as u16);
+        if self.begun.is_none() {
+            if !self.victim.machine.is_lost(number) {
+                self.say(&Frame::Lost { channel: number, chunks: 0, text: "so I say" });
+                self.victim.poll(now);
+            }
+            let machine = &mut self.victim.machine;
+            if machine.alive().is_ok() && machine.is_lost(number) {
+                self.begun = machine.begin_restore(&[number], None).ok().map(|generation| (number, generation));
+            }
+            if a % 4 == 0 {
+                return;
+            }
+        }
+        if self.victim.machine.alive().is_err() {
+            return;
+        }
+        let Some((number, generation)) = self.begun.take() else { return };
+        let mut net = self.net.lock();
+        let wire = net.string();
+        net.restore(number.into(), 0, wire);
+        net.follow(number.into(), 1, wire);
+        drop(net);
+        let Side { machine, channels, .. } = &mut self.victim;
+        match machine.restore(number, generation, channels, now) {
+            Ok(()) => self.joins += 1,
+            Err(e) => self.victim.fail(e, now),
+        }
+        if a % 16 > 1 {
+            self.say(&Frame::Up { channel: number, generation });
+        }
     }
 
     /// The victim starts a transfer.

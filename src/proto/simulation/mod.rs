@@ -187,6 +187,14 @@ fn lost_channels_had_chunks_in_flight() {
     assert!(again > 100, "only {again} times were records of the control connection sent again");
 }
 
+/// Runs with a liar must bring lost channels up again, else they prove nothing about them.
+#[test]
+fn liars_joined_connections() {
+    let liars = (0..5000u64).filter(|&seed| play_of(seed) == Play::Liar);
+    let joins: u64 = liars.map(|seed| liar::joins(seed, &script_of(seed))).sum();
+    assert!(joins > 50, "only {joins} channels came up again");
+}
+
 /// Runs with a liar must lie about claims, else they prove nothing about them.
 #[test]
 fn liars_lied_about_claims() {
