@@ -53,7 +53,8 @@ impl Victim {
         let words: Vec<&str> =
             prefix.iter().copied().chain([&*own, test, "--exact", "--nocapture", "--test-threads=1"]).collect();
         let mut command = Command::new(words[0]);
-        command.args(&words[1..]).env(CHILD, test).envs(environment.iter().copied());
+        // Its warnings are looked at, whatever this process's own level.
+        command.args(&words[1..]).env(CHILD, test).env("UCCL_P2P_LOG_LEVEL", "warn").envs(environment.iter().copied());
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(std::fs::File::create(&log).unwrap());
         let mut child = command.spawn().unwrap();
         let (input, output) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));

@@ -434,6 +434,29 @@ fn a_channel_that_failed_before_its_doorbell_was_armed_is_noticed() {
     }
 }
 
+/// What the application begins on a connection at rest plans a tick before the next heartbeat, for which the thread has a timer already: a peer
+/// waits for the report of it.
+#[test]
+fn a_connection_that_rests_again_ticks_before_its_next_heartbeat() {
+    let table = table();
+    let (connection, _theirs) = idle(&table);
+    let next_tick = || connection.shared.lock().machine.next_tick();
+    let until = |is: &dyn Fn() -> bool| (0..2000).any(|_| is() || std::thread::sleep(Duration::from_millis(1)) != ());
+    std::thread::scope(|s| {
+        s.spawn(|| thread::run(&table, None));
+        let rests = until(&|| next_tick() > Instant::now() + Duration::from_secs(10));
+        // Its timer for the heartbeat is set now.
+        std::thread::sleep(Duration::from_millis(100));
+        let said = connection.notify(b"name", b"message");
+        let (soon, far) = (Instant::now() + Duration::from_millis(50), Duration::from_secs(10));
+        let planned = next_tick() <= soon;
+        table.context.request_drive(connection.id());
+        let ticked = until(&|| next_tick() > Instant::now() + far);
+        table.end();
+        assert!(rests && said.is_ok() && planned && ticked, "{rests} {said:?} {planned} {ticked}");
+    });
+}
+
 /// The change of an interface is not lost while a thread waits for the GPU driver.
 #[test]
 fn a_connection_that_is_prepared_is_not_checked_for_lost_links() {
