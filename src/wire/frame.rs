@@ -47,6 +47,20 @@ pub struct WireSegment {
     pub owner: Place,
 }
 
+impl WireSegment {
+    /// Out of 16 bytes. Not a call: a list of small blocks has thousands.
+    #[inline(always)]
+    fn read(b: &[u8]) -> WireSegment {
+        WireSegment {
+            addr: u64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]),
+            len: u32::from_le_bytes([b[8], b[9], b[10], b[11]]),
+            region: u16::from_le_bytes([b[12], b[13]]),
+            initiator: Place(b[14]),
+            owner: Place(b[15]),
+        }
+    }
+}
+
 /// The segments of a transfer in their encoded form. A transfer may have many thousands, and each copy of the list would cost as
 /// much as the rest of its handling.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -90,13 +104,7 @@ impl<'a> WireSegments<'a> {
 
     /// The segments, in order.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = WireSegment> + '_ {
-        self.0.chunks_exact(SEGMENT_BYTES).map(|b| WireSegment {
-            addr: u64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]),
-            len: u32::from_le_bytes([b[8], b[9], b[10], b[11]]),
-            region: u16::from_le_bytes([b[12], b[13]]),
-            initiator: Place(b[14]),
-            owner: Place(b[15]),
-        })
+        self.0.chunks_exact(SEGMENT_BYTES).map(WireSegment::read)
     }
 
     /// The list in `bytes`; checks each segment's length and region.
