@@ -191,18 +191,19 @@ required_of_the_peer() {
 
 # What breaks in the middle of transfers costs speed, not bytes.
 # during COMMAND...: long transfers, and the command once device memory was written
+rounds=80 # enough for what is done to them to meet them
 during() {
   start_server || return 1
   local status=0
-  long 25
+  long $rounds
   until_true flowing || return 1
   "$@"
   wait $client || status=1
   stop_server
-  echo "note: of $((26 * total)) bytes the receiver's NIC wrote $(written $b vmnic1) into device memory"
+  echo "note: of $(((rounds + 1) * total)) bytes the receiver's NIC wrote $(written $b vmnic1) into device memory"
   return $status
 }
-rules_deleted() { prepare && during unsteer && [ "$(written $b vmnic1)" -lt $((26 * total)) ] && says 'was copied to device memory'; }
+rules_deleted() { prepare && during unsteer && [ "$(written $b vmnic1)" -lt $(((rounds + 1) * total)) ] && says 'was copied to device memory'; }
 flap() {
   ip -n "$1" link set "$2" down
   sleep 1
@@ -299,7 +300,7 @@ agents() { agent $a vmnic0 && agent $b vmnic1; }
 unprivileged() { prepare && agents && over_devmem --op write && [ "$(rules $b vmnic1)" = 0 ]; }
 unprivileged_both_ways() { prepare && agents && over_devmem --op read --bidirectional; }
 agent_killed() {
-  prepare && agents && during kill -9 "${agents[1]}" && [ "$(written $b vmnic1)" -lt $((26 * total)) ]
+  prepare && agents && during kill -9 "${agents[1]}" && [ "$(written $b vmnic1)" -lt $(((rounds + 1) * total)) ]
 }
 # A server does not ask an agent that has ended again; the next one asks its successor.
 agent_restarted() {
