@@ -441,7 +441,15 @@ fn a_connection_that_rests_again_ticks_before_its_next_heartbeat() {
     let table = table();
     let (connection, _theirs) = idle(&table);
     let next_tick = || connection.shared.lock().machine.next_tick();
-    let until = |is: &dyn Fn() -> bool| (0..2000).any(|_| is() || std::thread::sleep(Duration::from_millis(1)) != ());
+    let until = |is: &dyn Fn() -> bool| {
+        (0..2000).any(|_| {
+            let done = is();
+            if !done {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            done
+        })
+    };
     std::thread::scope(|s| {
         s.spawn(|| thread::run(&table, None));
         let rests = until(&|| next_tick() > Instant::now() + Duration::from_secs(10));
