@@ -51,6 +51,5 @@ pub mod require;
 mod segment_pool;
 pub mod stats;
 pub mod status;
-mod tcp_info;
 pub mod types;
 mod wire;

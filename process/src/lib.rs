@@ -1,6 +1,6 @@
 //! Per-process values, which a child of `fork` makes again: locks that another thread may hold, handles, tables of threads.
-//! And locks whose whole state is inside them, memory that no core dump contains ([`guarded`]), and the end of connections that a child may
-//! have inherited ([`reset`]). Knows nothing of the values.
+//! And locks whose whole state is inside them, memory that no core dump contains ([`guarded`]), and connections: their end though a child may
+//! have inherited them ([`reset`]), and what the kernel says of them ([`TcpInfo`]). Knows nothing of the values.
 //!
 //! # Fork
 //! `fork` copies the memory of a process and one thread. A lock that another thread held stays locked in the child. Where waiting
@@ -14,12 +14,14 @@ pub mod guarded;
 mod socket;
 mod space;
 mod sync;
+mod tcp_info;
 pub mod thread;
 
 pub use fork::{close_copy, generation, Parents, PerProcess, ProcessOwned};
 pub use socket::reset;
 pub use space::ensure_space;
 pub use sync::{Condvar, Mutex, MutexGuard, RwLock, WaitTimeoutResult};
+pub use tcp_info::TcpInfo;
 
 /// Runs a critical section that `fork` in other threads waits for, at most 10 s. The section itself may fork.
 pub fn without_fork<R>(work: impl FnOnce() -> R) -> R {

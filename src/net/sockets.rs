@@ -15,7 +15,7 @@
 //!    the connection. The stand-in is made early because later there may be neither descriptors nor a route to the peer. A comm
 //!    with a socket without a stand-in stays open: that leaks memory, but keeps the process alive.
 
-use crate::tcp_info::TcpInfo;
+use process::TcpInfo;
 use socket2::{Domain, Protocol, SockAddr, SockFilter, SockRef, Socket, Type};
 use std::io::{Error, ErrorKind, Result};
 use std::net::SocketAddr;
@@ -107,17 +107,19 @@ impl Found {
     /// For how long the peer has not answered, though packets were sent again.
     fn silent(&self) -> Option<Duration> {
         let info = TcpInfo::of(self.fd)?;
-        (info.sends_again() && info.is_unanswered()).then(|| info.since_answer())
+        info.received()?;
+        (info.retries() > 0 && info.unanswered() > 0).then(|| info.since_answer())
     }
 
     /// `None` where the kernel cannot say. An error if the connection was reset: nothing moves.
     fn moved(&self) -> Result<Option<Moved>> {
         let Some(info) = TcpInfo::of(self.fd) else { return Ok(None) };
+        let (Some(acknowledged), Some(received)) = (info.acknowledged(), info.received()) else { return Ok(None) };
         if info.is_closed() {
             return Err(ErrorKind::ConnectionReset.into());
         }
-        let (acknowledged, received, unanswered) = (info.acknowledged(), info.received(), info.is_unanswered());
-        Ok(Some(Moved { acknowledged, received, unanswered, busy: info.busy().unwrap_or_default() }))
+        let busy = info.busy().zip(info.window_limited()).map_or(Duration::ZERO, |(busy, limited)| busy.saturating_sub(limited));
+        Ok(Some(Moved { acknowledged, received, unanswered: info.unanswered() > 0, busy }))
     }
 
     /// Bytes of memory of packets in the interface's queue.

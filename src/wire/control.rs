@@ -9,8 +9,7 @@ use super::sent::SentRecords;
 use super::session::{Opened, Opener, Sealer, Session, MAX_RECORD, RECORD_HEADER};
 use crate::addresses::plain;
 use crate::status::{bail, err, Error, Result};
-use crate::tcp_info::TcpInfo;
-use process::Mutex;
+use process::{Mutex, TcpInfo};
 use std::io::{ErrorKind as Io, Read, Write};
 use std::net::{IpAddr, Shutdown, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -242,7 +241,8 @@ impl ControlStream {
     pub(crate) fn look(&mut self, now: Instant) {
         let Some(patience) = self.patience.filter(|_| self.lost.is_none()) else { return };
         let Some(info) = TcpInfo::of(self.fd()) else { return };
-        self.answers.note(info.acknowledged(), info.is_unanswered(), now);
+        let Some(acknowledged) = info.acknowledged() else { return };
+        self.answers.note(acknowledged, info.unanswered() > 0, now);
         if let Some(silent) = self.answers.silent(patience, now) {
             self.suspend(err!(
                 RemoteDisconnect,
