@@ -105,8 +105,7 @@ impl Area {
     /// What is missing, in the kernel's words where it has some.
     pub fn open(device: &dyn DeviceMemory, nic: Nic, host: Box<dyn Host>, len: usize, limit: usize) -> Result<Area, String> {
         let rings = nic.rings().map_err(|e| format!("the driver does not describe its rings: {e}"))?;
-        let layout = Layout::new(len, limit, rings.entries as usize)
-            .map_err(|needed| format!("an area of {len} bytes admits no connection: {needed} are needed"))?;
+        let layout = layout(len, limit, rings.entries as usize)?;
         let Exported { memory, front, blocks } = exported(device, &layout)?;
         let bound = host.bind(&nic, front.as_fd())?;
         let sends = Binding::sending(nic.interface(), blocks.as_fd()).map_err(|e| format!("sending from device memory: {e}"))?;
@@ -202,6 +201,10 @@ struct Exported {
     blocks: OwnedFd,
 }
 
+fn layout(len: usize, limit: usize, entries: usize) -> Result<Layout, String> {
+    Layout::new(len, limit, entries).map_err(|needed| format!("an area of {len} bytes admits no connection: {needed} are needed"))
+}
+
 fn exported(device: &dyn DeviceMemory, layout: &Layout) -> Result<Exported, String> {
     let memory = device.area(layout.len).map_err(|e| format!("no memory: {e}"))?;
     let at = memory.base() as usize;
@@ -215,8 +218,7 @@ fn exported(device: &dyn DeviceMemory, layout: &Layout) -> Result<Exported, Stri
 /// # Errors
 /// What is missing, or what came out wrong.
 pub fn try_export(device: &dyn DeviceMemory, len: usize, limit: usize) -> Result<(), String> {
-    let layout = Layout::new(len, limit, 0)
-        .map_err(|needed| format!("an area of {len} bytes admits no connection: {needed} are needed"))?;
+    let layout = layout(len, limit, 0)?;
     let Exported { memory, front, blocks } = exported(device, &layout)?;
     for (name, dmabuf, at, len) in [("front", front, 0, layout.front), ("blocks", blocks, layout.blocks_at(), BLOCKS * PATTERN)] {
         // SAFETY: a descriptor of ours. The end of a dma-buf is its size.

@@ -62,9 +62,9 @@ pub(crate) fn metadata(ports: &Listeners, gpu: &str) -> String {
 /// # Errors
 /// `InvalidArgument` for what is no address, and for too many.
 pub(crate) fn split_gpu(text: &str) -> Result<(&str, Vec<IpAddr>)> {
-    let (gpu, others) = text.split_once(',').unwrap_or((text, ""));
+    let Some((gpu, others)) = text.split_once(',') else { return Ok((text, Vec::new())) };
     let mut found = Vec::new();
-    for other in others.split(',').filter(|_| text.contains(',')) {
+    for other in others.split(',') {
         match other.parse::<IpAddr>() {
             Ok(ip) if found.len() + 1 < MAX_ADDRESSES => found.push(ip),
             Ok(_) => bail!(InvalidArgument, "more than {MAX_ADDRESSES} addresses behind a GPU"),
