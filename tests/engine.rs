@@ -160,17 +160,15 @@ fn a_rate_limits_what_an_engine_sends_to_a_peer() {
         assert!(written.1 && read.1 && back.1);
         [written.0, read.0, back.0]
     };
-    let slow = rates(RATE);
-    assert!(slow[..2].iter().all(|&rate| rate < 1.25 * RATE as f64), "{slow:?} bytes a second, limited to {RATE}");
     // The limit is the reason: what it does not limit is faster, and so is a higher limit. A busy machine may be slower than both, for a time.
-    let above = |rate: f64, limited: f64| rate > 1.25 * limited;
     let mut seen = Vec::new();
     let faster = (0..3).any(|_| {
-        let fast = rates(4 * RATE);
-        seen.push(fast);
-        above(fast[0], slow[0]) && above(fast[1], slow[1]) && above(fast[2].max(slow[2]), slow[0])
+        let (slow, fast) = (rates(RATE), rates(4 * RATE));
+        assert!(slow[..2].iter().all(|&rate| rate < 1.25 * RATE as f64), "{slow:?} bytes a second, limited to {RATE}");
+        seen.push((slow, fast));
+        slow[2] > 2.0 * slow[0] && fast[0] > 2.0 * slow[0] && fast[1] > 2.0 * slow[1]
     });
-    assert!(faster, "{slow:?} and {seen:?} bytes a second");
+    assert!(faster, "{seen:?} bytes a second");
 }
 
 #[test]

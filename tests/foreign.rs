@@ -839,7 +839,19 @@ fn slow_close() {
     settles("comms are closed", COMMS, 0);
 }
 
+/// A busy machine slows the fast NIC, too, for a time.
 fn slow_nic() {
+    let mut seen = Vec::new();
+    let spared = (0..3).any(|_| {
+        let shares = shares_of_nics();
+        seen.push(shares);
+        shares.iter().all(|&(fast, slow)| slow > 0 && fast > 4 * slow)
+    });
+    assert!(spared, "bytes over the fast NIC, and over the slow one: {seen:?}");
+}
+
+/// Moves bytes both ways over two connections. The bytes of each over its fast NIC, and over its slow one.
+fn shares_of_nics() -> [(u64, u64); 2] {
     let (a, b) = (engine(), engine());
     let (out, inc) = pair(&a, &b);
     let len = 16 << 20;
@@ -851,17 +863,16 @@ fn slow_nic() {
         (a.register(here.as_mut_ptr() as usize, len).expect("near"), b.register(there.as_mut_ptr() as usize, len).expect("far"));
     both_ways(&out, (&mut here, near), &b, (&mut there, far));
     both_ways(&inc, (&mut there, far), &a, (&mut here, near));
-    for connection in [&out, &inc] {
+    let shares = [&out, &inc].map(|connection| {
         let channels = connection.stats().expect("statistics").channels;
         assert!(channels.iter().all(|channel| !channel.lost), "{channels:?}");
         let over =
             |nic: &str| -> u64 { channels.iter().filter(|channel| channel.nic == nic).map(|channel| channel.sent_bytes).sum() };
-        let (fast, slow) = (over("eth1"), over("eth2"));
-        // Where cores are few, other programs slow the fast one as well.
-        assert!(slow > 0 && 2 * fast > 3 * slow, "{fast} bytes over the fast NIC, {slow} over the slow one");
-    }
+        (over("eth1"), over("eth2"))
+    });
     drop((out, inc, a, b));
     settles("comms are closed", COMMS, 0);
+    shares
 }
 
 /// Two processes send to each other, and one closes its end in the middle, this one in every other round; or the network resets all of their

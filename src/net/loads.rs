@@ -162,7 +162,7 @@ mod tests {
         // From now on at once, without a second init.
         let before = Instant::now();
         assert!((0..100).all(|_| loads.once(&name("one"), SHORT, || panic!("a second init")).is_err()));
-        assert!(before.elapsed() < 10 * SHORT);
+        assert!(before.elapsed() < SHORT);
         assert_eq!(loads.once(&None, SHORT, || Ok(Work::Here(Box::new(|| Ok(1))))), Ok(1), "another plugin");
         // One with more time gets it.
         let waits = std::thread::spawn(move || loads.once(&name("one"), LONG, || panic!("a second init")));
