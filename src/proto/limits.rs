@@ -232,4 +232,54 @@ mod tests {
         assert!(answers(MAX_ANSWERS).is_ok());
         assert_eq!(answers(MAX_ANSWERS + 1).unwrap_err().kind(), ErrorKind::Resource);
     }
+
+    #[test]
+    fn what_is_kept_for_a_peer_counts_against_the_budget_and_is_given_back() {
+        let pool = Pool::new(usize::MAX, usize::MAX, usize::MAX);
+        let mut load = PeerLoad::new(Share::new(&pool.account([127, 0, 0, 1].into())));
+        let used = |pool: &Pool| pool.used().0;
+        assert_eq!(used(&pool), 0);
+        load.chunks(MANY_CHUNKS - 1).unwrap();
+        load.arriving(2 * MAX_EAGER).unwrap();
+        load.answers(MAX_EAGER - 1).unwrap();
+        assert_eq!(used(&pool), 0, "small amounts are not counted");
+        load.chunks(MANY_CHUNKS).unwrap();
+        assert_eq!(used(&pool), MANY_CHUNKS * CHUNK_BYTES);
+        load.chunks(3 * MANY_CHUNKS - 1).unwrap();
+        assert_eq!(used(&pool), 2 * MANY_CHUNKS * CHUNK_BYTES);
+        load.chunks(0).unwrap();
+        load.arriving(2 * MAX_EAGER + 1).unwrap();
+        assert_eq!(used(&pool), 2 * MAX_EAGER + 1);
+        load.arriving(0).unwrap();
+        load.answers(MAX_EAGER).unwrap();
+        assert_eq!(used(&pool), MAX_EAGER);
+        load.answers(0).unwrap();
+        load.begin(1, 10).unwrap().unwrap();
+        assert_eq!(used(&pool), TRANSFER_BYTES + 10 * size_of::<Segment>());
+        load.without_list(10);
+        assert_eq!((used(&pool), load.load()), (TRANSFER_BYTES, (1, 0)));
+        load.ended(0);
+        assert_eq!((used(&pool), load.load()), (0, (0, 0)));
+    }
+
+    #[test]
+    fn a_transfer_without_room_is_refused_and_counts_until_it_has_ended() {
+        let pool = Pool::new(usize::MAX, usize::MAX, 1);
+        let mut load = PeerLoad::new(Share::new(&pool.account([127, 0, 0, 1].into())));
+        load.begin(1, 2).unwrap().unwrap();
+        assert_eq!(load.begin(2, 5).unwrap().unwrap_err().kind(), ErrorKind::Resource);
+        assert_eq!(load.load(), (2, 2), "its list is not kept");
+        load.ended_without_room();
+        assert_eq!(load.load(), (1, 2));
+        load.ended(2);
+        assert!(load.begin(3, 5).unwrap().is_ok());
+    }
+
+    #[test]
+    fn a_peer_has_named_the_transfers_up_to_its_last() {
+        let mut load = unloaded();
+        assert!(!load.has_named(0) && !load.has_named(1));
+        load.begin(5, 1).unwrap().unwrap();
+        assert_eq!([0, 1, 5, 6].map(|id| load.has_named(id)), [false, true, true, false]);
+    }
 }
