@@ -86,7 +86,10 @@ mod tests {
         vec![stretch(7, 1000, 50_000), stretch(8, 1100, 20_000), stretch(9, 1300, 70_000)]
     }
 
-    fn located(stretches: &[Stretch], src: u64, len: u64) -> Result<(Vec<(u64, u64, u64)>, Vec<u32>)> {
+    /// Pieces as source, destination and length, and the exports.
+    type Located = (Vec<(u64, u64, u64)>, Vec<u32>);
+
+    fn located(stretches: &[Stretch], src: u64, len: u64) -> Result<Located> {
         let before = Piece { src: 1, dst: 2, len: 3 };
         let (mut pieces, mut exports) = (vec![before, Piece { src, dst: 5, len }], Vec::new());
         locate(&mut pieces, 1, stretches, |id| exports.push(id))?;
