@@ -95,8 +95,20 @@ pub fn send(connection: BorrowedFd<'_>, binding: u32, offset: usize, length: usi
     })
 }
 
-/// Reads which calls of `send` on the connection have ended. They end in any order.
+/// Reads which calls of `send` on the connection have ended. They end in any order. The kernel may call some of them copied though they were
+/// not, after the NIC was down: they have ended all the same.
 pub fn completed(connection: BorrowedFd<'_>, calls: &mut Calls) -> io::Result<()> {
+    while let Some(error) = next_completion(connection)? {
+        if error.ee_origin != ORIGIN_ZEROCOPY {
+            return Err(io::Error::from_raw_os_error(error.ee_errno as i32));
+        }
+        calls.end(error.ee_info, error.ee_data).map_err(|_| io::ErrorKind::InvalidData)?;
+    }
+    Ok(())
+}
+
+/// The next entry of the error queue.
+fn next_completion(connection: BorrowedFd<'_>) -> io::Result<Option<libc::sock_extended_err>> {
     loop {
         let mut control = [0u64; 16];
         // SAFETY: all zeros is a message without anything.
@@ -105,21 +117,16 @@ pub fn completed(connection: BorrowedFd<'_>, calls: &mut Calls) -> io::Result<()
         message.msg_controllen = std::mem::size_of_val(&control);
         // SAFETY: control is exclusively ours during the call.
         match returned(unsafe { libc::recvmsg(connection.as_raw_fd(), &mut message, libc::MSG_ERRQUEUE | libc::MSG_DONTWAIT) }) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
             other => other?,
         };
         // SAFETY: the kernel has filled control with one whole message, if any.
-        let error = unsafe {
+        unsafe {
             let head = libc::CMSG_FIRSTHDR(&message);
-            if head.is_null() {
-                continue;
+            if !head.is_null() {
+                return Ok(Some(libc::CMSG_DATA(head).cast::<libc::sock_extended_err>().read_unaligned()));
             }
-            libc::CMSG_DATA(head).cast::<libc::sock_extended_err>().read_unaligned()
-        };
-        if error.ee_origin != ORIGIN_ZEROCOPY {
-            return Err(io::Error::from_raw_os_error(error.ee_errno as i32));
         }
-        calls.end(error.ee_info, error.ee_data).map_err(|_| io::ErrorKind::InvalidData)?;
     }
 }
 
@@ -131,6 +138,44 @@ pub(crate) fn returned(value: isize) -> io::Result<usize> {
 mod tests {
     use super::*;
     use crate::control::Fragment;
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsFd;
+
+    const CALLED_COPIED: u8 = 1;
+
+    /// Sends without a copy where the kernel can, and waits for the completion.
+    fn send_host_memory(connection: BorrowedFd<'_>, calls: &mut Calls) {
+        static BYTES: [u8; 4096] = [1; 4096];
+        let mut poll = libc::pollfd { fd: connection.as_raw_fd(), events: 0, revents: 0 };
+        // SAFETY: the bytes and the entry outlive the calls.
+        let (sent, ready) = unsafe {
+            (libc::send(poll.fd, BYTES.as_ptr().cast(), BYTES.len(), libc::MSG_ZEROCOPY), libc::poll(&mut poll, 1, 10_000))
+        };
+        assert_eq!((sent, ready, poll.revents), (4096, 1, libc::POLLERR));
+        calls.add();
+    }
+
+    /// The loopback interface copies every packet that was to be sent without a copy, and the kernel says so.
+    #[test]
+    fn a_call_that_the_kernel_says_it_copied_has_ended() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let here = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let _there = listener.accept().unwrap();
+        let (connection, on, mut calls) = (here.as_fd(), 1i32, Calls::default());
+        // SAFETY: an int of that size.
+        let set =
+            unsafe { libc::setsockopt(connection.as_raw_fd(), libc::SOL_SOCKET, libc::SO_ZEROCOPY, (&raw const on).cast(), 4) };
+        assert_eq!(set, 0);
+
+        send_host_memory(connection, &mut calls);
+        let first = next_completion(connection).unwrap().expect("a completion");
+        assert_eq!((first.ee_origin, first.ee_code), (ORIGIN_ZEROCOPY, CALLED_COPIED));
+        calls.end(first.ee_info, first.ee_data).unwrap();
+
+        send_host_memory(connection, &mut calls);
+        completed(connection, &mut calls).unwrap();
+        assert!(calls.all_ended());
+    }
 
     #[test]
     fn pieces_are_as_long_as_the_call_says() {

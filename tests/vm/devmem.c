@@ -496,8 +496,16 @@ static int connect_to(const struct options *options)
 	return stream;
 }
 
-/* Waits up to `milliseconds` for completions; returns how many calls of sendmsg() are complete. */
-static uint32_t completed(int stream, uint32_t before, int milliseconds)
+/* Calls of sendmsg() with device memory: accepted, complete, refused, and of the complete ones those that the kernel called copied. */
+struct calls {
+	uint32_t made, done, refused, called_copied;
+};
+
+/*
+ * Waits up to `milliseconds` for completions. No kernel copies device memory. Once a call was refused for lack of a route, the kernel may
+ * say of earlier calls, whose packets were not sent yet, that it copied them: see README.md.
+ */
+static void complete(int stream, struct calls *calls, int milliseconds)
 {
 	struct pollfd polled = {.fd = stream};
 	uint8_t control[256];
@@ -512,13 +520,15 @@ static uint32_t completed(int stream, uint32_t before, int milliseconds)
 			memcpy(&error, CMSG_DATA(head), sizeof(error));
 			if (error.ee_origin != SO_EE_ORIGIN_ZEROCOPY)
 				fail("send: %s", strerror(error.ee_errno));
-			if (error.ee_code & SO_EE_CODE_ZEROCOPY_COPIED)
-				fail("send: the kernel copied device memory");
-			if (error.ee_data + 1 > before)
-				before = error.ee_data + 1;
+			if (error.ee_code & SO_EE_CODE_ZEROCOPY_COPIED) {
+				if (!calls->refused)
+					fail("send: the kernel says that it copied device memory, and has refused no call");
+				calls->called_copied += error.ee_data + 1 - error.ee_info;
+			}
+			if (error.ee_data + 1 > calls->done)
+				calls->done = error.ee_data + 1;
 		}
 	}
-	return before;
 }
 
 /* Something is to happen in the middle of a transfer: the sender waits for a file that says so. */
@@ -551,15 +561,16 @@ static void send_device(struct options *options, int stream)
 	size_t stride = options->chunk + 4096, slots = options->area / stride, sent = 0;
 	struct area area = make_area(options->area);
 	double until = now() + options->limit;
-	uint32_t binding, refused = 0, unreachable = 0, invalid = 0, calls = 0, done = 0, *last = calloc(slots, sizeof(*last));
+	uint32_t binding, unreachable = 0, invalid = 0, *last = calloc(slots, sizeof(*last));
+	struct calls calls = {};
 
 	bind_area(options, &area, BIND_TX, &binding);
 	printf("sends from %zu bytes, binding %u\n", area.size, binding);
 	for (size_t slot = 0; sent < options->bytes; slot = (slot + 1) % slots) {
 		size_t begin = slot * stride + (slot * 613 + 7) % 4096, length = options->bytes - sent < options->chunk ? options->bytes - sent : options->chunk;
 
-		while (done < last[slot])
-			done = completed(stream, done, 1000);
+		while (calls.done < last[slot])
+			complete(stream, &calls, 1000);
 		memcpy(area.bytes + begin, expected(options->stream, sent), length);
 		for (size_t put = 0; put < length;) {
 			uint8_t control[CMSG_SPACE(sizeof(uint32_t))] = {};
@@ -574,13 +585,13 @@ static void send_device(struct options *options, int stream)
 			memcpy(CMSG_DATA(head), &binding, sizeof(binding));
 			accepted = sendmsg(stream, &message, MSG_ZEROCOPY | MSG_NOSIGNAL);
 			if (accepted < 0 && errno == ENOBUFS) {
-				done = completed(stream, done, 1000);
+				complete(stream, &calls, 1000);
 				continue;
 			}
-			if (accepted < 0 && (errno == ENODEV || errno == EHOSTUNREACH || (errno == EINVAL && refused)) && now() < until) {
+			if (accepted < 0 && (errno == ENODEV || errno == EHOSTUNREACH || (errno == EINVAL && calls.refused)) && now() < until) {
 				unreachable += errno == EHOSTUNREACH;
 				invalid += errno == EINVAL;
-				if (!refused++)
+				if (!calls.refused++)
 					seek_route(stream);
 				usleep(50000);
 				continue;
@@ -588,17 +599,17 @@ static void send_device(struct options *options, int stream)
 			if (accepted < 0)
 				fail("sendmsg after %zu bytes: %m", sent + put);
 			put += accepted;
-			calls++;
+			calls.made++;
 		}
-		last[slot] = calls;
+		last[slot] = calls.made;
 		sent += length;
-		done = completed(stream, done, 0);
+		complete(stream, &calls, 0);
 		pause_once(options, sent);
 	}
-	while (done < calls)
-		done = completed(stream, done, 1000);
-	printf("note: %u calls of sendmsg complete, %u refused and made again: %u ENODEV, %u EHOSTUNREACH, %u EINVAL\n", calls, refused,
-	       refused - unreachable - invalid, unreachable, invalid);
+	while (calls.done < calls.made)
+		complete(stream, &calls, 1000);
+	printf("note: %u calls of sendmsg complete, %u of them called copied, %u refused and made again: %u ENODEV, %u EHOSTUNREACH, %u EINVAL\n", calls.made,
+	       calls.called_copied, calls.refused, calls.refused - unreachable - invalid, unreachable, invalid);
 }
 
 static int transmit(struct options *options)

@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use nccl_net_abi::NCCL_SYSTEM_ERROR;
 
 use crate::ledger::Failure;
+use crate::logger::Limited;
 
 /// Fails if a connection has ended. Its error queue does not count: it is how the kernel says that sends have ended.
 pub fn check_open(connection: BorrowedFd<'_>) -> Result<(), Failure> {
@@ -29,7 +30,10 @@ pub fn check_open(connection: BorrowedFd<'_>) -> Result<(), Failure> {
 
 /// Ends a connection at once: what is not acknowledged is not sent again. The descriptor stays. A connection that has ended is left so.
 pub fn reset(connection: BorrowedFd<'_>) {
-    let _ = process::reset(connection);
+    static LINE: Limited = Limited::new();
+    if let Err(e) = process::reset(connection) {
+        LINE.warn(&format!("a payload connection of device memory may still send, and hold a part of its area: the kernel does not reset it: {e}"));
+    }
 }
 
 #[cfg(test)]

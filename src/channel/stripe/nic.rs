@@ -74,7 +74,7 @@ pub(crate) struct Flow {
     /// Time with bytes to send or to be acknowledged, and the part of it in which the peer's receive window held them up.
     pub busy: Duration,
     pub limited: Duration,
-    /// Zero while unknown.
+    /// The shortest seen; zero while unknown.
     pub round_trip: Duration,
     /// The kernel's counters say so, and this is their unit of time; without, a byte counts as acknowledged when its chunk is done.
     pub tick: Option<Duration>,
@@ -89,7 +89,8 @@ impl Flow {
             in_flight: self.in_flight.max(other.in_flight),
             busy: self.busy + other.busy,
             limited: self.limited + other.limited,
-            round_trip: self.round_trip.max(other.round_trip),
+            // A channel whose set-up waited in a full queue has seen no shorter one than that.
+            round_trip: [self.round_trip, other.round_trip].into_iter().filter(|time| !time.is_zero()).min().unwrap_or_default(),
             tick: self.tick.zip(other.tick).map(|(a, b)| a.max(b)),
         }
     }
@@ -244,8 +245,11 @@ impl Nic {
         self.postponed = Some(now);
     }
 
-    /// Its channels were closed because it was stuck: nothing but the speed is known.
+    /// Its channels were closed because it was stuck: nothing but the speed is known. What they have sent still lies in queues, and a
+    /// probe behind it would show nothing else.
     pub(crate) fn emptied(&mut self, now: Instant) {
+        let drained = Duration::from_secs_f64(self.drain().min(PROBE_MOST.as_secs_f64()));
+        self.probes.pause = self.probes.pause.max(drained);
         self.probes.tried = Some(now);
         self.restart();
     }
@@ -733,6 +737,26 @@ mod tests {
             nic.look(chunks(16 << 10, 0), Duration::ZERO, at(start, first + 60));
             let next = nic.load(at(start, first + 61)).probe.is_some_and(|probe| probe.at_any_cost);
             assert_eq!(next, quick, "{first} ms");
+        }
+    }
+
+    #[test]
+    fn a_probe_waits_for_the_queues_that_closed_channels_leave_behind() {
+        let start = Instant::now();
+        for (backlog, seconds) in [(50_000, 0), (2_000_000, 2), (1 << 30, 4)] {
+            let mut nic = measured(start);
+            nic.look(flow(200_000, backlog), Duration::ZERO, at(start, 200));
+            nic.emptied(at(start, 200));
+            let next = due(&nic, start, 200) - 200;
+            assert!((1000 * seconds..=1000 * seconds + 600).contains(&next), "{backlog} bytes: after {next} ms");
+        }
+    }
+
+    #[test]
+    fn channels_that_were_set_up_through_a_full_queue_do_not_make_the_round_trip_longer() {
+        let trip = |ms| Flow { round_trip: Duration::from_millis(ms), ..Flow::default() };
+        for (flows, shortest) in [([3, 900], 3), ([900, 3], 3), ([0, 3], 3), ([3, 0], 3), ([0, 0], 0)] {
+            assert_eq!(trip(flows[0]).and(trip(flows[1])).round_trip, Duration::from_millis(shortest), "{flows:?}");
         }
     }
 

@@ -17,6 +17,9 @@ const MIB: u64 = 1 << 20;
 const KERNEL_TICK_US: u64 = 4000;
 /// The shortest retransmission timeout.
 const TIMEOUT_US: u64 = 200_000;
+/// The round trip of a NIC with an empty queue, and what a queue holds at most.
+const ROUND_TRIP_US: u64 = 100;
+const QUEUE: u64 = 128 << 10;
 
 struct SimulatedChannel {
     nic: usize,
@@ -27,6 +30,8 @@ struct SimulatedChannel {
     buffer: u64,
     /// Time with such bytes since the last look.
     busy_us: u64,
+    /// The shortest round trip that it has seen; its set-up is the first.
+    round_trip_us: u64,
 }
 
 struct SimulatedNic {
@@ -37,6 +42,8 @@ struct SimulatedNic {
     bucket: u64,
     sent: u64,
     turn: usize,
+    /// Bytes of closed channels in the queue before the shaper: they pass before all others.
+    queue: u64,
     /// On average it loses one segment of so many in a way that only the retransmission timer notices; 0: none. Until when it waits for that.
     loses: u64,
     random: u64,
@@ -74,11 +81,19 @@ impl World {
             bucket: 128 << 10,
             sent: 0,
             turn: 0,
+            queue: 0,
             loses: 0,
             random: 1,
             waits_us: 0,
         };
-        let channel = |i| SimulatedChannel { nic: i % mbits.len(), chunks: VecDeque::new(), queued: 0, buffer: 0, busy_us: 0 };
+        let channel = |i| SimulatedChannel {
+            nic: i % mbits.len(),
+            chunks: VecDeque::new(),
+            queued: 0,
+            buffer: 0,
+            busy_us: 0,
+            round_trip_us: ROUND_TRIP_US,
+        };
         World {
             start: Instant::now(),
             us: 0,
@@ -98,11 +113,17 @@ impl World {
         let now = self.now();
         for (n, learned) in self.learned.iter_mut().enumerate() {
             if learned.due(now) {
-                let backlog = self.channels.iter().filter(|c| c.nic == n).map(|c| c.queued + c.buffer).sum();
                 let busy =
                     self.channels.iter_mut().filter(|c| c.nic == n).map(|c| std::mem::take(&mut c.busy_us)).max().unwrap_or(0);
                 let tick = Some(Duration::from_micros(KERNEL_TICK_US));
-                let flow = Flow { acknowledged: self.nics[n].sent, backlog, tick, ..Flow::default() };
+                let flow = |c: &SimulatedChannel| Flow {
+                    backlog: c.queued + c.buffer,
+                    round_trip: Duration::from_micros(c.round_trip_us),
+                    tick,
+                    ..Flow::default()
+                };
+                let all = Flow { acknowledged: self.nics[n].sent, tick, ..Flow::default() };
+                let flow = self.channels.iter().filter(|c| c.nic == n).map(flow).fold(all, Flow::and);
                 learned.look(flow, Duration::from_micros(busy), now);
             }
         }
@@ -140,12 +161,15 @@ impl World {
         let Some((nic, _)) = stuck(&self.learned, |_| true, now) else { return 0 };
         self.learned[nic].emptied(now);
         self.relieved += 1;
-        let mine = self.channels.iter_mut().filter(|channel| channel.nic == nic);
-        mine.map(|channel| {
-            channel.chunks.clear();
-            std::mem::take(&mut channel.queued) + std::mem::take(&mut channel.buffer)
-        })
-        .sum()
+        let mine = || self.channels.iter().filter(|channel| channel.nic == nic && channel.queued + channel.buffer > 0);
+        let (again, buffers) = mine().fold((0, 0), |(all, buffers), c| (all + c.queued + c.buffer, buffers + c.buffer));
+        let state = &mut self.nics[nic];
+        state.queue = (state.queue + buffers).min(QUEUE);
+        let round_trip_us = ROUND_TRIP_US + state.queue * 1_000_000 / state.rate;
+        for channel in self.channels.iter_mut().filter(|channel| channel.nic == nic && channel.queued + channel.buffer > 0) {
+            *channel = SimulatedChannel { chunks: VecDeque::new(), queued: 0, buffer: 0, busy_us: 0, round_trip_us, nic };
+        }
+        again
     }
 
     /// Advances the time by one step; returns whether a chunk was sent.
@@ -158,6 +182,8 @@ impl World {
             nic.tokens = (nic.tokens + nic.rate * STEP_US).min(nic.bucket.max(nic.rate * STEP_US / 1_000_000 + 1) * 1_000_000);
             let mut mine: Vec<&mut SimulatedChannel> = self.channels.iter_mut().filter(|c| c.nic == n).collect();
             let channels = mine.len();
+            let old = nic.queue.min(nic.tokens / 1_000_000);
+            (nic.queue, nic.tokens) = (nic.queue - old, nic.tokens - old * 1_000_000);
             let mut idle = 0;
             while nic.tokens >= 1_000_000 && idle < channels && nic.waits_us <= self.us {
                 nic.turn += 1;
@@ -171,6 +197,9 @@ impl World {
                 channel.buffer -= segment;
                 nic.tokens -= segment * 1_000_000;
                 nic.sent += segment;
+                if segment > 0 {
+                    channel.round_trip_us = ROUND_TRIP_US;
+                }
             }
         }
         let mut gone = false;
@@ -344,16 +373,16 @@ fn rates(world: &mut World, bytes: u64, seconds: u64) -> (f64, f64) {
 #[test]
 fn simulated_nics_that_become_slow_cost_nothing_after_two_seconds() {
     for (fast, nics) in [(1000, 2), (10_000, 2), (40_000, 2), (1000, 4), (40_000, 4)] {
-        for slow in [1, 5, 20, 100] {
+        for (slow, channels) in [1, 5, 20, 100].into_iter().flat_map(|slow| [(slow, 1), (slow, 4)]) {
             for (buffer, bytes) in [(1 << 20, 8 * MIB), (4 << 20, 8 * MIB), (4 << 20, MIB), (4 << 20, 64 * MIB)] {
                 let what = format!(
-                    "{nics} NICs of {fast} Mbit/s, half of them {slow} then, buffers of {} KiB, {} MiB",
+                    "{nics} NICs of {fast} Mbit/s with {channels} channels each, half of them {slow} then, buffers of {} KiB, {} MiB",
                     buffer >> 10,
                     bytes / MIB
                 );
-                let mut alone = World::new(&vec![fast; nics / 2], 1, buffer);
+                let mut alone = World::new(&vec![fast; nics / 2], channels, buffer);
                 let best = rates(&mut alone, bytes, 1).0;
-                let mut world = World::new(&vec![fast; nics], 1, buffer);
+                let mut world = World::new(&vec![fast; nics], channels, buffer);
                 let before = rates(&mut world, bytes, 1).0;
                 world.nics.iter_mut().skip(nics / 2).for_each(|nic| nic.rate = mbit(slow));
                 let (first, _) = rates(&mut world, bytes, 2);
@@ -413,7 +442,8 @@ fn simulated_nics_that_were_interrupted_carry_data_again_within_five_seconds() {
             }
             world.nics[1].rate = mbit(fast);
             let (healed, sent) = (world.us, world.nics[1].sent);
-            while world.nics[1].sent - sent < 200_000 {
+            // Several probes, of which a transfer of 1 MiB makes one.
+            while world.nics[1].sent - sent < 64 << 10 {
                 world.transfer(bytes);
             }
             println!("{what}: after {:.1} s", (world.us - healed) as f64 / 1e6);

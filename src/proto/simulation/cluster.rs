@@ -22,6 +22,8 @@ use std::time::{Duration, Instant};
 
 /// Memory that all peers of an engine may use, one of them, and their transfers.
 const PEER_BYTES: [usize; 3] = [256 << 20, 128 << 20, 1 << 20];
+/// How long after a loss, and after an attempt without success, lost channels are set up again: the first pause of an engine.
+const RETRY: u64 = 200_000_000;
 /// Every so many polls a machine is audited.
 const AUDIT: u64 = 32;
 
@@ -65,10 +67,32 @@ pub(super) struct Link {
     control: [Box<Stream>; 2],
     /// When each side's next tick is due.
     ticks: [u64; 2],
+    /// An attempt to restore lost channels is due.
+    retries: bool,
     open: [Vec<Open>; 2],
     ended: [u64; 2],
     held: [Held; 2],
     notified: [bool; 2],
+}
+
+impl Link {
+    /// Sets channels up again, which takes no time. The side that has connected begins.
+    ///
+    /// # Errors
+    /// The other side does not know of a loss yet.
+    fn restore(&mut self, channels: &[u16], now: Instant) -> Result<(), Error> {
+        let [connector, listener] = &mut self.sides;
+        let number = connector.machine.begin_restore(channels, None)?;
+        listener.machine.begin_restore(channels, Some(number))?;
+        for &channel in channels {
+            let wires = self.net.lock().string();
+            for (which, side) in self.sides.iter_mut().enumerate() {
+                self.net.lock().restore(channel.into(), which, wires);
+                side.machine.restore(channel, number, &mut side.channels, now).expect("a set-up that has begun");
+            }
+        }
+        Ok(())
+    }
 }
 
 /// What a scenario is notified of.
@@ -109,13 +133,18 @@ pub(super) struct Cluster {
     broken: Option<String>,
 }
 
-fn flow_of(link: usize, generation: u64, channel: usize, side: usize) -> Flow {
-    generation << 48 | (link as u64) << 16 | (channel as u64) << 1 | side as u64
+/// `wires`: those that the channel has now. A restored one has others.
+fn flow_of(link: usize, generation: u64, channel: usize, wires: usize, side: usize) -> Flow {
+    generation << 48 | (link as u64) << 28 | (wires as u64) << 12 | (channel as u64) << 1 | side as u64
 }
 
 /// The connection, its generation, the channel and the side of a flow.
 fn parts_of(flow: Flow) -> (usize, u64, usize, usize) {
-    ((flow >> 16) as usize & 0xFFFF_FFFF, flow >> 48, (flow as usize & 0xFFFF) >> 1, flow as usize & 1)
+    ((flow >> 28) as usize & 0xF_FFFF, flow >> 48, (flow >> 1) as usize & 0x7FF, flow as usize & 1)
+}
+
+fn wires_of(flow: Flow) -> usize {
+    (flow >> 12) as usize & 0xFFFF
 }
 
 impl Cluster {
@@ -172,6 +201,7 @@ impl Cluster {
             generation: self.links.get(place).map_or(0, |old| (old.generation + 1) & 0xFFFF),
             control: [0, 1].map(|side| Box::new(Stream::new(packet, (self.connected << 8) + 254 + side))),
             ticks: [u64::MAX; 2],
+            retries: false,
             open: Default::default(),
             ended: [0; 2],
             held: [Held::default(); 2],
@@ -345,8 +375,44 @@ impl Cluster {
                     self.poll((link, side));
                 }
             }
+            Event::Retry(flow) => {
+                let (link, generation, ..) = parts_of(flow);
+                if self.links[link].generation == generation {
+                    self.links[link].retries = false;
+                    self.restore(link);
+                }
+            }
             Event::Call(token) => self.happened.push_back(Happened::Called(token)),
         }
+    }
+
+    /// Another attempt follows later.
+    fn retry(&mut self, place: usize) {
+        if !std::mem::replace(&mut self.links[place].retries, true) {
+            let flow = flow_of(place, self.links[place].generation, 0, 0, 0);
+            self.fabric.at(self.fabric.now + RETRY, Event::Retry(flow));
+        }
+    }
+
+    /// Sets lost channels up again whose NICs are up at both ends.
+    fn restore(&mut self, place: usize) {
+        let (now, connector) = (self.now(), &self.links[place].sides[0].machine);
+        let lost = |&channel: &u16| connector.dead().is_none() && connector.is_lost(channel);
+        let (up, down): (Vec<u16>, Vec<u16>) = (0..self.channels() as u16).filter(lost).partition(|&channel| {
+            let (from, to) = self.way(self.flow((place, 0), channel.into()));
+            !self.fabric.nics[from].down && !self.fabric.nics[to].down
+        });
+        let refused = !up.is_empty() && self.links[place].restore(&up, now).is_err();
+        if refused || !down.is_empty() {
+            self.retry(place);
+        }
+        [0, 1].into_iter().for_each(|side| self.poll((place, side)));
+    }
+
+    fn flow(&self, (place, side): End, channel: usize) -> Flow {
+        let link = &self.links[place];
+        let wires = if channel == self.channels() { 0 } else { link.net.lock().wires_of(channel, side) };
+        flow_of(place, link.generation, channel, wires, side)
     }
 
     /// The NICs that a flow leaves and reaches.
@@ -368,6 +434,9 @@ impl Cluster {
             return Some(look(&mut link.control[side], read));
         }
         let mut net = link.net.lock();
+        if net.wires_of(channel, side) != wires_of(flow) {
+            return None;
+        }
         let wire = net.wire(channel, side);
         let read = wire.read();
         if wire.failed {
@@ -498,12 +567,14 @@ impl Cluster {
         if fresh > 0 {
             sender.offer(fresh, ns);
         }
-        let generation = link.generation;
         for channel in 0..=channels {
-            self.want(flow_of(place, generation, channel, side));
+            self.want(self.flow((place, side), channel));
             if arrives {
-                self.want(flow_of(place, generation, channel, 1 - side));
+                self.want(self.flow((place, 1 - side), channel));
             }
+        }
+        if side == 0 && self.links[place].sides[0].machine.has_lost() {
+            self.retry(place);
         }
         self.look((place, side));
         self.plan_tick((place, side));
@@ -530,7 +601,7 @@ impl Cluster {
         let due = due.max(self.fabric.now);
         if due < link.ticks[side] {
             link.ticks[side] = due;
-            let flow = flow_of(place, link.generation, 0, side);
+            let flow = flow_of(place, link.generation, 0, 0, side);
             self.fabric.at(due, Event::Tick(flow));
         }
     }

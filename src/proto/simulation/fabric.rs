@@ -49,6 +49,8 @@ pub(super) enum Event {
     Timer(Flow),
     /// A side asked for a tick.
     Tick(Flow),
+    /// Lost channels of a connection are to be set up again.
+    Retry(Flow),
     /// The scenario asked for a call.
     Call(u64),
 }

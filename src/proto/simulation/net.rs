@@ -203,6 +203,8 @@ pub(super) struct Net {
     positions: Arc<Mutex<Positions>>,
     /// When the simulation began.
     start: Instant,
+    /// Bytes of a packet and the seed, where TCP is under the channels.
+    tcp: Option<(u64, u64)>,
 }
 
 impl Net {
@@ -220,6 +222,7 @@ impl Net {
             closed: [false; 2],
             positions: Arc::default(),
             start: Instant::now(),
+            tcp: None,
         }
     }
 
@@ -230,10 +233,17 @@ impl Net {
 
     /// Puts TCP under the channels.
     pub(super) fn over_tcp(mut self, packet: u64, seed: u64) -> Net {
-        for (number, wire) in self.wires.iter_mut().flatten().enumerate() {
-            wire.stream = Some(Box::new(Stream::new(packet, seed << 8 | number as u64)));
-        }
+        self.tcp = Some((packet, seed));
+        (0..self.wires.len()).for_each(|wire| self.connect(wire));
         self
+    }
+
+    /// Makes the TCP connections of new wires.
+    fn connect(&mut self, wire: usize) {
+        let Some((packet, seed)) = self.tcp else { return };
+        for (side, wires) in self.wires[wire].iter_mut().enumerate() {
+            wires.stream = Some(Box::new(Stream::new(packet, seed << 8 | (2 * wire + side) as u64)));
+        }
     }
 
     /// Nanoseconds since the simulation began.
@@ -265,7 +275,14 @@ impl Net {
     /// New wires, for a channel that is being restored.
     pub(super) fn string(&mut self) -> usize {
         self.wires.push(Default::default());
-        self.wires.len() - 1
+        let wire = self.wires.len() - 1;
+        self.connect(wire);
+        wire
+    }
+
+    /// Which wires a side uses for a channel.
+    pub(super) fn wires_of(&self, channel: usize, side: usize) -> usize {
+        self.ends[channel][side].wire
     }
 
     /// A side takes such wires in place of its closed end of a channel.
@@ -554,8 +571,6 @@ impl Path for SimulatedPath {
             if let Some(why) = end.failed.clone().filter(|_| !end.closed) {
                 end.closed = true;
                 net.close(self.first + number, self.side);
-                let nic = (self.first + number) % net.nics;
-                self.nics.get_mut(nic).into_iter().for_each(Nic::restart);
                 events.push(Event::Closed(number as u16, why));
                 continue;
             }
@@ -581,7 +596,10 @@ impl Path for SimulatedPath {
     }
 
     fn change(&mut self, channel: usize, change: Change) -> Result<()> {
-        let end = &mut self.net.lock().ends[self.first + channel][self.side];
+        let mut net = self.net.lock();
+        let nics = net.nics;
+        let end = &mut net.ends[self.first + channel][self.side];
+        let closes = matches!(change, Change::Close(_));
         match change {
             Change::Close(why) => {
                 end.failed.get_or_insert(why);
@@ -589,6 +607,12 @@ impl Path for SimulatedPath {
             Change::Restore(_) => bail!(Internal, "simulated: comms of a plugin"),
             // The harness has restored it: see `Net::restore`.
             Change::Open => end.waits = false,
+        }
+        // As the path over a plugin's comms does.
+        match self.nics.get_mut((self.first + channel) % nics) {
+            Some(nic) if closes => *nic = Nic::default(),
+            Some(nic) => nic.restart(),
+            None => {}
         }
         Ok(())
     }

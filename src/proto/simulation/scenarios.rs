@@ -51,9 +51,10 @@ enum Fault {
     /// A host is gone without a word, or its process ends.
     Crash(usize),
     End(usize),
-    /// A NIC of an engine goes down, or is as slow as this.
+    /// A NIC of an engine goes down, comes back, or is as fast as this.
     Down(usize, usize),
-    Slow(usize, usize, u64),
+    Up(usize, usize),
+    Rate(usize, usize, u64),
 }
 
 /// A transfer that the plan starts.
@@ -214,7 +215,8 @@ impl Plan {
                 }
             }
             Fault::Down(engine, nic) => cluster.fabric.nics[engine * width + nic].down = true,
-            Fault::Slow(engine, nic, rate) => cluster.fabric.nics[engine * width + nic].rate = rate,
+            Fault::Up(engine, nic) => cluster.fabric.nics[engine * width + nic].down = false,
+            Fault::Rate(engine, nic, rate) => cluster.fabric.nics[engine * width + nic].rate = rate,
         }
     }
 }
@@ -535,53 +537,62 @@ fn is_sound(engine: usize) -> bool {
     ![2, 5, 8, 9, 13].contains(&(engine % 16))
 }
 
-/// Every engine writes to four others. In the middle, hosts crash, NICs go down and become slow.
+/// Every engine writes to those behind it in a ring by these distances, and they to it.
+const AHEAD: [usize; 4] = [1, 3, 7, 11];
+/// When NICs come back: those that were in use are lost by then.
+const BACK: u64 = 2000 * MS;
+
+/// Plans a write of so many bytes from every side of these connections.
+fn writes(cluster: &mut Cluster, links: &[usize], bytes: usize) -> Plan {
+    let (mut plan, positions) = (Plan::default(), cluster.positions.clone());
+    for (&link, side) in links.iter().flat_map(|link| [(link, 0), (link, 1)]) {
+        let [own, peer] = [side, 1 - side].map(|side| cluster.links[link].engines[side]);
+        let [near, far] = [own, peer].map(|engine| (cluster.engines[engine].reserve(&positions, bytes), 0));
+        // Others are no equals of it.
+        let equal = (is_sound(own) && is_sound(peer)).then_some(own);
+        plan.add(0, (link, side), Direction::Write, vec![Block { near, far, len: bytes }], equal);
+    }
+    plan
+}
+
+/// Every engine writes to four others. In the middle, hosts crash, NICs go down and become slow. The NICs come back, and all hosts that
+/// live write again.
 fn faults(engines: usize, bytes: usize) -> Row {
     let began = Instant::now();
-    let (mut cluster, mut plan) = (Cluster::new(engines, SHARED, shape()), Plan::default());
-    let positions = cluster.positions.clone();
-    for engine in 0..engines {
-        for ahead in [1, 3, 7, 11] {
-            let other = (engine + ahead) % engines;
-            let link = cluster.connect([engine, other]);
-            for side in [0, 1] {
-                let (own, peer) = ([engine, other][side], [engine, other][1 - side]);
-                let (near, far) =
-                    (cluster.engines[own].reserve(&positions, bytes), cluster.engines[peer].reserve(&positions, bytes));
-                // Others are no equals of it.
-                let equal = (is_sound(own) && is_sound(peer)).then_some(own);
-                plan.add(0, (link, side), Direction::Write, vec![Block { near: (near, 0), far: (far, 0), len: bytes }], equal);
-            }
-            if ahead == 1 && engine % engines.div_ceil(CLIENTS) == 0 {
-                plan.clients.add(&mut cluster, (link, 0));
-            }
-        }
+    let mut cluster = Cluster::new(engines, SHARED, shape());
+    let pairs = (0..engines).flat_map(|engine| AHEAD.map(|ahead| [engine, (engine + ahead) % engines]));
+    let links: Vec<usize> = pairs.map(|pair| cluster.connect(pair)).collect();
+    let mut plan = writes(&mut cluster, &links, bytes);
+    for engine in (0..engines).step_by(engines.div_ceil(CLIENTS)) {
+        plan.clients.add(&mut cluster, (links[AHEAD.len() * engine], 0));
     }
     plan.clients.pause = 20 * PAUSE;
     let (mut crashed, mut down) = (0, 0);
     for engine in 0..engines {
-        let fault = match engine % 16 {
-            2 => Fault::End(engine),
-            5 => Fault::Crash(engine),
-            8 | 9 => Fault::Down(engine, 1 + engine % 3),
-            13 => Fault::Slow(engine, 2, FAST / 1000),
+        let nic = 1 + engine % 3;
+        let (fault, end) = match engine % 16 {
+            2 => (Fault::End(engine), None),
+            5 => (Fault::Crash(engine), None),
+            8 | 9 => (Fault::Down(engine, nic), Some(Fault::Up(engine, nic))),
+            13 => (Fault::Rate(engine, 2, FAST / 1000), Some(Fault::Rate(engine, 2, FAST))),
             _ => continue,
         };
-        crashed += usize::from(matches!(fault, Fault::Crash(_) | Fault::End(_)));
+        crashed += usize::from(end.is_none());
         down += usize::from(matches!(fault, Fault::Down(..)));
         plan.faults.push((MS + engine as u64 * 1000, fault));
+        plan.faults.extend(end.map(|end| (BACK + engine as u64 * 1000, end)));
     }
     let time = within(plan.run(&mut cluster, Duration::from_secs(60)));
-    let lives = |link: usize| cluster.links[link].engines.iter().all(|&engine| !cluster.crashed[engine]);
+    let lives = |cluster: &Cluster, link: usize| cluster.links[link].engines.iter().all(|&engine| !cluster.crashed[engine]);
     for planned in &plan.planned {
         let engines = cluster.links[planned.end.0].engines;
         assert!(
-            planned.failed == Some(false) || !lives(planned.end.0),
+            planned.failed == Some(false) || !lives(&cluster, planned.end.0),
             "a transfer between {engines:?}, which live, has failed: {}",
             planned.why
         );
     }
-    assert!(plan.lost.iter().all(|&(link, _)| !lives(link)), "a connection between hosts that live has ended");
+    assert!(plan.lost.iter().all(|&(link, _)| !lives(&cluster, link)), "a connection between hosts that live has ended");
     // What a crashed host leaves open ends within the timeouts, what a process leaves open at once, and hosts without a fault are not held up.
     assert!(time <= MS + (shape().transfer_timeout + Duration::from_millis(1100)).as_nanos() as u64, "{time} ns");
     for planned in &plan.planned {
@@ -593,9 +604,33 @@ fn faults(engines: usize, bytes: usize) -> Row {
     let lost: u64 = cluster.links.iter().flat_map(|link| &link.sides).map(|side| side.machine.counts().lost_channels).sum();
     assert!(failed >= 8 * crashed && lost >= 8 * down as u64, "{failed} transfers failed, {lost} channels were lost");
     let row = Row::new("faults", &cluster, &mut plan.tally, &mut plan.clients, time, engines);
+    let live: Vec<usize> = links.into_iter().filter(|&link| lives(&cluster, link)).collect();
+    uses_all_nics(&mut cluster, &live, bytes);
     within(cluster.settle(false).map(|()| 0));
     row.print(began);
     row
+}
+
+/// Writes over these connections once more: no channel is lost, no transfer fails, and every NIC of theirs receives its part.
+fn uses_all_nics(cluster: &mut Cluster, links: &[usize], bytes: usize) {
+    // Calls that clients have asked for are over.
+    within(cluster.pass(Duration::from_millis(50)).map(|()| 0));
+    let count = |link: usize, side: usize| cluster.links[link].sides[side].machine.counts();
+    for (&link, side) in links.iter().flat_map(|link| [(link, 0), (link, 1)]) {
+        let (lost, restored) = (count(link, side).lost_channels, count(link, side).restored_channels);
+        assert_eq!(lost, restored, "channels between {:?} that were lost and restored", cluster.links[link].engines);
+    }
+    let before: Vec<u64> = cluster.fabric.nics.iter().map(|nic| nic.passed).collect();
+    let mut plan = writes(cluster, links, bytes);
+    let time = within(plan.run(cluster, Duration::from_secs(60)));
+    assert!(plan.planned.iter().all(|planned| planned.failed == Some(false)) && plan.lost.is_empty());
+    let width = cluster.fabric.width();
+    for (engine, nics) in cluster.fabric.nics.chunks(width).enumerate().filter(|(engine, _)| !cluster.crashed[*engine]) {
+        let got: Vec<u64> = nics.iter().zip(&before[engine * width..]).map(|(nic, before)| nic.passed - before).collect();
+        // One that was slow is believed to be fast step by step.
+        let least = if engine % 16 == 13 { 0 } else { got.iter().sum::<u64>() / 8 };
+        assert!(got.iter().all(|&bytes| bytes > least), "engine {engine} received {got:?} bytes, by NIC, in {time} ns");
+    }
 }
 
 /// What an engine may keep for so many connections, whatever its peers do at once.

@@ -122,9 +122,10 @@ flap() {
   sleep 3
   ip -n "$1" link set "$2" up
 }
-# While its NIC is down the sender's calls are refused.
+# While its NIC is down the sender's calls are refused. Every byte leaves as device memory: the kernel copies none, whatever it says.
 link_down() {
-  prepare && { midway flap $a vmnic0 & } && transfer --nic vmnic0 "${pausing[@]}" && all_device && grep '^note' $out/send && ! grep -q ', 0 refused' $out/send
+  prepare && { midway flap $a vmnic0 & } && transfer --nic vmnic0 "${pausing[@]}" && all_device && grep '^note' $out/send && ! grep -q ', 0 refused' $out/send &&
+    [ "$(counter $a vmnic0 tx_device_memory_bytes)" -ge $size ]
 }
 receiver_down() { prepare && { midway flap $b vmnic1 & } && transfer "${pausing[@]}" && all_device; }
 
