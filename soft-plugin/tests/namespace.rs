@@ -39,6 +39,13 @@ fn prepare() -> bool {
         ])
 }
 
+/// Whether packets to this host's own IPv6 address stay on it. The kernel adds that route some time after the address: it waits for a lock that
+/// namespaces of other processes may hold. Until then it asks the neighbours for the address, and a connect fails after 3 s.
+fn is_routed(address: &str) -> bool {
+    let route = Command::new("ip").args(["-6", "route", "get", address]).output().expect("ip");
+    route.stdout.starts_with(b"local ")
+}
+
 fn devices() -> Vec<String> {
     let net = soft_plugin::table();
     let mut count = 0;
@@ -63,6 +70,7 @@ fn only_interfaces_that_can_carry_data_are_devices() {
     std::env::set_var("NCCL_GPUDIRECTTCPX_SOCKET_IFNAME", "eth");
     setup(&[("UCCL_TCPX_SOFT_THREADS", "1")]);
     assert_eq!(devices(), ["eth9"]);
+    until("a route to the address of eth9", || is_routed("fd00:9::1").then_some(()));
     let (sender, receiver) = pair();
     assert!(describe(sender.0).starts_with("[fd00:9::1]:") && describe(sender.0).ends_with(" on eth9"), "{}", describe(sender.0));
     let mut landing = [0u8; 5];

@@ -150,19 +150,20 @@ observed_end() { # the status of the client when it has ended
 }
 alive() { kill -0 $client 2>/dev/null; }
 
-# under_way BYTES: waits until so many bytes have passed the NICs eth* of host a, or the client has ended. One process: a busy machine starts others
-# seconds late.
+# under_way BYTES [NIC]: waits until so many bytes have passed a NIC of host a, or all of its NICs eth*, or the client has ended. After 30 s
+# it fails. One process: a busy machine starts others seconds late.
 under_way() {
   ip netns exec $a bash -c '
     exec {nothing}<> <(:)
-    for ((i = 0; i < 250; i++)); do
+    for ((i = 0; i < 1500; i++)); do
       moved=0
-      for file in /sys/class/net/eth*/statistics/[rt]x_bytes; do
+      for file in /sys/class/net/$3/statistics/[rt]x_bytes; do
         { read -r value <"$file"; } 2>/dev/null && moved=$((moved + value))
       done
       [ $moved -le "$2" ] && kill -0 "$1" 2>/dev/null || exit 0
       read -r -t 0.02 -u $nothing
-    done' - $client "$1"
+    done
+    exit 1' - $client "$1" "${2:-eth*}" || { echo "$name: $1 bytes have not passed ${2:-the NICs} within 30 s"; return 1; }
 }
 
 look=10 # ms between two looks at the counters

@@ -11,9 +11,8 @@ use crate::hash::Map;
 use crate::net::links::{LinkWatch, Links};
 use process::thread::ask_for_short_turns;
 use reactor::Interest;
-use std::cmp::Reverse;
 use std::collections::hash_map::Entry;
-use std::collections::BinaryHeap;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -91,7 +90,7 @@ impl Active {
 struct Known {
     /// The doorbell slot of its channels.
     slot: Arc<DoorbellSlot>,
-    /// Its entry in the timers; others are left over.
+    /// Its entry in the timers.
     timed: Option<Instant>,
     /// When its timer is due; the entry may be earlier.
     next: Instant,
@@ -104,8 +103,8 @@ struct Driving<'a> {
     /// Connections by the group whose descriptor they share.
     groups: Map<usize, Vec<u64>>,
     active: Map<u64, Active>,
-    /// When connections next need a check, earliest first. Entries that are no connection's are passed over.
-    timers: BinaryHeap<Reverse<(Instant, u64)>>,
+    /// When connections next need a check: an entry each, at most.
+    timers: BTreeSet<(Instant, u64)>,
     start: Instant,
     /// How long the thread spins.
     spin: Duration,
@@ -126,7 +125,7 @@ impl<'a> Driving<'a> {
             known: Map::default(),
             groups: Map::default(),
             active: Map::default(),
-            timers: BinaryHeap::new(),
+            timers: BTreeSet::new(),
             start: Instant::now(),
             spin,
             links: watched.ok(),
@@ -203,26 +202,25 @@ impl<'a> Driving<'a> {
 
     /// A connection has ended.
     fn forget(&mut self, id: u64) {
-        if let Some(members) = self.known.remove(&id).and_then(|known| self.groups.get_mut(&known.slot.group)) {
+        let Some(known) = self.known.remove(&id) else { return };
+        known.timed.map(|at| self.timers.remove(&(at, id)));
+        if let Some(members) = self.groups.get_mut(&known.slot.group) {
             members.retain(|&other| other != id);
         }
     }
 
     /// Handles expired timers. Idle connections do what is due and stay idle; others are activated.
     fn due(&mut self, now: Instant) {
-        while let Some(Reverse((at, id))) = self.timers.peek().copied() {
-            if at > now {
-                return;
-            }
-            self.timers.pop();
-            let Some(known) = self.known.get_mut(&id).filter(|known| known.timed == Some(at)) else { continue };
+        while let Some((_, id)) = self.timers.first().copied().filter(|(at, _)| *at <= now) {
+            self.timers.pop_first();
+            let Some(known) = self.known.get_mut(&id) else { continue };
             known.timed = None;
             if self.active.contains_key(&id) {
                 continue;
             }
             if known.next > now {
                 known.timed = Some(known.next);
-                self.timers.push(Reverse((known.next, id)));
+                self.timers.insert((known.next, id));
                 continue;
             }
             match self.table.connections.get(id).and_then(|connection| connection.driver().tick_at_rest(now)) {
@@ -240,8 +238,8 @@ impl<'a> Driving<'a> {
         let Some(known) = self.known.get_mut(&id) else { return };
         known.next = at;
         if known.timed.is_none_or(|entry| at < entry) {
-            known.timed = Some(at);
-            self.timers.push(Reverse((at, id)));
+            known.timed.replace(at).map(|entry| self.timers.remove(&(entry, id)));
+            self.timers.insert((at, id));
         }
     }
 
@@ -349,7 +347,7 @@ impl<'a> Driving<'a> {
 
     /// Time until the next timer.
     fn until_timer(&self, now: Instant) -> Duration {
-        self.timers.peek().map_or(Duration::MAX, |Reverse((at, _))| at.saturating_duration_since(now))
+        self.timers.first().map_or(Duration::MAX, |(at, _)| at.saturating_duration_since(now))
     }
 
     /// Activates the connections that have events.

@@ -140,6 +140,14 @@ impl Fabric {
         self.spec.rates.len()
     }
 
+    /// A NIC is so fast from now on. What the queue in front of it holds passes at that rate.
+    pub(super) fn set_rate(&mut self, nic: usize, rate: u64) {
+        let (now, nic) = (self.now, &mut self.nics[nic]);
+        let held = nic.bytes(nic.drained.saturating_sub(now));
+        nic.rate = rate;
+        nic.drained = now + nic.time(held);
+    }
+
     /// How many events there were.
     pub(super) fn events(&self) -> u64 {
         self.events

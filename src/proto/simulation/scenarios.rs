@@ -216,7 +216,7 @@ impl Plan {
             }
             Fault::Down(engine, nic) => cluster.fabric.nics[engine * width + nic].down = true,
             Fault::Up(engine, nic) => cluster.fabric.nics[engine * width + nic].down = false,
-            Fault::Rate(engine, nic, rate) => cluster.fabric.nics[engine * width + nic].rate = rate,
+            Fault::Rate(engine, nic, rate) => cluster.fabric.set_rate(engine * width + nic, rate),
         }
     }
 }
