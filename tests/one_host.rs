@@ -14,11 +14,16 @@ const MIB: usize = 1 << 20;
 
 /// For a child: the kernel forbids it to read other processes' memory, or it becomes another user.
 const FORBID: &str = "UCCL_TEST_FORBID";
+/// For a child: it runs on the first of its cores only.
+const ONE_CORE: &str = "UCCL_TEST_ONE_CORE";
 const USER: &str = "UCCL_TEST_USER";
 
 #[test]
 fn engine_process() {
     if std::env::var(victim::CHILD).as_deref() == Ok("engine_process") {
+        if std::env::var_os(ONE_CORE).is_some() {
+            keep_to_one_core();
+        }
         if std::env::var_os(FORBID).is_some() {
             forbid_reading_processes();
         }
@@ -38,6 +43,17 @@ fn engine_process() {
         }
     }
     victim::serve("engine_process", |config| config);
+}
+
+fn keep_to_one_core() {
+    // SAFETY: sets of cores of this call, of the size given; the threads to come inherit it.
+    unsafe {
+        let (mut all, mut one): (libc::cpu_set_t, libc::cpu_set_t) = (std::mem::zeroed(), std::mem::zeroed());
+        assert_eq!(libc::sched_getaffinity(0, size_of_val(&all), &raw mut all), 0);
+        let first = (0..libc::CPU_SETSIZE as usize).find(|&core| libc::CPU_ISSET(core, &all)).expect("a core");
+        libc::CPU_SET(first, &mut one);
+        assert_eq!(libc::sched_setaffinity(0, size_of_val(&one), &raw const one), 0);
+    }
 }
 
 /// A filter of system calls as containers have: process_vm_readv is not permitted.
@@ -476,6 +492,67 @@ fn memory_that_does_not_answer_holds_no_transfer_that_is_waited_for() {
         assert_eq!(a.ask(&format!("holds {sink} {} 7", len / 2)), "true");
         assert_eq!([a.ask("status 0"), a.ask("status 1")], ["up", "up"]);
         assert!(a.end(LIMIT) && slow.end(LIMIT) && c.end(LIMIT));
+    }
+}
+
+/// For how long threads of a process have had a core, in nanoseconds.
+fn on_core(process: &Victim) -> u64 {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", process.id())).unwrap().flatten();
+    let of = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("schedstat")).unwrap_or_default();
+    tasks.filter_map(|task| of(task).split_whitespace().next()?.parse::<u64>().ok()).sum()
+}
+
+/// Two processes on one core, with so long a spin of the progress thread; a buffer of either, and the item of the second one's. What a
+/// write needs is granted.
+fn on_one_core(spin: &str, len: usize) -> (Victim, Victim, [usize; 2], FifoItem) {
+    let environment = [ON, (ONE_CORE, "1"), ("UCCL_TCPX_SPIN_US", spin)];
+    let (mut a, mut b) = two(&environment, &environment);
+    let (source, _) = a.buffer(len, 7);
+    let (target, item) = b.buffer(len, 0);
+    assert_eq!(a.ask(&format!("writes 0 {source} {len} {} 100", text_of(&item))), "written");
+    (a, b, [source, target], item)
+}
+
+/// Where both processes share a core, a thread that spins there keeps the other process from it: small writes cost as much time of the core
+/// whether the progress thread may spin for 5 ms or not at all. Time on the core is compared, which other programs do not add to.
+#[test]
+fn the_progress_thread_does_not_spin_on_a_core_that_both_processes_share() {
+    const WRITES: usize = 2000;
+    const LEN: usize = 4096;
+    let [sleeps, spins] = ["0", "5000"].map(|spin| {
+        let (mut a, mut b, [source, target], item) = on_one_core(spin, LEN);
+        let [direct, ..] = carried(&mut a);
+        let before = on_core(&a) + on_core(&b);
+        assert_eq!(a.ask(&format!("writes 0 {source} {LEN} {} {WRITES}", text_of(&item))), "written");
+        let cost = on_core(&a) + on_core(&b) - before;
+        assert_eq!(b.ask(&format!("holds {target} {LEN} 7")), "true");
+        assert_eq!(carried(&mut a)[0] - direct, (WRITES * LEN) as u64, "bytes of direct writes");
+        cost
+    });
+    println!("{WRITES} writes took {sleeps} ns of the core without spinning, {spins} ns with it");
+    // A thread that spins to the end takes 5 ms for each write: some 200 times as much.
+    assert!(spins < 8 * sleeps, "{spins} ns of the core with spinning, {sleeps} without");
+}
+
+/// Neither a caller that waits for something that does not come nor an idle engine spins: both engines together take a small part of their
+/// one core.
+#[test]
+fn engines_that_wait_on_one_core_leave_it_to_others() {
+    const WAIT: Duration = Duration::from_secs(2);
+    let (mut a, b, [source, _], _) = on_one_core("100", 4096);
+    for waits in [true, false] {
+        let receive = a.ask(&format!("recv 0 {source} 4096"));
+        let (start, before) = (std::time::Instant::now(), on_core(&a) + on_core(&b));
+        match waits {
+            true => assert_eq!(a.wait(0, receive.parse().unwrap(), WAIT), Outcome::Pending),
+            false => std::thread::sleep(WAIT),
+        }
+        let (cost, took) = (on_core(&a) + on_core(&b) - before, start.elapsed().as_nanos() as u64);
+        println!("{cost} ns of the core in {took} ns, a caller waits: {waits}");
+        assert!(
+            took >= WAIT.as_nanos() as u64 && cost < took / 20,
+            "{cost} ns of the core in {took} ns, a caller waits: {waits}"
+        );
     }
 }
 

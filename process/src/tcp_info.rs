@@ -6,7 +6,7 @@ use std::time::Duration;
 /// From the kernel's tcp_states.h.
 const CLOSED: u8 = 7;
 /// Offsets in the kernel's tcp_info. Linux 2.6: the state and how often the oldest packet was sent again (both u8), packets that the peer has
-/// not acknowledged, milliseconds since its last acknowledgement, the size of the largest packet, the smoothed round trip, and all segments
+/// not acknowledged (of a listening socket the length of its queue), milliseconds since its last acknowledgement, the size of the largest packet, the smoothed round trip, and all segments
 /// sent again (u32).
 const STATE: usize = 0;
 const RETRIES: usize = 2;
@@ -66,6 +66,11 @@ impl TcpInfo {
 
     /// Packets that the network has, for which the peer has room, and which it has not acknowledged.
     pub fn unanswered(&self) -> u32 {
+        self.number(UNANSWERED)
+    }
+
+    /// Of a listening socket: connections that wait for its accept.
+    pub fn waiting(&self) -> u32 {
         self.number(UNANSWERED)
     }
 

@@ -64,11 +64,14 @@ pub(super) struct Copies {
     pub done: Vec<Done>,
     /// When the transport was last called: copies begin then.
     pub now: Instant,
+    /// Short copies are made by the thread that starts them.
+    pub at_once: bool,
 }
 
 impl Copies {
     pub(super) fn new(host: Option<HostMemory>, device: Option<Box<dyn LocalMemory>>) -> Copies {
-        Copies { host, device, running: Vec::new(), nvlink: 0, pieces: Vec::new(), done: Vec::new(), now: Instant::now() }
+        let (running, pieces, done) = Default::default();
+        Copies { host, device, running, nvlink: 0, pieces, done, now: Instant::now(), at_once: true }
     }
 
     /// The memory that copies into a place.
@@ -99,13 +102,14 @@ impl Copies {
             imports.enter(id, place)?;
         }
         let nvlink = exports.iter().any(|&id| imports.by_nvlink(id));
-        let pieces = std::mem::take(&mut self.pieces);
+        let (pieces, at_once) = (std::mem::take(&mut self.pieces), self.at_once);
         let Some(memory) = self.memory(place) else { bail!(Internal, "no memory copies into {place:?}") };
-        memory.belongs_to(match &owner {
+        let transfer = match &owner {
             Owner::Read(key) | Owner::Answer(_, key) => key.id << 1,
             Owner::Gather(slot) => slot.number << 1,
             Owner::Orders(parts) | Owner::Staged(_, parts) => parts.first().map_or(0, |(order, _)| order << 1 | 1),
-        });
+        };
+        memory.belongs_to(transfer, at_once);
         // SAFETY: by the caller's contract; `exports` are in use from here on.
         let pull = unsafe { memory.pull(place, &pieces) };
         let n = pieces.len();

@@ -1,6 +1,7 @@
 //! The direct transport to a process of the same host: what its two flows, its grants and its messages are for, joined. Knows nothing of
 //! channels, frames and transfers but their keys.
 
+use super::blocks::SMALL;
 use super::copies::{Copies, Done, Owner};
 use super::exports::{Imports, Reach, Shares, Stretch};
 use super::gather;
@@ -590,7 +591,8 @@ impl Direct for OneHost {
 
     fn start(&mut self, transfer: &mut Start<'_>, landing: Option<Landing>) -> Result<()> {
         let staged = transfer.pairings.first().is_some_and(|pairing| self.staged.joins(pairing.here, pairing.there));
-        self.copies.now = transfer.now;
+        // The thread that starts a large transfer copies nothing.
+        (self.copies.now, self.copies.at_once) = (transfer.now, transfer.total <= SMALL);
         match transfer.way {
             _ if staged => self.start_staged(transfer, landing),
             Way::In => self.start_read(transfer),
@@ -630,7 +632,7 @@ impl Direct for OneHost {
     }
 
     fn progress(&mut self, now: Instant, events: &mut Vec<Event>) -> Result<bool> {
-        self.copies.now = now;
+        (self.copies.now, self.copies.at_once) = (now, true);
         let mut any = self.wire.news.swap(false, Ordering::AcqRel) && self.receive(events)?;
         any |= self.advance(events)?;
         any |= self.answer()?;

@@ -1,5 +1,5 @@
-"""The sections "Set-up" and "Data channels of the software plugin" of docs/protocol.md, for one set and without processes of one host.
-Knows no frames.
+"""The sections "Set-up" and "Data channels of the software plugin" of docs/protocol.md, for one set. host.py has what
+processes of one host do. Knows no frames.
 """
 
 import hmac
@@ -15,26 +15,25 @@ OFFER, READY, ABORT, SETUP = 1, 2, 3, 0xC8
 NO_HANDLE = bytes(128)  # of an engine that dials
 
 
-def offer(channels):
-    """An Offer of one set of channels, (name of the NIC, handle) each, without an invitation and addresses, for a new connection."""
+def offer(channels, invitation=b"\x00"):
+    """An Offer of one set of channels, (name of the NIC, handle) each, without addresses, for a new connection."""
     parts = [bytes([len(nic)]) + nic + handle for nic, handle in channels]
-    return struct.pack("<BH", 1, len(parts)) + b"".join(parts) + b"\x00\x00\x00"
+    return struct.pack("<BH", 1, len(parts)) + b"".join(parts) + invitation + b"\x00\x00"
 
 
 def read_offer(payload):
-    """The channels of the set."""
+    """The channels of the set, and the invitation or None."""
     fields = Reader(payload)
     need(fields.unpack("B") == 1, "the software plugin has one set")
     channels = [(fields.short(), fields.bytes(128)) for _ in range(fields.unpack("H"))]
     need(all(1 <= len(nic) <= 31 for nic, _ in channels), "the name of a NIC")
-    if fields.unpack("B") == 1:
-        fields.bytes(32)  # an invitation
+    invitation = fields.bytes(32) if fields.unpack("B") == 1 else None
     addresses = fields.unpack("B")
     need(addresses <= 8, "addresses of a listener")
     fields.bytes(18 * addresses)
     need(fields.unpack("B") == 0, "an Offer that joins a connection")
     fields.end()
-    return channels
+    return channels, invitation
 
 
 def join(ours, theirs):
@@ -49,17 +48,17 @@ def join(ours, theirs):
     return joined + list(zip(*rest))
 
 
-def ready(channels):
-    return struct.pack("<iHH", OK, 0, len(channels)) + struct.pack(f"<{len(channels)}H", *channels) + b"\x00"
+def ready(channels, met=False):
+    return struct.pack("<iHH", OK, 0, len(channels)) + struct.pack(f"<{len(channels)}H", *channels) + bytes([met])
 
 
-def read_ready(payload):
+def read_ready(payload, met=False):
     """The numbers of the channels that are up."""
     fields = Reader(payload)
     status, size = fields.unpack("iH")
     text = fields.bytes(size).decode("ascii")
     channels = [fields.unpack("H") for _ in range(fields.unpack("H"))]
-    need(fields.unpack("B") == 0, "the peer claims that it met this process on the host")
+    need(fields.unpack("B") == met, "whether the library has met this process on the host")
     fields.end()
     if status != OK:
         raise Failed(status, text)
@@ -75,14 +74,14 @@ def expect_setup(records, kind):
     return payload
 
 
-def set_up_channels(session, records, agreed, nics, up):
-    """Offers a channel on each of `nics`, and brings up those whose number `up` admits. Returns all channels; None
-    for those that are not up in both engines."""
+def set_up_channels(session, records, agreed, nics, up, host=None):
+    """Offers a channel on each of `nics`, and brings up those whose number `up` admits. Meets the library's process if there is a `host`.
+    Returns all channels; None for those that are not up in both engines."""
     listeners = [] if session.connector else [socket.create_server(("127.0.0.1", 0)) for _ in nics]
     cookies = [bytes([number]) * 16 for number in range(len(nics))]
     handles = [handle_of(*pair) for pair in zip(listeners, cookies)] or [NO_HANDLE] * len(nics)
-    records.send_message(OFFER, SETUP, offer(list(zip(nics, handles))))
-    theirs = read_offer(expect_setup(records, OFFER))
+    records.send_message(OFFER, SETUP, offer(list(zip(nics, handles)), *([host.invitation()] if host else [])))
+    theirs, invitation = read_offer(expect_setup(records, OFFER))
     joined = join(nics, [nic for nic, _ in theirs])
     if not joined:
         raise Failed(ERR_UNSUPPORTED, "no channel can be joined")
@@ -97,8 +96,10 @@ def set_up_channels(session, records, agreed, nics, up):
         channels[number] = Channel(session, number, agreed.protect, *socks)
     for listener in listeners:
         listener.close()
-    records.send_message(READY, SETUP, ready(sorted(channels)))
-    theirs = read_ready(expect_setup(records, READY))
+    if host:
+        host.meet(invitation)
+    records.send_message(READY, SETUP, ready(sorted(channels), host is not None))
+    theirs = read_ready(expect_setup(records, READY), host is not None)
     records.begin_frames()
     return [channels.get(number) if number in theirs else None for number in range(len(joined))]
 
@@ -122,7 +123,7 @@ def join_channels(old, session, records, agreed, nics, generation, numbers):
     records.send_message(OFFER, SETUP, offer(entries)[:-1] + b"\x01" + join_of(old, session, ours, generation, numbers))
     answer, proof = expect_setup(records, OFFER), b"\x01" + join_of(old, session, theirs, generation, numbers)
     need(answer.endswith(b"\x00\x00" + proof), "an Offer for this join, without an invitation and addresses")
-    offered = read_offer(answer[: -len(proof)] + b"\x00")
+    offered, _ = read_offer(answer[: -len(proof)] + b"\x00")
     need(len(offered) == len(numbers), "an entry for each wanted channel")
     dialled = {number: dial(session, number, handle) for number, (_, handle) in zip(numbers, offered)}
     channels = {number: Channel(session, number, agreed.protect, *socks) for number, socks in dialled.items()}

@@ -1,7 +1,7 @@
 """A peer of libuccl_p2p in Python, written from docs/protocol.md: a connector or a listener that reads, writes, and sends messages and
 notifications over the software plugin's channels. This file has the section "Frames"; session.py and channels.py have the others. The
-peer does one thing at a time: it reads a frame with the chunks that the frame announces, and blocks meanwhile. It leaves out what
-processes of one host do.
+peer does one thing at a time: it reads a frame with the chunks that the frame announces, and blocks meanwhile. host.py has what
+processes of one host do, as far as this peer takes part.
 """
 
 import hmac
@@ -16,6 +16,7 @@ from copy import copy
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from channels import join_channels, move_control, set_up_channels
+from host import Host, address_of
 from session import (
     ERR_REMOTE_ACCESS,
     ERR_REMOTE_DISCONNECT,
@@ -58,11 +59,11 @@ class Item:
 
 
 class Region:
-    """Memory of this peer, under an address that only names it."""
+    """Memory of this peer, under an address that only names it, or its own if the library is to copy it directly."""
 
-    def __init__(self, number, memory, access, instance):
+    def __init__(self, number, memory, access, instance, direct):
         self.id, self.memory, self.access, self.instance = number, memory, access, instance
-        self.address, self.token = number << 32, os.urandom(16)
+        self.address, self.token = address_of(memory) if direct else number << 32, os.urandom(16)
 
     def item(self, offset=0):
         size = len(self.memory) - offset
@@ -110,11 +111,11 @@ class Lane:
 class Connection:
     """Frames both ways. `results` has (status, text or bytes) of this peer's transfers that ended, by id; `received` the messages that met
     receives, None for those that failed. `drop`: the channel of the chunk after so many sent or received ones is reset. `silent`: the
-    library must notice that. `resent`: chunks announced again, by this peer and by the library.
+    library must notice that. `resent`: chunks announced again, by this peer and by the library. `host`: both processes, if they have met.
     """
 
-    def __init__(self, peer, session, records, agreed, channels):
-        self.peer, self.session, self.records, self.agreed, self.channels = peer, session, records, agreed, channels
+    def __init__(self, peer, session, records, agreed, channels, host=None):
+        self.peer, self.session, self.records, self.agreed, self.channels, self.host = peer, session, records, agreed, channels, host
         self.last_id, self.results, self.sending = 0, {}, {}
         self.mine, self.theirs = {}, {}  # streams that come in, by id: of this peer's transfers, and of the library's
         self.messages, self.receives, self.received, self.notifications = deque(), deque(), [], []
@@ -122,6 +123,8 @@ class Connection:
         self.lanes, self.cancelled, self.cancels = [Lane(channel is not None) for channel in channels], set(), []
         self.drop, self.silent, self.resent, self.ups = None, False, [0, 0], {}
         self.said = time.monotonic()
+        if host:
+            host.waiting = self.stay_alive
         for sock in (records.sock, *(channel.out.sock for channel in channels if channel)):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.handlers = {
@@ -181,7 +184,7 @@ class Connection:
     def send_message(self, data):
         number = self.new_id()
         self.sending[number] = data
-        self.send(F_MESSAGE, struct.pack("<QQI", number, len(data), NOT_DIRECT))
+        self.send(F_MESSAGE, struct.pack("<QQI", number, len(data), HOST if self.host else NOT_DIRECT))
         return number
 
     def withdraw(self, number, status):
@@ -217,6 +220,8 @@ class Connection:
     def end(self):
         for channel in filter(None, self.channels):
             channel.close()
+        if self.host:
+            self.host.close()
         self.records.sock.close()
 
     def close_channel(self, channel):
@@ -319,7 +324,9 @@ class Connection:
     # What the library sends.
 
     def step(self, seconds):
-        """Handles one frame, if one comes in that time."""
+        """Handles one frame, if one comes in that time, and what the library's process says and orders."""
+        if self.host:
+            self.host.step()
         if not self.records.plain and not select.select([self.records.sock], [], [], seconds)[0]:
             return
         kind, payload = self.records.read_message(FRAME)
@@ -336,9 +343,12 @@ class Connection:
                 raise Failed(*self.bye)
             if time.monotonic() > end:
                 raise Failed(ERR_TIMED_OUT, "waited too long")
-            if time.monotonic() - self.said > self.agreed.timeout_ms / 3000:
-                self.ping()
+            self.stay_alive()
             self.step(0.001)
+
+    def stay_alive(self):
+        if time.monotonic() - self.said > self.agreed.timeout_ms / 3000:
+            self.ping()
 
     def result(self, number):
         self.until(lambda: number in self.results)
@@ -460,17 +470,22 @@ class Connection:
         self.results[number] = (status, fields.rest().decode())
 
     def on_message(self, fields):
-        number, size, _ = fields.unpack("QQI")
-        self.messages.append((number, size))
+        number, size, place = fields.unpack("QQI")
+        self.messages.append((number, size, place))
         self.match()
 
     def match(self):
         """Messages and receives match in order."""
         while self.messages and self.receives:
-            (number, size), most = self.messages.popleft(), self.receives.popleft()
+            (number, size, place), most = self.messages.popleft(), self.receives.popleft()
             if size > most:
                 self.received.append(None)
                 self.pull(number, ERR_TRUNCATED)
+                continue
+            if size and self.host and place == HOST:
+                memory = bytearray(size)
+                slot, generation = self.host.give(address_of(memory), size, WRITE, lambda memory=memory: self.received.append(bytes(memory)))
+                self.pull(number, OK, struct.pack("<IQQ", slot, generation, address_of(memory)))
                 continue
             if size:
                 self.theirs[number] = Stream(size, lambda data, number=number: (self.received.append(data), self.done(number, OK)))
@@ -478,13 +493,18 @@ class Connection:
                 self.received.append(b"")  # the Pull ends it
             self.pull(number, OK)
 
-    def pull(self, number, status):
-        self.send(F_PULL, struct.pack("<QiI", number, status, HOST))
+    def pull(self, number, status, landing=b""):
+        self.send(F_PULL, struct.pack("<QiI", number, status, HOST), landing)
 
     def on_pull(self, fields):
         number, status, _ = fields.unpack("QiI")
         data = self.sending.pop(number)
-        if status == OK and data:
+        if fields.at < len(fields.data):
+            slot, generation, address = fields.unpack("IQQ")
+            memory = bytearray(data)
+            order = self.host.order(slot, generation, [(address_of(memory), address, len(memory))], memory)
+            self.results[number] = (OK if self.host.outcome(order) else ERR_REMOTE_ACCESS, "")
+        elif status == OK and data:
             self.send_chunks(number, True, data, [len(data)])
         else:
             self.results[number] = (status, "")
@@ -559,15 +579,15 @@ class Connection:
 
 class Peer:
     """What an engine is to the protocol: a static key, the keys of a key file, a hello, regions. `nics`: a channel is offered on each;
-    `up`: the numbers of the channels that it brings up."""
+    `up`: the numbers of the channels that it brings up; `direct`: it meets the library's process."""
 
-    def __init__(self, keys=(), eager_bytes=8192, nics=None, up=lambda number: True, **hello):
+    def __init__(self, keys=(), eager_bytes=8192, nics=None, up=lambda number: True, direct=False, **hello):
         self.static, self.keys, self.hello, self.eager_bytes = X25519PrivateKey.generate(), list(keys), Hello(**hello), eager_bytes
-        self.nics, self.up, self.regions = nics, up, {}
+        self.nics, self.up, self.direct, self.regions = nics, up, direct, {}
         self.instance = instance_of(public_of(self.static))
 
     def register(self, memory, access=READ | WRITE):
-        region = Region(len(self.regions) + 1, memory, access, self.instance)
+        region = Region(len(self.regions) + 1, memory, access, self.instance, self.direct)
         self.regions[region.id] = region
         return region
 
@@ -596,4 +616,5 @@ class Peer:
 
     def set_up(self, session, records, agreed):
         nics = self.nics or [b"lo"] * agreed.channels
-        return Connection(self, session, records, agreed, set_up_channels(session, records, agreed, nics, self.up))
+        host = Host(session, self.regions) if self.direct else None
+        return Connection(self, session, records, agreed, set_up_channels(session, records, agreed, nics, self.up, host), host)

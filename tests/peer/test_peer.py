@@ -19,7 +19,8 @@ os.environ.update(NCCL_SOCKET_IFNAME="lo", NCCL_GPUDIRECTTCPX_SOCKET_IFNAME="lo"
 
 import session
 from library import Engine, Library
-from peer import F_ARRIVED, F_CHUNKS, F_LOST, F_WRITE, READ, Item, Peer
+from host import address_of
+from peer import F_ARRIVED, F_CHUNKS, F_DONE, F_LOST, F_READ, F_READ_DATA, F_WRITE, F_WRITE_DATA, READ, Item, Peer
 from session import ENCRYPT, ERR_AUTH, ERR_CANCELED, ERR_PROTOCOL, ERR_REMOTE_ACCESS, ERR_REMOTE_DISCONNECT, ERR_TIMED_OUT, ERR_TRUNCATED
 from session import ERR_NOT_FOUND, ERR_UNSUPPORTED, INTEGRITY, OFF, OK, SECONDS, Failed
 
@@ -346,6 +347,95 @@ def invited(library, connector, folder):
         one_sided_by_library(pair)
 
 
+class Direct(Pair):
+    """A pair of processes that have met. Frames that move bytes fail."""
+
+    def __init__(self, library, connector):
+        super().__init__(library, connector, Peer(direct=True), UCCL_P2P_DISABLE_IPC=0)
+        for kind in (F_WRITE, F_WRITE_DATA, F_READ, F_READ_DATA, F_CHUNKS, F_DONE):
+            del self.mine.handlers[kind]
+
+
+def directly(library, connector, folder):
+    """Host memory moves between the processes, without a chunk."""
+    with Direct(library, connector) as pair:
+        mine, host, data, other = pair.mine, pair.mine.host, RANDOM.randbytes(LARGE), RANDOM.randbytes(LARGE)
+        one_sided_by_library(pair)
+        equal(len(host.claimed), 1, "claims of one region")
+        memory = pair.engine.memory(data)
+        item = Item(memory.item())
+        equal(host.read(item, 0, LARGE), data, "a direct read")
+        equal((host.write(item, 0, other), memory.bytes()), (True, other), "a direct write")
+        equal((host.write(item, 7, b"short"), host.read(item, 0, LARGE)), (True, other[:7] + b"short" + other[12:]), "both, after each other")
+        # Some rounds of the ring, with its end inside of a record.
+        length = 64
+        for _ in range(100):
+            source = bytearray(RANDOM.randbytes(1000 * length))
+            blocks = [(address_of(source) + length * n, item.address + length * (999 - n), length) for n in range(1000)]
+            mine.stay_alive()
+            equal(host.outcome(host.order(*host.claim(item), blocks, source)), True, "an order of 1,000 blocks")
+            wanted = b"".join(bytes(source[length * n : length * (n + 1)]) for n in reversed(range(1000)))
+            equal(memory.bytes()[: 1000 * length], wanted, "the bytes of an order of 1,000 blocks")
+        messages_directly(pair)
+        equal((mine.arrived, [(lane.first, len(lane.sent)) for lane in mine.lanes]), (0, [(0, 0)] * 2), "bytes and chunks on channels")
+        close(pair, True)
+
+
+def messages_directly(pair):
+    """Each lands in the posted buffer, under a grant of its own."""
+    mine = pair.mine
+    for size in (1, 8193, LARGE):
+        data = RANDOM.randbytes(size)
+        memory, source = pair.engine.memory(bytes(LARGE)), pair.engine.memory(data)
+        receive = pair.conn.recv(memory, LARGE)
+        equal(mine.result(mine.send_message(data)), (OK, ""), "a message to the library")
+        equal(pair.wait(receive), OK, "the library's receive")
+        equal(memory.bytes(), data + bytes(LARGE - size), "the bytes of a message to the library")
+        mine.receive_message(LARGE)
+        equal(pair.wait(pair.conn.send(source, size)), OK, "a message of the library")
+        equal(mine.received.pop(), data, "the bytes of a message of the library")
+
+
+def lying_claims(library, connector, folder):
+    """A claim without the token gets nothing, on either side, and a grant allows what it says and no more."""
+    data = RANDOM.randbytes(LARGE)
+    with Direct(library, connector) as pair:
+        host, memory = pair.mine.host, pair.engine.memory(data, READ)
+        item = Item(memory.item())
+        fails(lambda: host.claim(item, bytes(16)), ERR_REMOTE_ACCESS)
+        equal(host.read(item, 0, LARGE), data, "a read after a claim that was refused")
+        equal(host.write(item, 0, bytes(LARGE)), False, "a write without access")
+        slot, generation = host.claim(item)
+        source = bytearray(9)
+        wrong = host.order(slot, generation + 1, [(address_of(source), item.address, 9)], source)
+        equal(host.outcome(wrong), False, "an order under a grant that does not stand")
+        equal(memory.bytes(), data, "the bytes after refused orders")
+        region, target = pair.peer.register(bytearray(data)), pair.engine.memory(bytes(LARGE))
+        forged = bytearray(region.item())
+        forged[32] ^= 1
+        for call in ("read_vector", "write_vector"):
+            equal(pair.wait(pair.conn.one_sided(call, target, [(0, LARGE, bytes(forged))])), ERR_REMOTE_ACCESS, call)
+            equal((target.bytes(), region.memory), (bytes(LARGE), data), "the bytes after a claim that was refused")
+        equal(pair.wait(pair.conn.one_sided("read_vector", target, [(0, LARGE, region.item())])), OK, "a read after it")
+        equal(target.bytes(), data, "the bytes of a read after it")
+
+    def outside(host, item):
+        source = bytearray(10)
+        host.order(*host.claim(item), [(address_of(source), item.address + LARGE - 9, 10)], source)
+
+    def again(host, item):
+        host.claim(item)
+        host.send_claim(item.region, item.token)
+
+    for lie in (outside, again, lambda host, item: host.sock.send(b"\x63")):
+        with Direct(library, connector) as pair:
+            memory = pair.engine.memory(data)
+            lie(pair.mine.host, Item(memory.item()))
+            pair.mine.host.step = lambda: None
+            fails(lambda: pair.mine.until(lambda: False), ERR_PROTOCOL)
+            equal((pair.conn.status(), memory.bytes()), (ERR_PROTOCOL, data), "the library's connection after a lie, and its memory")
+
+
 def violation(library, connector, folder):
     with Pair(library, connector, Peer()) as pair:
         pair.mine.send(16)
@@ -651,6 +741,7 @@ CASES = {f"{name}, {'a' if key else 'no'} key": exchange(level, key) for level, 
 LOSSES = (lost_channels, restored_channels, moved_control, all_channels, lost_channels_of_refused_writes, lies_about_channels)
 LOSSES += (idle_channels, losses_without_an_answer, reads_without_reports)
 OTHERS = (several_keys, handshakes_that_fail, other_nics, some_channels, many_segments, heartbeats, withdrawn, invited, violation, next_keys)
+OTHERS += (directly, lying_claims)
 for _case in LOSSES + OTHERS:
     CASES[_case.__name__.replace("_", " ")] = _case
 

@@ -434,6 +434,15 @@ impl Inside {
                 };
                 id.to_string()
             }
+            // So many writes of a buffer, one after the other.
+            "writes" => {
+                let (pair, connection) = ((self.whole(n(2), n(3)), item_of(words[4])), self.connection(n(1)));
+                for _ in 0..n(5) {
+                    let id = connection.transfer(Direction::Write, std::iter::once(pair))?;
+                    assert!(connection.wait(id, None)?.complete);
+                }
+                "written".to_owned()
+            }
             "send" => self.connection(n(1)).send(std::iter::once(self.whole(n(2), n(3))))?.to_string(),
             "recv" => self.connection(n(1)).recv(self.whole(n(2), n(3)))?.to_string(),
             "wait" => match self.connection(n(1)).wait(n(2) as u64, Some(Duration::from_millis(n(3) as u64))) {

@@ -368,6 +368,8 @@ impl Nic {
         let time = self.seen.tick.map_or(elapsed, |tick| elapsed.min(probe.busy + tick));
         let shown = Span { bytes: probe.len, time, held: Duration::ZERO };
         self.probes.in_flight = None;
+        // It counts in its train alone, and what went before may have been a burst.
+        self.least = Span::default();
         // Without the kernel's counters it may have been over right after the last look.
         let least = if self.seen.tick.is_some() { time } else { elapsed.saturating_sub(gap) };
         let long = least >= LONG.max(ROUND_TRIPS * self.seen.round_trip);
@@ -375,8 +377,6 @@ impl Nic {
             if long {
                 self.speed = self.speed.max(shown.rate());
             }
-            // What went before may have been a burst.
-            self.least = Span::default();
             self.probes.slow(time);
             return;
         }
@@ -709,6 +709,19 @@ mod tests {
         nic.look(flow(310_000, 40_000), Duration::from_millis(10), at(start, 250));
         nic.look(flow(350_000, 0), Duration::from_millis(10), at(start, 260));
         assert!(!next(&nic, 260) && !next(&nic, 700) && next(&nic, 3000));
+    }
+
+    #[test]
+    fn a_train_of_probes_raises_the_speed_once() {
+        let (start, mut nic) = (Instant::now(), Nic { speed: 2.5e6, ..Nic::default() });
+        nic.look(flow(0, 0), Duration::ZERO, start);
+        // A transfer every 35 ms makes a probe, which a token bucket of 128 KiB lets through at once.
+        for n in 0..4 {
+            nic.gave(64 << 10, at(start, 35 * n));
+            nic.look(flow((64 << 10) * (n + 1), 0), Duration::from_millis(1), at(start, 35 * n + 1));
+            assert!(nic.speed() <= RISE * 2.5e6, "after {} probes {}", n + 1, nic.speed());
+        }
+        assert!(nic.speed() > 2.5e6);
     }
 
     #[test]

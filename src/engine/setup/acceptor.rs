@@ -6,7 +6,7 @@ use super::accept_queue::{Accepts, Waiting};
 use super::admission::Admission;
 use super::context::SetupContext;
 use super::driver::{Finished, Progress, SetupDriver};
-use super::listener::BACKLOG;
+use super::listener;
 use super::machine::Setup;
 use super::restorer::{Answer, Restorer};
 use super::shutdown::canceled;
@@ -41,8 +41,9 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// with one.
 const SILENT_STAY: Duration = Duration::from_millis(20);
 const ANSWERED_STAY: Duration = Duration::from_millis(200);
-/// Within this time every connection in a full backlog of the kernel gets its place.
+/// Within this time every connection that waits in the kernel gets a place: so many, or as many as there are if they are more.
 const QUEUE_TIME: Duration = Duration::from_millis(500);
+const USUAL_QUEUE: usize = 1024;
 /// How often connections that wait for accept are checked.
 const SWEEP: Duration = Duration::from_millis(100);
 /// An authenticated peer that has been silent for this long gives way to waiting ones.
@@ -178,10 +179,11 @@ pub(crate) fn start(
     })
 }
 
-/// How long unauthenticated connections may stay, by kind, with this many places and others waiting. With few places the time is
-/// short: a peer in the kernel's backlog soon gets a place, and finds its bytes already received.
-fn stays(places: usize) -> [Duration; 2] {
-    let share = QUEUE_TIME.saturating_mul(u32::try_from(places).unwrap_or(u32::MAX)) / BACKLOG.unsigned_abs();
+/// How long unauthenticated connections may stay, by kind, with this many places and so many others waiting in the kernel. With few
+/// places the time is short: a peer in the kernel's queue soon gets a place, and finds its bytes already received.
+fn stays(places: usize, waiting: usize) -> [Duration; 2] {
+    let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    let share = QUEUE_TIME.saturating_mul(number(places)) / number(waiting.max(USUAL_QUEUE));
     [share.min(SILENT_STAY), share.min(ANSWERED_STAY)]
 }
 
@@ -334,7 +336,10 @@ impl Acceptor {
         let Some(listener) = self.listeners.get(listener) else { return Ok(()) };
         let short = limits::lowest_free(listener.as_raw_fd()).map_or(true, |lowest| lowest >= limits.ceiling);
         let most = if short { UNAUTHENTICATED_WHEN_SHORT.min(limits.unauthenticated) } else { limits.unauthenticated };
-        let stays = stays(most);
+        if self.unauthenticated.count() < most {
+            return Ok(());
+        }
+        let stays = stays(most, listener::waiting(listener));
         while self.unauthenticated.count() >= most {
             if !self.drop_unauthenticated(now, stays, short) {
                 return Err(stays[0]);

@@ -5,13 +5,16 @@ use crate::addresses::Bind;
 use crate::engine::limits;
 use crate::net::topology;
 use crate::status::{bail, Error, Result};
+use process::TcpInfo;
 use socket2::{Domain, Protocol, Socket, Type};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::os::fd::AsRawFd;
 
 /// How many ports are tried when the system's choice is taken on the loopback address.
 const TRIES: usize = 16;
-/// Length of the kernel's accept backlog.
-pub(crate) const BACKLOG: i32 = 1024;
+/// Connections that may wait in the kernel for the accept; the system may allow fewer. The kernel drops what comes to a full queue, and TCP
+/// tries again only after a second.
+const BACKLOG: i32 = 4096;
 
 /// The ports that an engine listens on.
 #[derive(Debug)]
@@ -170,6 +173,11 @@ fn listen(address: SocketAddr, only_v6: bool) -> std::io::Result<TcpListener> {
     Ok(socket.into())
 }
 
+/// How many connections wait in the kernel for the accept; 0 where it does not say.
+pub(crate) fn waiting(listener: &TcpListener) -> usize {
+    TcpInfo::of(listener.as_raw_fd()).map_or(0, |info| info.waiting() as usize)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -211,6 +219,16 @@ mod tests {
             open(Bind::Address("192.0.2.1".parse().unwrap()), None, 0).unwrap_err().kind(),
             crate::status::ErrorKind::System
         );
+    }
+
+    #[test]
+    fn the_queue_in_the_kernel_is_counted() {
+        let listeners = open(Bind::Address("127.0.0.2".parse().unwrap()), None, 0).unwrap();
+        let listener = &listeners.sockets[0];
+        let _waiting: Vec<TcpStream> = (0..3).map(|_| TcpStream::connect(listeners.address).unwrap()).collect();
+        assert_eq!(waiting(listener), 3);
+        let _first = listener.accept().unwrap();
+        assert_eq!(waiting(listener), 2);
     }
 
     #[test]

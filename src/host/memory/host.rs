@@ -15,10 +15,11 @@ use std::mem::MaybeUninit;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Bytes of a slice, and stretches of the peer's memory. A pull of one slice is done at once: waking a thread takes longer.
+/// Bytes of a slice, and stretches of the peer's memory. A pull of one slice is done at once if its owner permits it: waking a thread takes
+/// longer.
 const SLICE: u64 = 128 << 10;
 const STRETCHES: usize = 128;
-/// A pull of no more slices than this is short: the thread that waits for it copies, too, while others wake.
+/// A pull of no more slices than this is short: the thread that polls for its end copies, too, while others wake.
 const FEW_SLICES: usize = 8;
 /// Entries of a list for the kernel.
 const PARTS: usize = 512;
@@ -288,12 +289,20 @@ enum Sources {
     Here,
 }
 
+#[cfg(test)]
+thread_local! {
+    /// Bytes that this thread has copied.
+    pub(crate) static COPIED: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+}
+
 impl Sources {
     /// Copies all pieces, of one [`slice`] at most.
     ///
     /// # Safety
     /// Destinations are writable memory of this process, and so are sources that lie here readable.
     unsafe fn copy(&self, pieces: impl Iterator<Item = Piece> + Clone) -> Result<()> {
+        #[cfg(test)]
+        COPIED.set(COPIED.get() + pieces.clone().map(|piece| piece.len).sum::<u64>());
         match self {
             // SAFETY: by the caller's contract.
             Sources::Peer(peer) => unsafe { peer.read(pieces) },
@@ -348,8 +357,9 @@ pub(crate) struct HostMemory {
     bell: Option<Bell>,
     jobs: HashMap<u64, Arc<Job>>,
     last: u64,
-    /// What the next pulls belong to.
+    /// What the next pulls belong to, and whether those of one slice are copied by the thread that starts them.
     flow: Flow,
+    at_once: bool,
 }
 
 /// A pull that had ended when it was started.
@@ -381,7 +391,7 @@ impl HostMemory {
     fn from(sources: Sources, most: u64) -> Result<HostMemory> {
         let flow = Flow { connection: Flow::connection(), transfer: 0 };
         let (files, pool) = (Files::new(most), Pool::of_process()?);
-        Ok(HostMemory { sources, files, pool, bell: None, jobs: HashMap::new(), last: ENDED, flow })
+        Ok(HostMemory { sources, files, pool, bell: None, jobs: HashMap::new(), last: ENDED, flow, at_once: true })
     }
 
     /// The process, as the kernel and its own memory say; `None` where that memory cannot be read.
@@ -433,19 +443,15 @@ impl LocalMemory for HostMemory {
             Sources::Here => Cow::Borrowed(pieces),
         };
         let Some(end) = slice(&pieces, Mark::default()) else { return Ok(Pull { unit: 0, job: ENDED }) };
-        if end.piece == pieces.len() {
+        if self.at_once && end.piece == pieces.len() {
             // SAFETY: by the caller's contract.
             unsafe { self.sources.copy(pieces.iter().copied()) }?;
             return Ok(Pull { unit: 0, job: ENDED });
         }
         self.last += 1;
         let slices = Slices::new(self.sources, pieces.into_owned());
-        let few = slices.len() <= FEW_SLICES && self.jobs.is_empty();
         let job = Job::new(Box::new(slices), self.flow, self.bell.clone());
         self.pool.start(&job);
-        if few {
-            job.help();
-        }
         self.jobs.insert(self.last, job);
         Ok(Pull { unit: 0, job: self.last })
     }
@@ -468,8 +474,8 @@ impl LocalMemory for HostMemory {
         ended
     }
 
-    fn belongs_to(&mut self, transfer: u64) {
-        self.flow.transfer = transfer;
+    fn belongs_to(&mut self, transfer: u64, at_once: bool) {
+        (self.flow.transfer, self.at_once) = (transfer, at_once);
     }
 
     fn copied(&self, pull: Pull, bytes: u64) -> u64 {

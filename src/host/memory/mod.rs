@@ -170,8 +170,8 @@ pub(crate) trait LocalMemory: Send {
     unsafe fn pull(&mut self, place: Place, pieces: &[Piece]) -> Result<Pull>;
 
     /// Pulls that start from now on belong to this transfer: where many compete for threads, each transfer has its share, however many
-    /// pulls it has.
-    fn belongs_to(&mut self, _transfer: u64) {}
+    /// pulls it has. `at_once`: the thread that starts a short one may copy it before the call returns; else other threads copy.
+    fn belongs_to(&mut self, _transfer: u64, _at_once: bool) {}
 
     /// Whether a pull has ended. After `true` or an error its number is forgotten.
     ///

@@ -1,6 +1,7 @@
 //! Direct transfers of host memory between both ends of a link in this process.
 
-use super::super::link::tests::linked;
+use super::super::link::tests::{linked, staging};
+use super::super::memory::host::COPIED;
 use super::super::ring::Head;
 use super::staged_tests::{pairing, route, run, same, start, End, Memory};
 use super::*;
@@ -166,6 +167,40 @@ fn small_writes_end_before_a_large_one_and_never_run_out_of_places() {
     let large = how.iter().position(|&(id, _)| id == 1).unwrap();
     assert!(large > 1000, "{large} small writes ended before the large one");
     assert!(!here.region.in_use() && !to.region.in_use() && !a.busy() && !b.busy());
+}
+
+/// The thread that starts a large transfer copies nothing, whatever the blocks are; a small read is in place when the call returns.
+#[test]
+fn only_a_small_transfer_is_copied_by_the_thread_that_starts_it() {
+    let shapes = [
+        (1, 1, true),
+        (4096, 4096, true),
+        (128 << 10, 128 << 10, true),
+        ((128 << 10) + 1, (128 << 10) + 1, false),
+        (160 << 10, 64, false),
+        (1 << 20, 1 << 20, false),
+        // Of these the first copies are short.
+        (2 << 20, 64, false),
+        // And of this the last one.
+        ((4 << 20) + 4096, 4096, false),
+        (16 << 20, 16 << 20, false),
+    ];
+    // What is read directly, and what is staged before it is written: other writes are copied by the other engine.
+    for (way, staged) in [(Way::In, false), (Way::Out, true)] {
+        for (len, block, small) in shapes {
+            let (a, b) = if staged { staging([u64::MAX; 2]) } else { linked([0, 0]) };
+            let (mut a, mut b) = (End::new(a), End::new(b));
+            let (here, there) = two(way, len);
+            b.register(&there);
+            assert_eq!(route(&mut a, &mut b, way, &here, &there), Route::Direct);
+            let before = COPIED.get();
+            start(&mut a, way, 5, &here, &there, block as u64).unwrap();
+            let copied = COPIED.get() - before;
+            assert_eq!(copied, if small { len as u64 } else { 0 }, "{len} bytes in blocks of {block}, staged: {staged}");
+            assert_eq!(run(&mut a, &mut b, 1).unwrap(), (len as u64, vec![(5, true)]));
+            assert!(same(&here, &there, block));
+        }
+    }
 }
 
 /// Blocks that lie side by side.
