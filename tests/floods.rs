@@ -517,7 +517,7 @@ fn without_core() -> Duration {
 
 /// Every connect is quick while so many clients a second connect and each sends this, and beside them others hold silent connections.
 fn talking_clients(name: &str, limit: u64, rate: usize, bytes: &[u8], held: usize) {
-    const CONNECTS: usize = 24;
+    const CONNECTS: usize = 16;
     with_descriptors(name, limit, || {
         with_target(false, |target| {
             let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();

@@ -70,11 +70,11 @@ fn links_resolve() {
 /// Pages that name files of other projects.
 const OF_OTHERS: [&str; 3] = ["docs/tcpx.md", "docs/tcpxo.md", "docs/uccl-engine.md"];
 
-/// Whether words in backticks name a file of the repository: a path to a file of source, or a Rust file alone.
+/// Whether words in backticks name a file of the repository: a path to a file of source, or a Rust file alone. Hidden folders are not looked into.
 fn names_a_file(words: &str) -> bool {
     let plain = words.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '/' | '.' | '_' | '-'));
-    let made =
-        ["build/", "target/", "/"].iter().any(|folder| words.starts_with(folder)) || words.split('/').any(|part| part == "NAME");
+    let made = ["build/", "target/", "/", "."].iter().any(|folder| words.starts_with(folder))
+        || words.split('/').any(|part| part == "NAME");
     let source = [".rs", ".sh", ".py", ".c", ".h", ".hpp", ".cpp", ".cu", ".cmake", ".toml", ".txt"];
     plain && !made && (words.ends_with(".rs") || words.contains('/') && source.iter().any(|end| words.ends_with(end)))
 }

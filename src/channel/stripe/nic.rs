@@ -132,6 +132,35 @@ struct Probing {
     busy: Duration,
 }
 
+/// Quick probes, one after the other.
+#[derive(Debug, Default)]
+struct Train {
+    shown: Span,
+    /// Bytes that a shaper may have saved up between them and let through at once.
+    saved: u64,
+    /// When the last one ended.
+    last: Option<Instant>,
+}
+
+impl Train {
+    /// What a shaper of this speed has saved up since the last probe.
+    fn saving(&self, speed: f64, now: Instant) -> u64 {
+        self.last.map_or(0, |last| (speed * now.saturating_duration_since(last).as_secs_f64()) as u64)
+    }
+
+    /// Another one, which begins at `begun`.
+    fn add(&mut self, shown: Span, speed: f64, (begun, end): (Instant, Instant)) {
+        self.saved += self.saving(speed, begun).min(shown.bytes / 2);
+        self.shown.add(shown.bytes, shown.time, Duration::ZERO);
+        self.last = Some(end);
+    }
+
+    /// Whether its volume is no burst.
+    fn shows(&self) -> bool {
+        self.shown.bytes >= BURST + self.saved
+    }
+}
+
 /// When a NIC is probed if it is slow, and what has shown that.
 #[derive(Debug, Default)]
 struct Probes {
@@ -140,7 +169,7 @@ struct Probes {
     pause: Duration,
     in_flight: Option<Probing>,
     /// The probes since the last one that was slow, or showed the speed.
-    train: Span,
+    train: Train,
     /// When it nearly stopped.
     stopped: Option<Instant>,
 }
@@ -150,14 +179,14 @@ impl Probes {
     fn slow(&mut self, took: Duration) {
         let pause = self.pause.max(PROBE_LEAST);
         self.pause = (PROBE_SHARE * took).clamp(pause, 4 * pause).min(PROBE_MOST);
-        self.train = Span::default();
+        self.train = Train::default();
     }
 
-    /// The probe in flight was quick: the next follows at once. Returns the rate once the volume is no burst.
-    fn quick(&mut self, shown: Span) -> Option<f64> {
+    /// A probe was quick: the next follows at once. Returns the rate once the volume is no burst. `speed`: what the NIC had until now.
+    fn quick(&mut self, shown: Span, speed: f64, times: (Instant, Instant)) -> Option<f64> {
         self.tried = None;
-        self.train.add(shown.bytes, shown.time, Duration::ZERO);
-        (self.train.bytes >= BURST).then(|| std::mem::take(&mut self.train).rate())
+        self.train.add(shown, speed, times);
+        self.train.shows().then(|| std::mem::take(&mut self.train).shown.rate())
     }
 
     /// Its NIC has nearly stopped. One that does so again and again costs more than it carries. A probe is judged alone.
@@ -256,7 +285,7 @@ impl Nic {
 
     /// Its channels are others now: nothing but the speed is known.
     pub(crate) fn restart(&mut self) {
-        let probes = Probes { in_flight: None, train: Span::default(), ..std::mem::take(&mut self.probes) };
+        let probes = Probes { in_flight: None, train: Train::default(), ..std::mem::take(&mut self.probes) };
         *self = Nic { speed: self.speed, probes, ..Nic::default() };
     }
 
@@ -366,7 +395,7 @@ impl Nic {
         let elapsed = now.saturating_duration_since(probe.since);
         // At most: too short a time would show a speed that no NIC has.
         let time = self.seen.tick.map_or(elapsed, |tick| elapsed.min(probe.busy + tick));
-        let shown = Span { bytes: probe.len, time, held: Duration::ZERO };
+        let (shown, times) = (Span { bytes: probe.len, time, held: Duration::ZERO }, (probe.since, now));
         self.probes.in_flight = None;
         // It counts in its train alone, and what went before may have been a burst.
         self.least = Span::default();
@@ -380,7 +409,7 @@ impl Nic {
             self.probes.slow(time);
             return;
         }
-        if let Some(rate) = self.probes.quick(shown) {
+        if let Some(rate) = self.probes.quick(shown, self.speed, times) {
             self.speed = self.speed.max(rate.min(RISE * self.speed));
         }
     }
@@ -398,7 +427,9 @@ impl Nic {
     pub(crate) fn load(&self, now: Instant) -> NicLoad {
         let shortest = ((PROBE_TIME * self.speed) as u64).clamp(PROBE_SHORTEST, SHORTEST);
         let looks = self.seen.tick.map_or(self.gap, |_| self.gap.min(SPAN / 2));
-        let probe = ((PROBE_LOOKS * self.speed * looks.as_secs_f64()) as u64).max(shortest);
+        // More than the last ones of its train left a shaper time for.
+        let more = (2 * self.probes.train.saving(self.speed, now)).min(2 * BURST);
+        let probe = ((PROBE_LOOKS * self.speed * looks.as_secs_f64()) as u64).max(shortest).max(more);
         NicLoad {
             backlog: self.backlog(),
             speed: self.speed,
@@ -712,16 +743,31 @@ mod tests {
     }
 
     #[test]
-    fn a_train_of_probes_raises_the_speed_once() {
-        let (start, mut nic) = (Instant::now(), Nic { speed: 2.5e6, ..Nic::default() });
-        nic.look(flow(0, 0), Duration::ZERO, start);
-        // A transfer every 35 ms makes a probe, which a token bucket of 128 KiB lets through at once.
-        for n in 0..4 {
-            nic.gave(64 << 10, at(start, 35 * n));
-            nic.look(flow((64 << 10) * (n + 1), 0), Duration::from_millis(1), at(start, 35 * n + 1));
-            assert!(nic.speed() <= RISE * 2.5e6, "after {} probes {}", n + 1, nic.speed());
+    fn what_a_shaper_saves_up_between_transfers_is_no_speed() {
+        // A transfer every so many milliseconds makes a probe. A token bucket of 128 KiB lets most of them through at once.
+        for (every, shaped) in [(35, true), (200, true), (35, false), (200, false)] {
+            let (start, mut nic, mut tokens, mut all) = (Instant::now(), Nic { speed: 2.5e6, ..Nic::default() }, 128 << 10, 0);
+            nic.look(flow(0, 0), Duration::ZERO, start);
+            let (mut end, mut slow) = (0, false);
+            for n in 1..100 {
+                let begin = (every * n).max(end);
+                tokens = (tokens + 2500 * (begin - end)).min(128 << 10);
+                let Some(probe) = nic.load(at(start, begin)).probe.filter(|probe| probe.at_any_cost) else {
+                    slow = true;
+                    break;
+                };
+                let len = probe.len.min(512 << 10);
+                nic.gave(len, at(start, begin));
+                end = begin + 1 + if shaped { len.saturating_sub(tokens) / 2500 } else { 0 };
+                tokens = tokens.saturating_sub(len);
+                all += len;
+                nic.look(flow(all, 0), Duration::from_millis(end - begin), at(start, end));
+                if nic.speed() > 20e6 {
+                    break;
+                }
+            }
+            assert_eq!((slow, nic.speed() > 20e6), (shaped, !shaped), "every {every} ms: {}", nic.speed());
         }
-        assert!(nic.speed() > 2.5e6);
     }
 
     #[test]
