@@ -6,8 +6,8 @@ use std::time::Duration;
 /// From the kernel's tcp_states.h.
 const CLOSED: u8 = 7;
 /// Offsets in the kernel's tcp_info. Linux 2.6: the state and how often the oldest packet was sent again (both u8), packets that the peer has
-/// not acknowledged (of a listening socket the length of its queue), milliseconds since its last acknowledgement, the size of the largest packet, the smoothed round trip, and all segments
-/// sent again (u32).
+/// not acknowledged (of a listening socket the length of its queue), milliseconds since its last acknowledgement, the size of the largest
+/// packet, the smoothed round trip, and all segments sent again (u32).
 const STATE: usize = 0;
 const RETRIES: usize = 2;
 const UNANSWERED: usize = 24;

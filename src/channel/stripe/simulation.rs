@@ -34,6 +34,13 @@ struct SimulatedChannel {
     round_trip_us: u64,
 }
 
+impl SimulatedChannel {
+    /// One that was set up through an empty queue.
+    fn new(nic: usize) -> SimulatedChannel {
+        SimulatedChannel { nic, chunks: VecDeque::new(), queued: 0, buffer: 0, busy_us: 0, round_trip_us: ROUND_TRIP_US }
+    }
+}
+
 struct SimulatedNic {
     /// Bytes a second.
     rate: u64,
@@ -86,20 +93,12 @@ impl World {
             random: 1,
             waits_us: 0,
         };
-        let channel = |i| SimulatedChannel {
-            nic: i % mbits.len(),
-            chunks: VecDeque::new(),
-            queued: 0,
-            buffer: 0,
-            busy_us: 0,
-            round_trip_us: ROUND_TRIP_US,
-        };
         World {
             start: Instant::now(),
             us: 0,
             buffer,
             relieved: 0,
-            channels: (0..mbits.len() * channels).map(channel).collect(),
+            channels: (0..mbits.len() * channels).map(|i| SimulatedChannel::new(i % mbits.len())).collect(),
             nics: mbits.iter().map(nic).collect(),
             learned: mbits.iter().map(|_| Nic::default()).collect(),
         }
@@ -161,13 +160,14 @@ impl World {
         let Some((nic, _)) = stuck(&self.learned, |_| true, now) else { return 0 };
         self.learned[nic].emptied(now);
         self.relieved += 1;
-        let mine = || self.channels.iter().filter(|channel| channel.nic == nic && channel.queued + channel.buffer > 0);
-        let (again, buffers) = mine().fold((0, 0), |(all, buffers), c| (all + c.queued + c.buffer, buffers + c.buffer));
+        let holding: Vec<_> =
+            self.channels.iter_mut().filter(|channel| channel.nic == nic && channel.queued + channel.buffer > 0).collect();
+        let again = holding.iter().map(|channel| channel.queued + channel.buffer).sum();
         let state = &mut self.nics[nic];
-        state.queue = (state.queue + buffers).min(QUEUE);
+        state.queue = (state.queue + holding.iter().map(|channel| channel.buffer).sum::<u64>()).min(QUEUE);
         let round_trip_us = ROUND_TRIP_US + state.queue * 1_000_000 / state.rate;
-        for channel in self.channels.iter_mut().filter(|channel| channel.nic == nic && channel.queued + channel.buffer > 0) {
-            *channel = SimulatedChannel { chunks: VecDeque::new(), queued: 0, buffer: 0, busy_us: 0, round_trip_us, nic };
+        for channel in holding {
+            *channel = SimulatedChannel { round_trip_us, ..SimulatedChannel::new(nic) };
         }
         again
     }
