@@ -23,7 +23,6 @@ const REDIRECT_AT: usize = 44;
 const CONTROL_AT: usize = 48;
 /// Offset at which connect keeps its pointer.
 const STATE_AT: usize = 80;
-const MAGIC: u32 = 0x5453_5258;
 
 type Handle = [u8; NCCL_NET_HANDLE_MAXSIZE];
 
@@ -144,23 +143,52 @@ fn gather(listeners: &Listeners) -> Result<Sockets, String> {
 }
 
 fn gather_all(listeners: &Listeners, all: &mut [Option<TcpStream>]) -> Result<(), String> {
+    let port = |listener: &TcpListener| listener.local_addr().map(|address| address.port()).map_err(|e| e.to_string());
+    let ports = [port(&listeners.data)?, port(&listeners.control)?];
     while all.iter().any(Option::is_none) {
         let listener = if all[0].is_none() { &listeners.control } else { &listeners.data };
         let (mut stream, _) = listener.accept().map_err(|e| e.to_string())?;
-        let mut intro = [0u8; 8];
-        if stream.read_exact(&mut intro).is_err() {
-            std::mem::forget(stream);
-            return Err("the peer disconnected during the accept".to_owned());
+        let greeting = match Greeting::receive(&mut stream) {
+            Ok(greeting) => greeting,
+            Err(e) => {
+                std::mem::forget(stream);
+                return Err(e);
+            }
+        };
+        if let Some(place) = all.get_mut(greeting.socket).filter(|_| greeting.ports == ports) {
+            *place = Some(stream);
         }
-        let [a, b, c, d, e, f, g, h] = intro;
-        let (magic, index) = (u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]) as usize);
-        if magic != MAGIC || index > SOCKETS {
-            std::mem::forget(stream);
-            return Err("not a peer of this plugin".to_owned());
-        }
-        all[index] = Some(stream);
     }
     Ok(())
+}
+
+const MAGIC: u16 = 0x5258;
+
+/// What a dial of a simulated plugin says first: a constant, which socket it is, and the ports of the listen comm. A dial is repeated while its
+/// peer does not listen, so it can reach a listen comm that was given the port since. That one knows it by the ports.
+pub(crate) struct Greeting {
+    pub socket: usize,
+    pub ports: [u16; 2],
+}
+
+impl Greeting {
+    pub(crate) fn send(&self, stream: &mut TcpStream) -> Result<(), String> {
+        let mut bytes = [0; 8];
+        for (place, number) in bytes.chunks_mut(2).zip([MAGIC, self.socket as u16, self.ports[0], self.ports[1]]) {
+            place.copy_from_slice(&number.to_ne_bytes());
+        }
+        stream.write_all(&bytes).map_err(|e| e.to_string())
+    }
+
+    pub(crate) fn receive(stream: &mut TcpStream) -> Result<Greeting, String> {
+        let mut bytes = [0; 8];
+        stream.read_exact(&mut bytes).map_err(|_| "the peer disconnected during the accept")?;
+        let number = |at: usize| u16::from_ne_bytes([bytes[at], bytes[at + 1]]);
+        match number(0) {
+            MAGIC => Ok(Greeting { socket: usize::from(number(2)), ports: [number(4), number(6)] }),
+            _ => Err("not a peer of this plugin".to_owned()),
+        }
+    }
 }
 
 fn finish(mut all: Vec<TcpStream>) -> Result<Sockets, String> {
@@ -238,10 +266,7 @@ fn dial(_from: Ipv4Addr, [data, control]: [SocketAddr; 2]) -> Result<Sockets, St
     while all.len() <= SOCKETS {
         match TcpStream::connect(if all.is_empty() { control } else { data }) {
             Ok(mut stream) => {
-                let mut intro = [0; 8];
-                intro[..4].copy_from_slice(&MAGIC.to_ne_bytes());
-                intro[4..].copy_from_slice(&(all.len() as u32).to_ne_bytes());
-                stream.write_all(&intro).map_err(|e| e.to_string())?;
+                Greeting { socket: all.len(), ports: [data.port(), control.port()] }.send(&mut stream)?;
                 all.push(stream);
             }
             Err(_) if Instant::now() < until => std::thread::sleep(Duration::from_millis(20)),

@@ -16,7 +16,7 @@ use nccl_net_strict_foreign::flows::reset_connections;
 use nccl_net_strict_foreign::rules::counters;
 use std::io::{Read, Write};
 use std::mem::ManuallyDrop;
-use std::net::{TcpListener, TcpStream};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
@@ -603,12 +603,10 @@ fn accepts_that_fail(plugin: &Arc<Plugin>) {
         let dialled: Vec<TcpStream> = offers
             .iter()
             .map(|offer| {
-                let control = u16::from_be_bytes([offer.handle[50], offer.handle[51]]);
-                let mut stream =
-                    TcpStream::connect(("127.0.0.1", control)).or_else(|_| TcpStream::connect(("127.0.0.2", control)));
-                let stream = stream.as_mut().expect("connect");
+                let [a, b, address @ ..] = *offer.handle[50..].first_chunk::<6>().expect("the control address");
+                let mut stream = TcpStream::connect((Ipv4Addr::from(address), u16::from_be_bytes([a, b]))).expect("connect");
                 stream.write_all(&[1; 8]).expect("its first bytes");
-                stream.try_clone().expect("copy")
+                stream
             })
             .collect();
         let until = Instant::now() + Duration::from_secs(10);

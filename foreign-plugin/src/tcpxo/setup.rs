@@ -3,10 +3,11 @@
 
 use crate::gpu::Gpu;
 use crate::rules::{counters, lock, settings, up, violation, Device};
+use crate::setup::Greeting;
 use nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE;
 use std::collections::HashMap;
-use std::io::{ErrorKind, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::io::ErrorKind;
+use std::net::{IpAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -25,7 +26,6 @@ const POINTER: usize = 96;
 const NEW: u8 = 0;
 const CONNECTING: u8 = 1;
 const DONE: u8 = 3;
-const MAGIC: u32 = 0x4653_5458;
 
 type Handle = [u8; NCCL_NET_HANDLE_MAXSIZE];
 type Outcome = Arc<Mutex<Option<Result<Vec<TcpStream>, String>>>>;
@@ -34,6 +34,7 @@ pub(super) struct ListenComm {
     pub dev: usize,
     pub gpu: Option<&'static Gpu>,
     listeners: Vec<TcpListener>,
+    ports: [u16; FLOWS],
     flows: Vec<Option<TcpStream>>,
     begun: Option<Instant>,
     accepted: bool,
@@ -60,7 +61,7 @@ impl ListenComm {
         }
         up(&counters().listens, None, 1);
         let flows = (0..FLOWS).map(|_| None).collect();
-        Some(ListenComm { dev, gpu, listeners, flows, begun: None, accepted: false })
+        Some(ListenComm { dev, gpu, listeners, ports: ports(handle), flows, begun: None, accepted: false })
     }
 
     /// One step of the accept: the flows, once the peer has connected them.
@@ -90,14 +91,14 @@ impl ListenComm {
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(None),
                 Err(e) => return Err(e.to_string()),
             };
-            // The peer sends them at once.
-            let mut intro = [0; 4];
-            let read = stream
+            // The peer sends it at once.
+            stream
                 .set_nonblocking(false)
                 .and_then(|()| stream.set_read_timeout(Some(Duration::from_secs(1))))
-                .and_then(|()| stream.read_exact(&mut intro));
-            if read.is_err() || u32::from_ne_bytes(intro) != MAGIC {
-                return Err("not a peer of this plugin".to_owned());
+                .map_err(|e| e.to_string())?;
+            let greeting = Greeting::receive(&mut stream)?;
+            if greeting.socket != flow || greeting.ports != self.ports {
+                return Ok(None);
             }
             *place = Some(ready(stream)?);
         }
@@ -139,7 +140,7 @@ pub(super) fn connect(dev: usize, gpu: Option<&'static Gpu>, handle: &mut Handle
     let pointer = handle[POINTER..].first_chunk().map_or(0, |bytes| u64::from_ne_bytes(*bytes));
     match handle[STATE] {
         NEW => {
-            let targets = addresses(handle).ok_or("the handle has no address")?;
+            let (ip, ports) = (address(handle).ok_or("the handle has no address")?, ports(handle));
             if let Some(device) = settings().devices.get(dev).filter(|device| rail(device) != handle[INDEX]) {
                 violation!(
                     "connect on NIC {:?} with a handle of rail {}: rail alignment takes another NIC than the caller registers memory for",
@@ -157,7 +158,7 @@ pub(super) fn connect(dev: usize, gpu: Option<&'static Gpu>, handle: &mut Handle
             std::thread::spawn(move || {
                 std::thread::sleep(settings().connect_time);
                 if !dead {
-                    *lock(&outcome) = Some(targets.iter().map(dial).collect());
+                    *lock(&outcome) = Some((0..FLOWS).map(|flow| dial(ip, ports, flow)).collect());
                 }
             });
             Ok(None)
@@ -177,19 +178,21 @@ pub(super) fn connect(dev: usize, gpu: Option<&'static Gpu>, handle: &mut Handle
     }
 }
 
-fn addresses(handle: &Handle) -> Option<Vec<SocketAddr>> {
-    let ip: IpAddr = std::ffi::CStr::from_bytes_until_nul(&handle[ADDRESS]).ok()?.to_str().ok()?.parse().ok()?;
-    let port = |flow: usize| u16::from_ne_bytes([handle[PORTS + 2 * flow], handle[PORTS + 2 * flow + 1]]);
-    Some((0..FLOWS).map(|flow| SocketAddr::new(ip, port(flow))).collect())
+fn address(handle: &Handle) -> Option<IpAddr> {
+    std::ffi::CStr::from_bytes_until_nul(&handle[ADDRESS]).ok()?.to_str().ok()?.parse().ok()
+}
+
+fn ports(handle: &Handle) -> [u16; FLOWS] {
+    std::array::from_fn(|flow| u16::from_ne_bytes([handle[PORTS + 2 * flow], handle[PORTS + 2 * flow + 1]]))
 }
 
 /// Connects one flow. The peer may be slow to listen.
-fn dial(target: &SocketAddr) -> Result<TcpStream, String> {
+fn dial(ip: IpAddr, ports: [u16; FLOWS], flow: usize) -> Result<TcpStream, String> {
     let until = Instant::now() + Duration::from_secs(2);
     loop {
-        match TcpStream::connect(target) {
+        match TcpStream::connect((ip, ports[flow])) {
             Ok(mut stream) => {
-                stream.write_all(&MAGIC.to_ne_bytes()).map_err(|e| e.to_string())?;
+                Greeting { socket: flow, ports }.send(&mut stream)?;
                 return ready(stream);
             }
             Err(_) if Instant::now() < until => std::thread::sleep(Duration::from_millis(20)),
