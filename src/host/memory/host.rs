@@ -15,12 +15,13 @@ use std::mem::MaybeUninit;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Bytes of a slice, and stretches of the peer's memory. A pull of one slice is done at once if its owner permits it: waking a thread takes
-/// longer.
-const SLICE: u64 = 128 << 10;
+/// Bytes of a slice, and stretches of the peer's memory.
+const SLICE: u64 = 256 << 10;
 const STRETCHES: usize = 128;
+/// A pull of one slice and at most so many bytes is done at once if its owner permits it: waking a thread takes longer.
+const AT_ONCE: u64 = SLICE / 2;
 /// A pull of no more slices than this is short: the thread that polls for its end copies, too, while others wake.
-const FEW_SLICES: usize = 8;
+const FEW_SLICES: usize = 4;
 /// Entries of a list for the kernel.
 const PARTS: usize = 512;
 /// Bytes between two sources that are read, too, and thrown away: another stretch costs more. Less than a page, so that none lies
@@ -443,7 +444,8 @@ impl LocalMemory for HostMemory {
             Sources::Here => Cow::Borrowed(pieces),
         };
         let Some(end) = slice(&pieces, Mark::default()) else { return Ok(Pull { unit: 0, job: ENDED }) };
-        if self.at_once && end.piece == pieces.len() {
+        let one = end.piece == pieces.len();
+        if self.at_once && one && pieces.iter().map(|piece| piece.len).sum::<u64>() <= AT_ONCE {
             // SAFETY: by the caller's contract.
             unsafe { self.sources.copy(pieces.iter().copied()) }?;
             return Ok(Pull { unit: 0, job: ENDED });

@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 const MOST: usize = 16;
 /// Threads at most, those that are held up among them.
 const MOST_IN_ALL: usize = 64;
+/// Idle threads that one thread wakes at most: it takes some microseconds for each.
+const WAKES: usize = 2;
 /// Slices that are worth another thread.
 const SLICES_PER_THREAD: usize = 4;
 /// Slices that a thread takes at once at most, where no other transfer waits. Threads that read neighbouring pages wait for each other in the
@@ -275,12 +277,14 @@ impl Queue {
                 self.connections.0.swap_remove(at);
                 continue;
             };
-            let job = transfers.0[of].what.front().cloned();
-            let waiting = || transfers.0[of].what.iter().map(|job| job.unclaimed()).sum::<usize>();
+            let jobs = &mut transfers.0[of].what;
+            // Sources of one job are neighbours, and those of another lie elsewhere.
+            let place = thread % jobs.len().max(1);
+            let job = jobs.get(place).cloned();
+            let waiting = || jobs.iter().map(|job| job.unclaimed()).sum::<usize>();
             let most = if alone { (waiting() / (2 * self.threads).max(1)).clamp(1, AT_ONCE) } else { 1 };
             let Some((job, slices)) = job.and_then(|job| job.claim(most).map(|slices| (job, slices))) else {
-                let jobs = &mut transfers.0[of].what;
-                jobs.pop_front();
+                jobs.remove(place);
                 if jobs.is_empty() {
                     transfers.0.swap_remove(of);
                 }
@@ -321,12 +325,13 @@ struct Inner {
 }
 
 impl Inner {
-    /// Has one more thread work at what waits: an idle one, or a new one if there are fewer than `most`. Each thread that begins does
-    /// the same, so that the caller waits for one thread only.
+    /// Has more threads work at what waits: idle ones, or a new one if there are fewer than `most`. Each thread that begins does the same, so
+    /// that the caller wakes few.
     fn call(self: &Arc<Self>, mut queue: MutexGuard<'_, Queue>, unclaimed: usize, most: usize) {
         if queue.idle > 0 {
+            let wakes = queue.idle.min(WAKES);
             drop(queue);
-            self.comes.notify_one();
+            (0..wakes).for_each(|_| self.comes.notify_one());
         } else if !queue.ended && queue.threads < most.min(MOST_IN_ALL) && unclaimed > queue.threads * SLICES_PER_THREAD {
             queue.threads += 1;
             let number = queue.threads;
@@ -371,7 +376,7 @@ impl Pool {
         }
         let cores = std::thread::available_parallelism().map_or(2, usize::from);
         // Of many cores some are left to the application.
-        let fresh = Arc::new(Pool::new((cores * 3 / 4).max(cores.min(2)).min(MOST)));
+        let fresh = Arc::new(Pool::new((cores * 7 / 8).max(cores.min(2)).min(MOST)));
         *pool = Arc::downgrade(&fresh);
         Ok(fresh)
     }
@@ -579,16 +584,16 @@ mod tests {
         Job::new(Box::new(Turns { number, slices, order: order.clone(), gate: gate.cloned() }), flow, None)
     }
 
-    /// A queue without threads: whose slices come when each takes as long as the next.
+    /// A queue without threads: whose slices come when threads take turns and each slice takes as long as the next.
     fn order_of(jobs: &[Arc<Job>], takes: usize) -> Vec<u64> {
         let mut queue = Queue::default();
         jobs.iter().for_each(|job| queue.push(job));
         let mut order = Vec::new();
-        for _ in 0..takes {
-            let Some((job, slices)) = queue.take(0) else { break };
+        for thread in (0..5).cycle().take(takes) {
+            let Some((job, slices)) = queue.take(thread) else { break };
             job.run(slices, || ());
             order.push(job.flow.transfer);
-            queue.done(0, job.flow, Duration::ZERO);
+            queue.done(thread, job.flow, Duration::ZERO);
         }
         order
     }
@@ -610,6 +615,19 @@ mod tests {
         jobs.push(turns(1, 40, flow(2, 2), &order, None));
         let order = order_of(&jobs, 100);
         assert_eq!(order.iter().filter(|&&transfer| transfer == 2).count(), 40, "{order:?}");
+    }
+
+    #[test]
+    fn threads_begin_with_different_jobs_of_a_transfer() {
+        let (order, flow) = (Arc::default(), Flow { connection: 1, transfer: 1 });
+        let mut queue = Queue::default();
+        (0..4).for_each(|number| queue.push(&turns(number, 64, flow, &order, None)));
+        let taken: Vec<_> = (0..8).map(|thread| queue.take(thread).unwrap()).collect();
+        for (thread, (job, slices)) in taken.iter().enumerate() {
+            assert!(Arc::ptr_eq(job, &taken[thread % 4].0), "thread {thread}");
+            assert_eq!(slices.start == 0, thread < 4, "thread {thread}");
+        }
+        taken.into_iter().for_each(|(job, slices)| job.run(slices, || ()));
     }
 
     #[test]
