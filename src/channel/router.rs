@@ -89,6 +89,13 @@ impl Channels {
         first(Carries::Now).or_else(|| first(Carries::Later))
     }
 
+    /// The first of these pairs of places, here and at the peer, that no path connects. Neighbours in a list of blocks are mostly of one pair.
+    pub(crate) fn unreachable(&self, pairs: impl IntoIterator<Item = (Place, Place)>) -> Option<(Place, Place)> {
+        let mut last = None;
+        let mut changes = pairs.into_iter().filter(|pair| last.replace(*pair) != Some(*pair));
+        changes.find(|&(local, peer)| self.route(local, peer).is_none())
+    }
+
     /// The direct transport, if any.
     pub(crate) fn direct(&mut self) -> Option<&mut (dyn Direct + 'static)> {
         self.direct.as_deref_mut()
@@ -682,6 +689,10 @@ mod tests {
         assert_eq!(routes(false, true), (Some(0), Some(1)));
         assert_eq!(routes(true, true), (Some(0), Some(1)));
         assert_eq!(Channels::new(None, vec![stub(true, 1).0], None).route(gpu, host), None);
+        let channels = Channels::new(None, vec![stub(true, 1).0], None);
+        assert_eq!(channels.unreachable([(gpu, gpu); 3]), None);
+        assert_eq!(channels.unreachable([(gpu, gpu), (gpu, gpu), (host, gpu), (gpu, gpu), (gpu, host)]), Some((host, gpu)));
+        assert_eq!(channels.unreachable([(gpu, host); 3]), Some((gpu, host)));
     }
 
     #[test]

@@ -182,15 +182,10 @@ impl Machine {
     ///
     /// # Errors
     /// The error that ended the connection; `Resource` at a limit; `Unsupported` for places that no channel connects.
-    pub(crate) fn admit(
-        &self,
-        segments: usize,
-        mut pairs: impl Iterator<Item = (Place, Place)>,
-        channels: &Channels,
-    ) -> Result<()> {
+    pub(crate) fn admit(&self, segments: usize, pairs: impl Iterator<Item = (Place, Place)>, channels: &Channels) -> Result<()> {
         self.alive()?;
         limits::admit(self.state.transfers.in_flight(), self.state.transfers.segments(), segments)?;
-        match pairs.find(|&(local, peer)| channels.route(local, peer).is_none()) {
+        match channels.unreachable(pairs) {
             Some((local, peer)) => Err(err!(Unsupported, "no channel connects {local:?} here with {peer:?} at the peer")),
             None => Ok(()),
         }

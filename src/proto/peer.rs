@@ -160,9 +160,8 @@ impl PeerFrames<'_> {
             return Ok(());
         }
         let answered = self.resolve(regions, segments, RemoteAccess::READ).and_then(|(segments, uses)| {
-            let unreachable = segments.iter().find(|s| self.channels.route(s.place, s.peer).is_none());
-            match unreachable {
-                Some(s) => Err(err!(Unsupported, "no channel connects {:?} here with {:?} at the peer", s.place, s.peer)),
+            match self.channels.unreachable(segments.iter().map(|s| (s.place, s.peer))) {
+                Some((here, there)) => Err(err!(Unsupported, "no channel connects {here:?} here with {there:?} at the peer")),
                 None => Ok((segments, uses)),
             }
         });
@@ -339,10 +338,10 @@ impl PeerFrames<'_> {
             }
             return self.direct().send(id, &segments, (send.hold, receiver, landing));
         }
-        if let Some(s) = segments.iter().find(|s| self.channels.route(s.place, receiver).is_none()) {
+        if let Some((place, _)) = self.channels.unreachable(segments.iter().map(|s| (s.place, receiver))) {
             // The place of the receive was not known before. Nothing was announced: the peer ends the receive as if this send had
             // timed out.
-            let error = err!(Unsupported, "no channel connects {:?} here with {receiver:?}, where the receive lies", s.place);
+            let error = err!(Unsupported, "no channel connects {place:?} here with {receiver:?}, where the receive lies");
             self.state.push(&Frame::Withdraw { id, status: error.code() }, self.now);
             self.state.transfers.finish(id, Err(error));
             return Ok(());

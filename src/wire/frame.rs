@@ -48,15 +48,16 @@ pub struct WireSegment {
 }
 
 impl WireSegment {
-    /// Out of 16 bytes. Not a call: a list of small blocks has thousands.
+    /// Out of 16 bytes, little-endian, in one load: a list of small blocks has thousands.
     #[inline(always)]
-    fn read(b: &[u8]) -> WireSegment {
+    fn read(bytes: &[u8]) -> WireSegment {
+        let word = u128::from_le_bytes(bytes.first_chunk().copied().unwrap_or_default());
         WireSegment {
-            addr: u64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]),
-            len: u32::from_le_bytes([b[8], b[9], b[10], b[11]]),
-            region: u16::from_le_bytes([b[12], b[13]]),
-            initiator: Place(b[14]),
-            owner: Place(b[15]),
+            addr: word as u64,
+            len: (word >> 64) as u32,
+            region: (word >> 96) as u16,
+            initiator: Place((word >> 112) as u8),
+            owner: Place((word >> 120) as u8),
         }
     }
 }
