@@ -194,7 +194,7 @@ words=(--op "$op")
 [ $op != both ] || words=(--op write --bidirectional)
 look=30
 # Four rows, each with bytes that are compared; it blocks instead of polling, to leave the processor to others.
-observed "${words[@]}" --inflight $inflight --sweep 1M..8M --time "$(echo "scale=1; $total / 4000" | bc)" --warmup 0 --wait --notify 8 --verify
+observed "${words[@]}" --inflight $inflight --sweep 1M..8M --time "$((total / 4000)).$((total % 4000 / 400))" --warmup 0 --wait --notify 8 --verify
 
 complain() { failed=1 verdict="$verdict, $*"; }
 

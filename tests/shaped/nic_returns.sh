@@ -71,7 +71,7 @@ begins
 case $fault in
 flap:*)
   pause=${fault#flap:}
-  for _ in $(seq "$(echo "10 / $pause / 2" | bc)"); do
+  for _ in $(seq "$(awk -v pause="$pause" 'BEGIN { print int(10 / pause / 2) }')"); do
     sleep "$pause"
     ends
     sleep "$pause"
