@@ -304,7 +304,7 @@ typedef struct uccl_channel_stats_t {
   uint64_t packed_chunks;
   /** Chunks unpacked into GPU memory. */
   uint64_t unpacked_chunks;
-  /** 1 while the channel is much slower than the others. */
+  /** 1 while the NIC of the channel is much slower than the others. */
   uint64_t slow;
   /** TCP segments sent. 0 if the plugin does not report it; the same holds for the next three. */
   uint64_t segments;

@@ -172,7 +172,7 @@ pub struct uccl_channel_stats_t {
     pub packed_chunks: u64,
     /// Chunks unpacked into GPU memory.
     pub unpacked_chunks: u64,
-    /// 1 while the channel is much slower than the others.
+    /// 1 while the NIC of the channel is much slower than the others.
     pub slow: u64,
     /// TCP segments sent. 0 if the plugin does not report it; the same holds for the next three.
     pub segments: u64,

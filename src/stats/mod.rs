@@ -136,7 +136,7 @@ pub struct ChannelStats {
     pub unpack_us: u64,
     /// It was lost, and is closed.
     pub lost: bool,
-    /// It runs far below the others.
+    /// Its NIC runs far below the others of the connection.
     pub slow: bool,
     /// Its NIC is so slow that it is hardly used.
     pub avoided: bool,

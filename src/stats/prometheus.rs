@@ -260,7 +260,7 @@ fn of_channels() -> Vec<Metric<ChannelStats>> {
         gauge("window_out", "Places of the window in use for sending", |c| f64::from(c.window_out)),
         gauge("window_in", "Places of the window in use for receiving", |c| f64::from(c.window_in)),
         gauge("window", "Places of the window", |c| f64::from(c.window)),
-        gauge("slow", "1 while the peer gets far less on the channel, while that is busy, than on others", |c| {
+        gauge("slow", "1 while the peer gets far less over the NIC of the channel, while that is busy, than over others", |c| {
             f64::from(u8::from(c.slow))
         }),
         gauge("lost", "1 while the channel is lost", |c| f64::from(u8::from(c.lost))),

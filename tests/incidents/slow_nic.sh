@@ -9,7 +9,7 @@ nics 1000 20
 serve
 client 60 --wait
 moving
-reads 45 "WARN ${address}: channel [0-9]+ \(.*10\.78\.2\.2.*eth2\).*far below the others" log
+reads 45 "WARN ${address}: channel [0-9]+ \(.*10\.78\.2\.2.*eth2\).*far below other NICs" log
 reads 30 'eth2 .*SLOW$' statistics
 if statistics | grep -E 'eth1 .*SLOW$'; then
   echo "$name: the good NIC is marked"

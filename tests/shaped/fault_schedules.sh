@@ -8,7 +8,7 @@
 # usage: fault_schedules.sh TCPX_PERF [--seed N] [--schedules N] [--beside N] [--only K] [--control] [--emulated] [--foreign PLUGIN] [--keep DIR]
 #   --seed        numbers the run; the same seed gives the same schedules (default: random, and printed)
 #   --schedules   how many (200)
-#   --beside      how many side by side (four times the cores)
+#   --beside      how many side by side (four times the cores, at most 16: all namespaces share one lock of the kernel)
 #   --only        schedule K of the seed alone, with its log
 #   --control     the control connection begins on eth1 and may move to the other NICs, and faults touch it too
 #   --emulated    with emulated GPU memory, over the software plugin
@@ -20,7 +20,7 @@ command -v iptables >/dev/null || skip "$name needs iptables"
 command -v ss >/dev/null || skip "$name needs ss"
 
 shift
-seed=$((SRANDOM % 1000000)) schedules=200 beside=$((4 * $(nproc))) only='' control='' emulated='' foreign='' keep=''
+seed=$((SRANDOM % 1000000)) schedules=200 beside=$((4 * $(nproc) < 16 ? 4 * $(nproc) : 16)) only='' control='' emulated='' foreign='' keep=''
 options=()
 while [ $# -gt 0 ]; do
   case $1 in

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 /// Time between checks.
 const LOOK: Duration = Duration::from_secs(1);
-/// A channel becomes slow below this fraction of the reference speed, and recovers above twice that.
+/// A channel becomes slow when its NIC is below this fraction of the reference speed, and recovers above twice that.
 const FAR_BELOW: f64 = 0.25;
 /// Checks in a row that make a channel slow.
 const LOOKS: u32 = 3;
@@ -48,12 +48,14 @@ struct Delivered {
     /// Bytes a second while it was busy, of the last sample, and in the time since the last check, busy or not.
     while_busy: f64,
     achieved: f64,
+    /// The one if a sample has ended with this check, else the other.
+    newest: f64,
 }
 
 impl Delivered {
     /// A check. Returns whether a sample has ended.
     fn look(&mut self, channel: &ChannelStats, elapsed: f64) -> bool {
-        self.achieved = 0.0;
+        (self.achieved, self.newest) = (0.0, 0.0);
         let Some(now) = channel.delivered else {
             self.seen = self.seen.filter(|_| !channel.lost);
             return false;
@@ -69,8 +71,16 @@ impl Delivered {
             self.while_busy = self.bytes as f64 / self.busy.as_secs_f64();
             (self.bytes, self.busy) = (0, Duration::ZERO);
         }
+        self.newest = if ended { self.while_busy } else { self.achieved };
         ended
     }
+}
+
+/// The sums of a NIC's channels: see [`Delivered`].
+struct Nic<'a> {
+    name: &'a str,
+    achieved: f64,
+    newest: f64,
 }
 
 /// The health checks of one connection.
@@ -136,24 +146,34 @@ impl Health {
         lines
     }
 
-    /// The line about channels that have become slow, if any: while they were busy the peer got far less on them than it got on others all in
-    /// all.
+    /// The line about channels that have become slow, if any: while they were busy their NIC brought the peer far less than others did all in all.
+    /// Channels of one NIC share it, and not evenly.
     fn compare(&mut self, channels: &[ChannelStats], significant: &[bool]) -> Option<String> {
-        let mut speeds: Vec<f64> = self.channels.iter().map(|c| c.delivered.achieved).filter(|&speed| speed > 0.0).collect();
+        let mut nics: Vec<Nic<'_>> = Vec::new();
+        for (seen, channel) in self.channels.iter().zip(channels) {
+            let Delivered { achieved, newest, .. } = seen.delivered;
+            match nics.iter_mut().find(|nic| nic.name == channel.nic) {
+                Some(nic) => (nic.achieved, nic.newest) = (nic.achieved + achieved, nic.newest + newest),
+                None => nics.push(Nic { name: &channel.nic, achieved, newest }),
+            }
+        }
+        let mut speeds: Vec<f64> = nics.iter().map(|nic| nic.achieved).filter(|&speed| speed > 0.0).collect();
         speeds.sort_unstable_by(f64::total_cmp);
         let reference = *speeds.get((3 * speeds.len()).div_ceil(4).checked_sub(1)?)?;
         let mut fresh = Vec::new();
         for (i, (seen, channel)) in self.channels.iter_mut().zip(channels).enumerate() {
-            let speed = seen.delivered.while_busy;
+            let Delivered { while_busy, newest, .. } = seen.delivered;
             // Where nothing moves, the NIC is silent, which is another matter.
-            if !significant[i] || speed == 0.0 {
+            if !significant[i] || while_busy == 0.0 {
                 continue;
             }
+            let of_nic = nics.iter().find(|nic| nic.name == channel.nic).map_or(0.0, |nic| nic.newest);
+            let speed = of_nic - newest + while_busy;
             if speed < FAR_BELOW * reference {
                 seen.below += 1;
                 if seen.below >= LOOKS && !seen.slow {
                     seen.slow = true;
-                    fresh.push(format!("channel {i} ({}) at {}", place(channel), crate::stats::speed(speed)));
+                    fresh.push(format!("channel {i} ({}) at {}", place(channel), crate::stats::speed(while_busy)));
                 }
             } else {
                 seen.below = 0;
@@ -165,7 +185,7 @@ impl Health {
             let more = if fresh.len() > MOST { format!(" and {} more", fresh.len() - MOST) } else { String::new() };
             let named = fresh[..fresh.len().min(MOST)].join(", ");
             format!(
-                "{named}{more}: far below the others, which run at {}; look at that NIC and its path",
+                "{named}{more}: far below other NICs, which run at {}; look at that NIC and its path",
                 crate::stats::speed(reference)
             )
         })
@@ -284,7 +304,7 @@ mod tests {
             bytes += slow;
             let slow = ChannelStats { delivered: Some((bytes, Duration::from_secs(second))), ..channel("eth2", second * 1000) };
             health.look(
-                &[moving("eth1", second, 900, 100_000_000), slow, moving("eth1", second, 900, 90_000_000)],
+                &[moving("eth1", second, 900, 60_000_000), slow, moving("eth1", second, 900, 40_000_000)],
                 at(start, second),
             )
         };
@@ -320,6 +340,17 @@ mod tests {
         let back = |s: u64| ChannelStats { delivered: Some((s, Duration::from_millis(200 * s))), ..channel("eth2", s) };
         let flaps = |s: u64| if s % 2 == 0 { lost(s) } else { back(s) };
         assert!(lines(&|s| [moving("eth1", s, 1000, 6_000_000), flaps(s)]).is_empty());
+        // Channels of one NIC share it, and not evenly.
+        let shared =
+            |s: u64| [moving("eth1", s, 1000, 400_000), moving("eth1", s, 1000, 5_600_000), moving("eth2", s, 1000, 6_000_000)];
+        let mut health = Health::new();
+        assert!((0..30).all(|s| health.look(&shared(s), at(start, s)).is_empty()));
+        // An idle channel of a slow NIC does not speak for it.
+        let idle = |s: u64| {
+            [moving("eth1", s, 1000, 6_000_000), moving("eth2", s, 1000, 400_000), moving("eth2", s.min(2), 1000, 6_000_000)]
+        };
+        let mut health = Health::new();
+        assert_eq!((0..30).flat_map(|s| health.look(&idle(s), at(start, s))).count(), 1);
         // A slow NIC that is only probed.
         let probed = |s: u64| ChannelStats { avoided: true, ..moving("eth2", s, 30, 100_000) };
         assert_eq!(lines(&|s| [moving("eth1", s, 1000, 6_000_000), probed(s)]).len(), 1);
@@ -329,10 +360,10 @@ mod tests {
     fn a_line_names_a_few_of_many_slow_channels() {
         let (start, mut health) = (Instant::now(), Health::new());
         let speed = |i: usize| if i < 5 { 1_000_000 } else { 100_000_000 };
-        let all = |s: u64| -> Vec<ChannelStats> { (0..30).map(|i| moving("eth1", s, 1000, speed(i))).collect() };
+        let all = |s: u64| -> Vec<ChannelStats> { (1..31).map(|i| moving(&format!("eth{i}"), s, 1000, speed(i - 1))).collect() };
         let lines: Vec<String> = (0..10).flat_map(|s| health.look(&all(s), at(start, s))).collect();
         assert_eq!(lines.len(), 1, "{lines:?}");
-        assert!(lines[0].contains("channel 3 (eth1)") && !lines[0].contains("channel 4 ("), "{}", lines[0]);
+        assert!(lines[0].contains("channel 3 (eth4)") && !lines[0].contains("channel 4 ("), "{}", lines[0]);
         assert!(lines[0].contains(" and 1 more: far below"), "{}", lines[0]);
     }
 
