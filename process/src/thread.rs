@@ -75,24 +75,23 @@ pub fn ask_for_long_turns() {
     ask_for_turns(5_000_000);
 }
 
-/// A thread that moves bytes yields its core after so much work. The kernel looks for another thread only at a wake-up and at its tick,
-/// which is 4 ms apart where CONFIG_HZ is 250.
-const TURN: Duration = Duration::from_micros(100);
 /// A yield that takes longer has let a thread run that computes. The next one comes after so many times as long as it took: a thread that
 /// computes gets little of the yielding thread's share by it.
 const COMPUTES: Duration = Duration::from_millis(1);
 const BACK_OFF: u32 = 16;
 
-/// When a thread that moves bytes next yields its core, so that threads with short work run soon beside it.
+/// When a thread that moves bytes next yields its core, so that threads with short work run soon beside it. The kernel looks for another thread
+/// only at a wake-up and at its tick, which is 4 ms apart where CONFIG_HZ is 250.
 #[derive(Debug)]
 pub struct Yields {
+    turn: Duration,
     next: Instant,
 }
 
 impl Yields {
-    /// The thread begins to work.
-    pub fn new(now: Instant) -> Yields {
-        Yields { next: now + TURN }
+    /// The thread begins to work, and yields after each `turn`.
+    pub fn new(now: Instant, turn: Duration) -> Yields {
+        Yields { turn, next: now + turn }
     }
 
     /// Yields if it is time. Returns how long the thread was away.
@@ -113,7 +112,7 @@ impl Yields {
     /// The thread yielded from `before` until `after`.
     fn yielded(&mut self, before: Instant, after: Instant) {
         let took = after - before;
-        self.next = after + if took > COMPUTES { took * BACK_OFF } else { TURN };
+        self.next = after + if took > COMPUTES { took * BACK_OFF } else { self.turn };
     }
 }
 
@@ -189,7 +188,7 @@ mod tests {
     #[test]
     fn a_thread_yields_often_but_seldom_beside_one_that_computes() {
         let (start, us) = (Instant::now(), Duration::from_micros);
-        let mut yields = Yields::new(start);
+        let mut yields = Yields::new(start, us(100));
         let (mut now, mut count) = (start, 0);
         let mut lost = Duration::ZERO;
         // Slices of 20 us for 10 ms; another thread runs briefly at each yield.

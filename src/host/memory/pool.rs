@@ -24,6 +24,8 @@ const SLICES_PER_THREAD: usize = 4;
 /// Slices that a thread takes at once at most, where no other transfer waits. Threads that read neighbouring pages wait for each other in the
 /// kernel, which has a lock for the page table of each 2 MiB.
 const AT_ONCE: usize = 16;
+/// Work after which a thread yields its core.
+const TURN: Duration = Duration::from_micros(100);
 /// A slice that takes longer than this holds its thread up. A usual one takes microseconds.
 const HELD_UP: Duration = Duration::from_millis(20);
 /// What a slice is taken to cost until it has ended, nanoseconds.
@@ -417,7 +419,7 @@ impl Pool {
 
 fn work(inner: &Arc<Inner>, number: usize) {
     process::thread::ask_for_long_turns();
-    let mut yields = Yields::new(Instant::now());
+    let mut yields = Yields::new(Instant::now(), TURN);
     let mut queue = inner.queue.lock();
     loop {
         let Some((job, slices)) = queue.take(number) else {
